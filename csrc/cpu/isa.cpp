@@ -1,0 +1,50 @@
+#include <initializer_list>
+
+#include "isa.h"
+
+namespace gemma_norm {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kGeneric: return "generic";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kNeon: return "neon";
+  }
+  return "unknown";
+}
+
+bool isa_supported(Isa isa) {
+  switch (isa) {
+    case Isa::kGeneric: return true;
+#if defined(__x86_64__)
+    case Isa::kAvx2: return __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+#elif defined(__aarch64__)
+    case Isa::kNeon: return true;  // part of the base architecture
+#endif
+    default: return false;
+  }
+}
+
+Isa best_isa() {
+  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kNeon})
+    if (isa_supported(isa)) return isa;
+  return Isa::kGeneric;
+}
+
+void cpu_rows(Isa isa, const RowParams& params, int64_t begin, int64_t end) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2: return rows_avx2(params, begin, end);
+    case Isa::kAvx512: return rows_avx512(params, begin, end);
+#elif defined(__aarch64__)
+    case Isa::kNeon: return rows_neon(params, begin, end);
+#endif
+    default: return rows_generic(params, begin, end);
+  }
+}
+
+}  // namespace gemma_norm

@@ -1,0 +1,47 @@
+// The C entry of the CPU: check, choose the instruction set, split the rows over threads.
+#include <cstdint>
+
+#include "../check.h"
+#include "isa.h"
+
+namespace gemma_norm {
+namespace {
+
+#ifndef GN_GRAIN
+#define GN_GRAIN 65536
+#endif
+// Elements that one thread should have at least: waking another costs some microseconds, which buy about as many elements.
+constexpr int64_t kGrain = GN_GRAIN;
+
+struct Work {
+  Isa isa;
+  RowParams params;
+};
+
+void run_rows(void* context, int64_t begin, int64_t end) {
+  const Work& work = *static_cast<const Work*>(context);
+  cpu_rows(work.isa, work.params, begin, end);
+}
+
+}  // namespace
+}  // namespace gemma_norm
+
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::NormArgs* args, gemma_norm::ParallelFor parallel_for,
+                                  gemma_norm::Message* message) {
+  using namespace gemma_norm;
+  RowParams params;
+  RowSlices slices;
+  const Status status = check(*args, &params, &slices, message);
+  if (status != Status::kOk) return status;
+
+  static const Isa isa = best_isa();
+  const int64_t grain = (kGrain + params.hidden - 1) / params.hidden;
+  for (int64_t i = 0; i < slices.count; ++i) {
+    Work work{isa, select_slice(params, slices, i)};
+    if (!parallel_for || params.rows <= grain)
+      run_rows(&work, 0, params.rows);
+    else
+      parallel_for(params.rows, grain, &run_rows, &work);
+  }
+  return Status::kOk;
+}

@@ -1,0 +1,105 @@
+// The row kernel in plain C++, for processors that no other file is for.
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "row_kernel.h"
+
+namespace gemma_norm {
+namespace {
+
+uint32_t to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof u);
+  return u;
+}
+
+float to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+float widen(float f) { return f; }
+float widen(BFloat16 b) { return to_float(uint32_t{b.bits} << 16); }
+
+float widen(Float16 h) {
+  const uint32_t sign = (h.bits & 0x8000u) << 16;
+  const uint32_t rest = h.bits & 0x7fffu;
+  if (rest >= 0x7c00) return to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);    // infinity, NaN
+  if (rest < 0x400) return to_float(sign | to_bits(static_cast<float>(rest) * 0x1p-24f));  // zero, subnormal
+  return to_float(sign | ((rest << 13) + (112u << 23)));
+}
+
+void narrow(float f, float* to) { *to = f; }
+
+void narrow(float f, BFloat16* to) {
+  const uint32_t u = to_bits(f);
+  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // NaN stays NaN: see finite_payload
+}
+
+void narrow(float f, Float16* to) {
+  const uint32_t u = to_bits(f);
+  const uint32_t sign = u >> 16 & 0x8000;
+  const uint32_t rest = u & 0x7fffffff;
+  uint32_t bits;
+  if (rest > 0x7f800000)
+    bits = 0x7e00 | (rest >> 13 & 0x1ff);  // NaN
+  else if (rest >= 0x477ff000)
+    bits = 0x7c00;  // 65520 and above round to infinity
+  else if (rest < 0x38800000)
+    bits = to_bits(to_float(rest) + 0.5f) - to_bits(0.5f);  // zero, subnormal: the sum rounds to multiples of 2^-24
+  else
+    bits = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
+  to->bits = static_cast<uint16_t>(sign | bits);
+}
+
+struct F32x16 {
+  float v[kLanes];
+
+  static F32x16 broadcast(float f) {
+    F32x16 r;
+    for (float& lane : r.v) lane = f;
+    return r;
+  }
+
+  template <class T>
+  static F32x16 load(const T* p) {
+    F32x16 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = widen(p[j]);
+    return r;
+  }
+
+  template <class T>
+  void store(T* p) const {
+    for (int j = 0; j < kLanes; ++j) narrow(v[j], p + j);
+  }
+
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void fence() {}
+
+  friend F32x16 operator+(F32x16 a, const F32x16& b) {
+    for (int j = 0; j < kLanes; ++j) a.v[j] += b.v[j];
+    return a;
+  }
+  friend F32x16 operator*(F32x16 a, const F32x16& b) {
+    for (int j = 0; j < kLanes; ++j) a.v[j] *= b.v[j];
+    return a;
+  }
+
+  float sum() const {
+    F32x16 r = *this;
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) r.v[j] += r.v[j + half];
+    return r.v[0];
+  }
+};
+
+}  // namespace
+
+void rows_generic(const RowParams& params, int64_t begin, int64_t end) { run<F32x16>(params, begin, end); }
+
+}  // namespace gemma_norm

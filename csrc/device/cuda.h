@@ -1,0 +1,133 @@
+// NVIDIA. See platform.h for what each name promises.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "../plan.h"
+#include "types.h"
+
+#define GEMMA_NORM_DEVICE __device__ __forceinline__
+#define GEMMA_NORM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define GEMMA_NORM_SHARED __shared__
+
+namespace gemma_norm::device {
+
+GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
+GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
+GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
+GEMMA_NORM_DEVICE int64_t grid_blocks() { return gridDim.x; }
+GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
+GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
+
+GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2)
+    if (step < lanes) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+
+GEMMA_NORM_DEVICE Words words(uint4 v) { return {v.x, v.y, v.z, v.w}; }
+GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__ldcs(reinterpret_cast<const uint4*>(p))); }
+GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
+  __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
+// Not the read-only path: with overlapped launches the kernel before may have written this memory.
+GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*reinterpret_cast<const uint4*>(p)); }
+
+GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
+GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+GEMMA_NORM_DEVICE float sqrt(float v) { return __fsqrt_rn(v); }
+
+template <class T>
+GEMMA_NORM_DEVICE void unpack(uint32_t word, float* f);
+template <>
+GEMMA_NORM_DEVICE void unpack<float>(uint32_t word, float* f) {
+  f[0] = as_float(word);
+}
+template <>
+GEMMA_NORM_DEVICE void unpack<bfloat16>(uint32_t word, float* f) {
+  f[0] = as_float(word << 16);
+  f[1] = as_float(word & 0xffff0000u);
+}
+template <>
+GEMMA_NORM_DEVICE void unpack<float16>(uint32_t word, float* f) {
+  const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  f[0] = pair.x;
+  f[1] = pair.y;
+}
+
+template <class T>
+GEMMA_NORM_DEVICE uint32_t pack(const float* f);
+template <>
+GEMMA_NORM_DEVICE uint32_t pack<float>(const float* f) {
+  return as_bits(f[0]);
+}
+template <>
+GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(f[0], f[1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
+  const __half2 pair = __floats2half2_rn(f[0], f[1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Everything a kernel reads may come from the kernel before it, the weight too (a training step, a weight update).
+GEMMA_NORM_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+GEMMA_NORM_DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+using Stream = cudaStream_t;
+using Error = cudaError_t;
+constexpr Error kSuccess = cudaSuccess;
+inline const char* error_text(Error e) { return cudaGetErrorString(e); }
+
+// Of the current device, asked for once. `kernel` is any of this library's.
+inline Error facts(DeviceFacts* result, const void* kernel) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch
+  int device;
+  if (const Error e = cudaGetDevice(&device)) return e;
+  int state = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (state == 0) {
+    int major;
+    cudaFuncAttributes attributes;
+    if (const Error e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
+    if (const Error e = cudaFuncGetAttributes(&attributes, kernel)) return e;
+    // Code compiled for less than sm_90 has no wait in it, also when the driver translated its PTX for a newer GPU.
+    state = 1 + (major >= 9 && attributes.ptxVersion >= 90);
+    if (device < kMaxDevices) known[device].store(state, std::memory_order_relaxed);
+  }
+  *result = {32, int64_t{1} << 42, state == 2};
+  return kSuccess;
+}
+
+template <class... Args>
+Error launch(void (*kernel)(Args...), int64_t blocks, int threads, Stream stream, const DeviceFacts& device, Args... args) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = device.overlap_launch ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace gemma_norm::device

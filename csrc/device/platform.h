@@ -1,0 +1,24 @@
+// The narrow device layer. Everything that differs between platforms is behind these names, in namespace gemma_norm::device:
+//
+//   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads), GEMMA_NORM_SHARED     qualifiers
+//   thread_index() block_threads() block_index() grid_blocks()               ints; the last two int64_t
+//   wave_width()                                                             lanes of a wave (warp): 32 or 64
+//   block_barrier()
+//   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
+//                                added as a balanced binary tree, neighbours first
+//   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
+//   load(p)                        16 bytes that others will want too
+//   as_float(bits) as_bits(f) fma(a, b, c) sqrt(v)                           IEEE, round to nearest even
+//   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
+//   wait_for_previous_kernel() allow_next_kernel()                           overlapped launches; nothing where there are none
+//
+// and for the host side: Stream, launch(kernel, blocks, threads, stream, facts, args...), facts(), Error and error_text().
+#pragma once
+
+#if defined(__HIP__)
+#include "hip.h"
+#elif defined(__CUDACC__)
+#include "cuda.h"
+#else
+#include "emulated.h"
+#endif

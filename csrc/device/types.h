@@ -1,0 +1,19 @@
+// Storage types, the same on every platform: bits only, conversions are the device layer's.
+#pragma once
+
+#include <cstdint>
+
+namespace gemma_norm {
+
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+}  // namespace gemma_norm

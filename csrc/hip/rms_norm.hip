@@ -1,0 +1,6 @@
+// The HIP library's kernels and its entry of the C interface. Native HIP, compiled as it is.
+#include "../kernels/dispatch.cuh"
+
+gemma_norm::Status gemma_norm_hip(const gemma_norm::NormArgs* args, void* stream, gemma_norm::Message* message) {
+  return gemma_norm::kernels::run(*args, static_cast<hipStream_t>(stream), message);
+}

@@ -1,0 +1,92 @@
+// From a checked call to the one kernel instantiation that serves it, the same way on every device.
+#pragma once
+
+#include <cstdio>
+#include <type_traits>
+
+#include "../check.h"
+#include "rms_norm.cuh"
+
+namespace gemma_norm::kernels {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
+// Can every access be a whole, aligned vector? A property of this call's memory: it picks the instructions, never the layout.
+inline bool is_aligned(const RowParams& p, const LaunchPlan& plan) {
+  uint64_t bits = 0;
+  for (const void* pointer : {p.x, p.residual, p.post_residual_addition, p.weight, const_cast<const void*>(p.out),
+                              const_cast<const void*>(p.residual_out)})
+    bits |= reinterpret_cast<uintptr_t>(pointer);
+  uint64_t strides = 0;
+  for (int d = 0; d < p.row_dims; ++d)
+    strides |= p.x_strides[d] | p.residual_strides[d] | p.post_strides[d] | p.out_strides[d] | p.residual_out_strides[d];
+  return plan.whole_vectors && (bits | strides * size_of(p.dtype)) % kVectorBytes == 0;
+}
+
+template <class Call>
+device::Error with_dtypes(DType x, DType weight, Call&& call) {
+  switch (x) {
+    case DType::kFloat32: return call(Type<float>{}, Type<float>{});
+    case DType::kFloat16:
+      return weight == x ? call(Type<float16>{}, Type<float16>{}) : call(Type<float16>{}, Type<float>{});
+    default:  // check() lets nothing else through
+      return weight == x ? call(Type<bfloat16>{}, Type<bfloat16>{}) : call(Type<bfloat16>{}, Type<float>{});
+  }
+}
+
+template <class Call>
+device::Error with_bool(bool value, Call&& call) {
+  return value ? call(std::true_type{}) : call(std::false_type{});
+}
+
+// Exactly the shapes of the ladder in plan.cpp.
+template <class X, class W, bool kAdd, bool kAligned, class Call>
+device::Error with_kernel(const LaunchPlan& plan, Call&& call) {
+  if (plan.scope == Scope::kStream) return call(&rms_norm_stream<X, W, kAdd, kAligned>);
+  if (plan.scope == Scope::kWave)
+    return plan.vectors == 2 ? call(&rms_norm_rows<X, W, kAdd, Scope::kWave, 2, kAligned>)
+                             : call(&rms_norm_rows<X, W, kAdd, Scope::kWave, 4, kAligned>);
+  return plan.vectors == 2   ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 2, kAligned>)
+         : plan.vectors == 4 ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 4, kAligned>)
+                             : call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 8, kAligned>);
+}
+
+inline device::Error launch_rows(const RowParams& p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
+  const Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors};
+  const auto launch = [&](void (*kernel)(RowParams, Layout)) {
+    return device::launch(kernel, grid_blocks(plan, p.rows, facts), plan.block_threads, stream, facts, p, layout);
+  };
+  return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
+    return with_bool(p.residual != nullptr, [&](auto add) {
+      return with_bool(is_aligned(p, plan), [&](auto aligned) {
+        return with_kernel<typename decltype(x)::type, typename decltype(w)::type, decltype(add)::value, decltype(aligned)::value>(
+            plan, launch);
+      });
+    });
+  });
+}
+
+inline Status run(const NormArgs& args, device::Stream stream, Message* message) {
+  RowParams params;
+  RowSlices slices;
+  if (const Status status = check(args, &params, &slices, message); status != Status::kOk) return status;
+  if (slices.count == 0) return Status::kOk;
+  DeviceFacts facts;
+  device::Error error =
+      device::facts(&facts, reinterpret_cast<const void*>(&rms_norm_rows<float, float, false, Scope::kBlock, 2, true>));
+  if (error == device::kSuccess) {
+    const LaunchPlan plan = make_plan(params.hidden, params.dtype, facts);
+    for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
+      error = launch_rows(slices.count == 1 ? params : select_slice(params, slices, i), plan, facts, stream);
+  }
+  if (error == device::kSuccess) return Status::kOk;
+  std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", args.op, device::error_text(error));
+  return Status::kDeviceError;
+}
+
+}  // namespace gemma_norm::kernels

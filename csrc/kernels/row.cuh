@@ -1,0 +1,165 @@
+// How a thread reaches its part of a row: where the row is, which elements a slot owns, and how they become floats.
+#pragma once
+
+#include "../device/platform.h"
+#include "../plan.h"
+#include "row_params.h"
+
+namespace gemma_norm::kernels {
+
+// Elements of T in a 16-byte vector, and in a 32-bit word.
+template <class T>
+constexpr int kItems = kVectorBytes / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
+
+// The part of a LaunchPlan that a kernel needs.
+struct Layout {
+  int32_t slots;
+  int32_t group_threads;
+  int32_t vectors;
+  bool whole_vectors;
+};
+
+// Index of the first element of slot's k-th vector, and the step to the vector's next element.
+template <class T, class Index>
+GEMMA_NORM_DEVICE Index first_item(const Layout& layout, int slot, int k) {
+  const Index vector = static_cast<Index>(k) * layout.slots;
+  return layout.whole_vectors ? (vector + slot) * kItems<T> : vector * kItems<T> + slot;
+}
+GEMMA_NORM_DEVICE int item_step(const Layout& layout) { return layout.whole_vectors ? 1 : layout.slots; }
+
+// A slot's k-th vector of a row; what lies past the row's end reads as 0 and is not written. Aligned: whole 16-byte accesses.
+// Otherwise element by element, for any alignment: the same elements in the same places, so the same results.
+template <bool kAligned, class T, class Index>
+GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, Index hidden, bool once) {
+  Words v{};
+  if constexpr (kAligned) {
+    if (first < hidden) {
+      const Words* p = reinterpret_cast<const Words*>(row + first);
+      v = once ? device::load_once(p) : device::load(p);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kItems<T>; ++i) {
+      const Index at = first + static_cast<Index>(i) * step;
+      if (at >= hidden) continue;
+      if constexpr (sizeof(T) == 4) {
+        v.word[i] = device::as_bits(row[at]);
+      } else {
+        v.word[i / 2] |= static_cast<uint32_t>(row[at].bits) << (i % 2 * 16);
+      }
+    }
+  }
+  return v;
+}
+
+template <bool kAligned, class T, class Index>
+GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index hidden, Words v) {
+  if constexpr (kAligned) {
+    if (first < hidden) device::store_once(reinterpret_cast<Words*>(row + first), v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kItems<T>; ++i) {
+      const Index at = first + static_cast<Index>(i) * step;
+      if (at >= hidden) continue;
+      if constexpr (sizeof(T) == 4) {
+        row[at] = device::as_float(v.word[i]);
+      } else {
+        row[at].bits = static_cast<uint16_t>(v.word[i / 2] >> (i % 2 * 16));
+      }
+    }
+  }
+}
+
+template <class T>
+GEMMA_NORM_DEVICE void unpack_items(Words v, float (&f)[kItems<T>]) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) device::unpack<T>(v.word[w], f + w * kWordItems<T>);
+}
+
+template <class T>
+GEMMA_NORM_DEVICE Words pack_items(const float (&f)[kItems<T>]) {
+  Words v;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) v.word[w] = device::pack<T>(f + w * kWordItems<T>);
+  return v;
+}
+
+template <class T>
+GEMMA_NORM_DEVICE Words add_rounded(Words a, Words b) {
+  float x[kItems<T>], y[kItems<T>];
+  unpack_items<T>(a, x);
+  unpack_items<T>(b, y);
+#pragma unroll
+  for (int i = 0; i < kItems<T>; ++i) x[i] += y[i];
+  return pack_items<T>(x);
+}
+
+// The weights of one vector of X, of dtype W: one 16-byte vector of W, or two where X is half as wide.
+template <class X, class W>
+struct Weights {
+  static constexpr int kVectors = sizeof(W) / sizeof(X);
+  Words v[kVectors];
+
+  template <bool kAligned, class Index>
+  GEMMA_NORM_DEVICE void load(const W* weight, Index first, int step, Index hidden) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, hidden, false);
+  }
+
+  // y = round(s * rstd * (weight + offset))
+  GEMMA_NORM_DEVICE Words apply(Words s, float rstd, float offset) const {
+    float y[kItems<X>], w[kItems<X>];
+    unpack_items<X>(s, y);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) unpack_items<W>(v[i], reinterpret_cast<float(&)[kItems<W>]>(w[i * kItems<W>]));
+#pragma unroll
+    for (int i = 0; i < kItems<X>; ++i) y[i] = y[i] * rstd * (w[i] + offset);
+    return pack_items<X>(y);
+  }
+};
+
+// The rows of one call's tensors, as element offsets from their bases.
+struct RowOffsets {
+  int64_t x, residual, post, out, residual_out;
+};
+
+GEMMA_NORM_DEVICE RowOffsets row_offsets(const RowParams& p, int64_t row) {
+  RowOffsets o{};
+  for (int d = p.row_dims - 1; d >= 0; --d) {
+    int64_t at = row;
+    if (d > 0) {  // 32-bit division is several times faster, and enough but for huge batches
+      const int64_t size = p.sizes[d];
+      row = (row | size) >> 32 ? at / size : static_cast<uint32_t>(at) / static_cast<uint32_t>(size);
+      at -= row * size;
+    }
+    o.x += at * p.x_strides[d];
+    o.residual += at * p.residual_strides[d];
+    o.post += at * p.post_strides[d];
+    o.out += at * p.out_strides[d];
+    o.residual_out += at * p.residual_out_strides[d];
+  }
+  return o;
+}
+
+// One row of the call, typed. s() is what is normalised: x, or its rounded sum with the residual(s).
+template <class X, bool kAdd>
+struct Row {
+  const X *x, *residual, *post;
+  X *out, *residual_out;
+
+  GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row) {
+    const RowOffsets o = row_offsets(p, row);
+    x = static_cast<const X*>(p.x) + o.x;
+    out = static_cast<X*>(p.out) + o.out;
+    if constexpr (kAdd) {
+      residual = static_cast<const X*>(p.residual) + o.residual;
+      residual_out = static_cast<X*>(p.residual_out) + o.residual_out;
+      post = p.post_residual_addition ? static_cast<const X*>(p.post_residual_addition) + o.post : nullptr;
+    }
+  }
+};
+
+}  // namespace gemma_norm::kernels

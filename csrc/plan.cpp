@@ -1,0 +1,66 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace gemma_norm {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Small rows want several vectors in flight a thread and
+// no barrier; large ones as few vectors a thread as a block of 1024 allows. Beyond the last rung a row is streamed.
+struct Rung {
+  int64_t row_vectors;
+  Scope scope;
+  int32_t vectors;
+};
+constexpr Rung kLadder[] = {
+    {64, Scope::kWave, 2},
+    {128, Scope::kWave, 4},
+    {768, Scope::kBlock, 2},
+    {4096, Scope::kBlock, 4},
+    {8192, Scope::kBlock, 8},
+};
+
+}  // namespace
+
+LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
+  const int64_t items = kVectorBytes / size_of(dtype);
+  const int64_t row_vectors = divide_up(hidden, items);
+  LaunchPlan plan{};
+  plan.whole_vectors = hidden % items == 0;
+  const Rung* rung = std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) { return row_vectors <= r.row_vectors; });
+  if (rung == std::end(kLadder)) {
+    plan.scope = Scope::kStream;
+    plan.slots = plan.group_threads = plan.block_threads = kMaxBlockThreads;
+    plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
+    return plan;
+  }
+  plan.scope = rung->scope;
+  plan.vectors = rung->vectors;
+  plan.slots = static_cast<int32_t>(divide_up(row_vectors, rung->vectors));
+  if (rung->scope == Scope::kWave) {
+    plan.group_threads = 1;
+    while (plan.group_threads < plan.slots) plan.group_threads *= 2;
+    plan.block_threads = kWaveBlockThreads;
+  } else {
+    plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
+    plan.block_threads = plan.group_threads;
+  }
+  return plan;
+}
+
+int64_t grid_blocks(const LaunchPlan& plan, int64_t rows, const DeviceFacts& device) {
+  const int64_t most = std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads);
+  return std::min(divide_up(rows, plan.rows_per_block()), most);  // blocks stride over what is left
+}
+
+std::string describe(const LaunchPlan& plan, DType dtype) {
+  const char* scope = plan.scope == Scope::kWave ? "wave" : plan.scope == Scope::kBlock ? "block" : "stream";
+  const auto items = std::to_string(kVectorBytes / size_of(dtype));
+  return std::string(scope) + ": " + std::to_string(plan.slots) + " of " + std::to_string(plan.group_threads) + " threads a row, " +
+         std::to_string(plan.rows_per_block()) + " rows a block, " + std::to_string(plan.vectors) + " x " + items +
+         (plan.whole_vectors ? " consecutive" : " interleaved") + " elements a thread";
+}
+
+}  // namespace gemma_norm

@@ -1,0 +1,48 @@
+// How a row is laid over threads: a pure function of hidden size, dtype and device facts, never of the number of rows, so that a
+// row's bits do not depend on what else is in the batch. Knows nothing of any GPU runtime: tested without one.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "gemma_norm.h"
+
+namespace gemma_norm {
+
+struct DeviceFacts {
+  int32_t wave_width;   // 32, or 64 on AMD CDNA
+  int64_t max_threads;  // the most threads a launch may have in all (HIP: 2^32 - 1)
+  bool overlap_launch;  // the next kernel may start before this one ends (programmatic dependent launch)
+};
+
+enum class Scope : int32_t {
+  kWave,    // several rows a wave, or one: no barrier
+  kBlock,   // a block a row, held in registers
+  kStream,  // a block a row that is too large for registers, read twice (from L2 the second time)
+};
+
+constexpr int32_t kVectorBytes = 16;
+constexpr int32_t kWaveBlockThreads = 128;
+constexpr int32_t kMaxBlockThreads = 1024;
+
+// A row of hidden elements is cut into 16-byte vectors; slot t (a thread) owns vectors t, t + slots, t + 2 slots, ...
+// When hidden is no multiple of the vector, rows start at any alignment and a slot owns single elements instead, `slots` apart,
+// so that neighbouring threads still touch neighbouring memory.
+struct LaunchPlan {
+  Scope scope;
+  int32_t vectors;         // held in registers by each slot (kStream: owned, of which one is held at a time)
+  int32_t slots;           // threads that own part of a row
+  int32_t group_threads;   // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves
+  int32_t block_threads;   // threads of a block
+  bool whole_vectors;      // hidden is a multiple of the vector
+  int32_t rows_per_block() const { return block_threads / group_threads; }
+};
+
+LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device);
+
+int64_t grid_blocks(const LaunchPlan& plan, int64_t rows, const DeviceFacts& device);
+
+// "block: 256 threads a row, 2 vectors of 8 elements each".
+std::string describe(const LaunchPlan& plan, DType dtype);
+
+}  // namespace gemma_norm

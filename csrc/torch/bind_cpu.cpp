@@ -1,0 +1,26 @@
+#include "bind.h"
+
+namespace gemma_norm::binding {
+namespace {
+
+struct Cpu {
+  static Status run(const NormArgs& args, int32_t, Message* message) { return gemma_norm_cpu(&args, &parallel_for, message); }
+
+  // On PyTorch's own pool, under its own settings.
+  static void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    struct Range {
+      void (*body)(void*, int64_t, int64_t);
+      void* context;
+    } range{body, context};
+    const auto call = [](int64_t begin, int64_t end, void* r) {
+      const auto* range = static_cast<const Range*>(r);
+      range->body(range->context, begin, end);
+    };
+    succeed(torch_parallel_for(0, count, grain, call, &range), "parallel_for");
+  }
+};
+
+}  // namespace
+}  // namespace gemma_norm::binding
+
+STABLE_TORCH_LIBRARY_IMPL(gemma_norm, CPU, m) { gemma_norm::binding::register_ops<gemma_norm::binding::Cpu>(m); }

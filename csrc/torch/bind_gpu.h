@@ -1,0 +1,39 @@
+// What the CUDA and the HIP library share: the current device and stream. PyTorch calls both kinds of device "cuda".
+#pragma once
+
+#include "bind.h"
+
+// Part of PyTorch's CUDA and ROCm builds alone, hence weak: a CPU build must still be able to load the library and say so.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace gemma_norm::binding {
+
+template <Status (*launch)(const NormArgs*, void* stream, Message*)>
+struct Gpu {
+  static Status run(const NormArgs& args, int32_t device_index, Message* message) {
+    if (!aoti_torch_get_current_cuda_stream)
+      throw std::runtime_error(std::string(args.op) + ": this PyTorch has no CUDA or ROCm support");
+    const Guard guard(device_index);
+    void* stream;
+    succeed(aoti_torch_get_current_cuda_stream(device_index, &stream), "get_current_cuda_stream");
+    return launch(&args, stream, message);
+  }
+
+ private:
+  // Makes `device_index` current and puts back what was; costs one query where it is current already.
+  struct Guard {
+    DeviceGuardHandle guard = nullptr;
+    explicit Guard(int32_t device_index) {
+      int32_t current;
+      succeed(aoti_torch_get_current_device_index(&current), "get_current_device_index");
+      if (current != device_index) succeed(aoti_torch_create_device_guard(device_index, &guard), "create_device_guard");
+    }
+    Guard(const Guard&) = delete;
+    Guard& operator=(const Guard&) = delete;
+    ~Guard() {
+      if (guard) aoti_torch_delete_device_guard(guard);
+    }
+  };
+};
+
+}  // namespace gemma_norm::binding

@@ -1,0 +1,28 @@
+"""RMSNorm, plain or fused with the residual addition, by native kernels on AMD and NVIDIA GPUs and on the CPU.
+
+Importing this package loads the native libraries and defines ``torch.ops.gemma_norm``. See :func:`rms_norm`,
+:func:`fused_add_rms_norm`, :func:`add_rms_norm`, the modules :class:`RMSNorm` and :class:`GemmaRMSNorm`, and :func:`backends`.
+``python -m gemma_norm`` checks and times an installation.
+"""
+
+from . import _library
+
+_library.load()
+
+from . import _fake, _fallback, reference  # noqa: E402, F401
+from ._build_info import VERSION as __version__  # noqa: E402
+from ._library import Backend, backends  # noqa: E402
+from .module import GemmaRMSNorm, RMSNorm  # noqa: E402
+from .ops import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
+
+__all__ = [
+    "Backend",
+    "GemmaRMSNorm",
+    "RMSNorm",
+    "__version__",
+    "add_rms_norm",
+    "backends",
+    "fused_add_rms_norm",
+    "reference",
+    "rms_norm",
+]

@@ -1,0 +1,81 @@
+"""The numerical contract in plain PyTorch, the exact answer, and the distance between an answer and the exact one.
+
+``rms_norm`` and ``add_rms_norm`` are the operators' definition, and run where there is no native kernel. ``oracle`` computes in
+float64. ``ulp_error`` and ``max_ulp_error`` say how far a result is from it and how far it may be: the tests and
+``python -m gemma_norm`` share them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> Tensor:
+    """``round(x * rstd * (gemma ? 1 + weight : weight))`` with ``rstd = 1 / sqrt(mean(x^2) + eps)``.
+
+    All in float32, rounded once, to x's dtype. A square or a sum of squares beyond float32 is infinite, hence rstd and the
+    result 0.
+    """
+    s = x.float()
+    rstd = 1 / torch.sqrt(s.square().mean(-1, keepdim=True) + eps)
+    w = 1 + weight.float() if gemma else weight.float()
+    return (s * rstd * w).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    post_residual_addition: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(s), s)`` with ``s = round(x + residual)``, or ``round(x + round(residual + post_residual_addition))``."""
+    if post_residual_addition is not None:
+        residual = residual + post_residual_addition
+    s = x + residual
+    return rms_norm(s, weight, eps, gemma), s
+
+
+def oracle(s: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> Tensor:
+    """:func:`rms_norm` in float64 and not rounded, ``s`` being x or the (rounded) sum.
+
+    Two properties of float32 are part of the contract and hence of the oracle: eps is a float32, and a sum of squares beyond
+    float32 is infinite.
+    """
+    s64, w64 = s.double(), weight.double()
+    total = s64.square().sum(-1, keepdim=True)
+    total = torch.where(total > torch.finfo(torch.float32).max, math.inf, total)
+    eps32 = torch.tensor(eps, dtype=torch.float32).item()
+    return s64 / torch.sqrt(total / s.shape[-1] + eps32) * (1 + w64 if gemma else w64)
+
+
+def ulp_error(y: Tensor, exact: Tensor) -> float:
+    """The largest distance of ``y`` from the float64 ``exact``, in units in the last place of y's dtype; 0.5 is correctly rounded.
+
+    NaN must meet NaN (else the distance is infinite). Infinity counts as the first power of two that the dtype cannot hold.
+    """
+    if y.numel() == 0:
+        return 0.0
+    info = torch.finfo(y.dtype)
+    beyond = 2.0 ** math.frexp(info.max)[1]
+    got, want = y.double().clamp(-beyond, beyond), exact.clamp(-beyond, beyond)
+    _, exponent = torch.frexp(want.abs().clamp(info.tiny, info.max))  # want = m * 2^exponent with m in [0.5, 1)
+    ulp = torch.ldexp(torch.full_like(want, info.eps), exponent - 1)
+    error = torch.where(got == want, 0.0, (got - want).abs() / ulp)
+    error = torch.where(got.isnan() & want.isnan(), 0.0, error.nan_to_num(nan=math.inf))
+    return float(error.max())
+
+
+def max_ulp_error(dtype: torch.dtype, hidden: int) -> float:
+    """The largest :func:`ulp_error` that the contract allows: half a unit for the one rounding, plus the float32 arithmetic.
+
+    That arithmetic is worth 3 float32 units at most for the operations after the sum, and half of the relative error of the sum
+    of squares, which grows like the square root of the number of terms that one lane adds up. In 16 bits it is next to nothing,
+    so truncating instead of rounding, or rounding ``1 + w``, exceeds the bound.
+    """
+    float32_units = 3 + math.sqrt(hidden) / 16
+    return 0.5 + float32_units * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
