@@ -7,19 +7,20 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Small rows want several vectors in flight a thread and
-// no barrier; large ones as few vectors a thread as a block of 1024 allows. Beyond the last rung a row is streamed.
+// The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Chosen on an H200 (docs/performance.md): four vectors a
+// thread keep enough bytes in flight to saturate memory; fewer threads a row than that idle at the barrier, more starve. Beyond
+// the last rung a row is streamed.
 struct Rung {
   int64_t row_vectors;
   Scope scope;
   int32_t vectors;
+  int32_t block_threads;  // kWave; a multiprocessor holds 32 blocks, so small rows want larger ones
 };
 constexpr Rung kLadder[] = {
-    {64, Scope::kWave, 2},
-    {128, Scope::kWave, 4},
-    {768, Scope::kBlock, 2},
-    {4096, Scope::kBlock, 4},
-    {8192, Scope::kBlock, 8},
+    {8, Scope::kWave, 2, 128},
+    {128, Scope::kWave, 4, 64},
+    {1024, Scope::kBlock, 4, 0},
+    {4096, Scope::kBlock, 8, 0},
 };
 
 }  // namespace
@@ -42,7 +43,7 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   if (rung->scope == Scope::kWave) {
     plan.group_threads = 1;
     while (plan.group_threads < plan.slots) plan.group_threads *= 2;
-    plan.block_threads = kWaveBlockThreads;
+    plan.block_threads = rung->block_threads;
   } else {
     plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
     plan.block_threads = plan.group_threads;
@@ -50,9 +51,8 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   return plan;
 }
 
-int64_t grid_blocks(const LaunchPlan& plan, int64_t rows, const DeviceFacts& device) {
-  const int64_t most = std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads);
-  return std::min(divide_up(rows, plan.rows_per_block()), most);  // blocks stride over what is left
+int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
+  return std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads);
 }
 
 std::string describe(const LaunchPlan& plan, DType dtype) {

@@ -22,8 +22,8 @@ enum class Scope : int32_t {
 };
 
 constexpr int32_t kVectorBytes = 16;
-constexpr int32_t kWaveBlockThreads = 128;
-constexpr int32_t kMaxBlockThreads = 1024;
+constexpr int32_t kWaveBlockThreads = 128;  // at most
+constexpr int32_t kMaxBlockThreads = 512;  // leaves 128 registers a thread
 
 // A row of hidden elements is cut into 16-byte vectors; slot t (a thread) owns vectors t, t + slots, t + 2 slots, ...
 // When hidden is no multiple of the vector, rows start at any alignment and a slot owns single elements instead, `slots` apart,
@@ -40,7 +40,8 @@ struct LaunchPlan {
 
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device);
 
-int64_t grid_blocks(const LaunchPlan& plan, int64_t rows, const DeviceFacts& device);
+// The most blocks that one launch may have.
+int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
 
 // "block: 256 threads a row, 2 vectors of 8 elements each".
 std::string describe(const LaunchPlan& plan, DType dtype);

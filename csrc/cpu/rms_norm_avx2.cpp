@@ -18,62 +18,90 @@
 namespace gemma_norm {
 namespace {
 
-struct F32x16 {
-  __m256 lo, hi;
+struct F32x32 {
+  __m256 v[4];
 
-  static F32x16 broadcast(float f) { return {_mm256_set1_ps(f), _mm256_set1_ps(f)}; }
+  static F32x32 broadcast(float f) {
+    const __m256 all = _mm256_set1_ps(f);
+    return {all, all, all, all};
+  }
 
-  static F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  static F32x16 load(const Float16* p) { return {_mm256_cvtph_ps(load8(p)), _mm256_cvtph_ps(load8(p + 8))}; }
-  static F32x16 load(const BFloat16* p) { return {widen(load8(p)), widen(load8(p + 8))}; }
+  template <class T>
+  static F32x32 load(const T* p) {
+    return {load8(p), load8(p + 8), load8(p + 16), load8(p + 24)};
+  }
+
+  template <class T>
+  static F32x32 load_for_sum(const T* p) {
+    return load(p);
+  }
+  static F32x32 load_for_sum(const BFloat16* p) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+    return {evens(a), evens(b), odds(a), odds(b)};
+  }
 
   void store(float* p) const {
-    _mm256_storeu_ps(p, lo);
-    _mm256_storeu_ps(p + 8, hi);
+    for (int j = 0; j < 4; ++j) _mm256_storeu_ps(p + 8 * j, v[j]);
   }
-  void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half()); }
-  void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat()); }
+  template <class T>
+  void store(T* p) const {
+    for (int j = 0; j < 4; j += 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8 * j), narrow(v[j], v[j + 1], p));
+  }
 
   void stream(float* p) const {
-    _mm256_stream_ps(p, lo);
-    _mm256_stream_ps(p + 8, hi);
+    for (int j = 0; j < 4; ++j) _mm256_stream_ps(p + 8 * j, v[j]);
   }
-  void stream(Float16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half()); }
-  void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat()); }
+  template <class T>
+  void stream(T* p) const {
+    for (int j = 0; j < 4; j += 2) _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 8 * j), narrow(v[j], v[j + 1], p));
+  }
   static void fence() { _mm_sfence(); }
 
-  friend F32x16 operator+(F32x16 a, F32x16 b) { return {a.lo + b.lo, a.hi + b.hi}; }
-  friend F32x16 operator*(F32x16 a, F32x16 b) { return {a.lo * b.lo, a.hi * b.hi}; }
+  friend F32x32 operator+(F32x32 a, F32x32 b) {
+    return {a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]};
+  }
+  friend F32x32 operator*(F32x32 a, F32x32 b) {
+    return {a.v[0] * b.v[0], a.v[1] * b.v[1], a.v[2] * b.v[2], a.v[3] * b.v[3]};
+  }
 
   float sum() const {
-    const __m256 v8 = lo + hi;
+    const __m256 v8 = (v[0] + v[2]) + (v[1] + v[3]);
     const __m128 v4 = _mm256_castps256_ps128(v8) + _mm256_extractf128_ps(v8, 1);
     const __m128 v2 = v4 + _mm_movehl_ps(v4, v4);
     return v2[0] + v2[1];
   }
 
  private:
-  static __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-  static __m256 widen(__m128i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16)); }
-
-  __m256i half() const {
-    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return _mm256_set_m128i(_mm256_cvtps_ph(hi, kNearest), _mm256_cvtps_ph(lo, kNearest));
+  static __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+  static __m256 load8(const Float16* p) { return _mm256_cvtph_ps(words(p)); }
+  static __m256 load8(const BFloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16));
   }
 
+  static __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  static __m256 odds(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  static __m256i narrow(__m256 a, __m256 b, const Float16*) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, kNearest), _mm256_cvtps_ph(a, kNearest));
+  }
+  static __m256i narrow(__m256 a, __m256 b, const BFloat16*) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(a), rounded(b)), 0xd8);
+  }
   static __m256i rounded(__m256 f) {
     const __m256i u = _mm256_castps_si256(f);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
   }
-  __m256i bfloat() const {
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(lo), rounded(hi)), 0xd8);
-  }
 };
 
 }  // namespace
 
-void rows_avx2(const RowParams& params, int64_t begin, int64_t end) { run<F32x16>(params, begin, end); }
+void rows_avx2(const RowParams& params, int64_t begin, int64_t end) { run<F32x32>(params, begin, end); }
 
 }  // namespace gemma_norm
 

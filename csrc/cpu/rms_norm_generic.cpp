@@ -54,19 +54,29 @@ void narrow(float f, Float16* to) {
   to->bits = static_cast<uint16_t>(sign | bits);
 }
 
-struct F32x16 {
+struct F32x32 {
   float v[kLanes];
 
-  static F32x16 broadcast(float f) {
-    F32x16 r;
+  static F32x32 broadcast(float f) {
+    F32x32 r;
     for (float& lane : r.v) lane = f;
     return r;
   }
 
   template <class T>
-  static F32x16 load(const T* p) {
-    F32x16 r;
+  static F32x32 load(const T* p) {
+    F32x32 r;
     for (int j = 0; j < kLanes; ++j) r.v[j] = widen(p[j]);
+    return r;
+  }
+
+  template <class T>
+  static F32x32 load_for_sum(const T* p) {
+    return load(p);
+  }
+  static F32x32 load_for_sum(const BFloat16* p) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = widen(p[2 * j % kLanes + 2 * j / kLanes]);
     return r;
   }
 
@@ -81,17 +91,17 @@ struct F32x16 {
   }
   static void fence() {}
 
-  friend F32x16 operator+(F32x16 a, const F32x16& b) {
+  friend F32x32 operator+(F32x32 a, const F32x32& b) {
     for (int j = 0; j < kLanes; ++j) a.v[j] += b.v[j];
     return a;
   }
-  friend F32x16 operator*(F32x16 a, const F32x16& b) {
+  friend F32x32 operator*(F32x32 a, const F32x32& b) {
     for (int j = 0; j < kLanes; ++j) a.v[j] *= b.v[j];
     return a;
   }
 
   float sum() const {
-    F32x16 r = *this;
+    F32x32 r = *this;
     for (int half = kLanes / 2; half > 0; half /= 2)
       for (int j = 0; j < half; ++j) r.v[j] += r.v[j + half];
     return r.v[0];
@@ -100,6 +110,6 @@ struct F32x16 {
 
 }  // namespace
 
-void rows_generic(const RowParams& params, int64_t begin, int64_t end) { run<F32x16>(params, begin, end); }
+void rows_generic(const RowParams& params, int64_t begin, int64_t end) { run<F32x32>(params, begin, end); }
 
 }  // namespace gemma_norm

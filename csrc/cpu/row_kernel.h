@@ -1,11 +1,16 @@
-// The row kernel, written once over a vector type V of 16 floats that each instruction set supplies (rms_norm_*.cpp).
+// The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (rms_norm_*.cpp).
 //
-// The bits are the same on every instruction set: each operation below is one IEEE operation a lane, in an order that depends on
-// the hidden size alone. Element i belongs to lane i % 16 of sum i / 16 % 4, so a sum of squares is a chain of additions per
-// lane and then one fixed tree; the last, incomplete step of a row is padded with zeros, which change no sum.
+// A thread takes its rows in small blocks and passes over each block twice, the second time out of the cache:
+//   statistics  s = the sum of the inputs, stored where there is something to add; rstd of every row
+//   normalize   y = s * rstd * weight
 //
-// Everything is in an anonymous namespace, and no std:: template is used: code compiled here for one instruction set must
-// never be merged by the linker with that of another.
+// The bits are the same on every instruction set, NaN payloads aside. Every operation on V is one IEEE operation a lane, and the
+// order of a sum of squares depends on hidden and dtype alone: lane j of sum k adds up the elements that V::load_for_sum puts
+// there, in the order of their steps, and one fixed tree adds up the lanes. The last, incomplete step of a row is padded with
+// zeros, which change no sum.
+//
+// All of it is in an anonymous namespace and uses no std:: template: the linker must never merge what is compiled here for one
+// instruction set with that of another.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +18,10 @@
 
 #include "../kernels/row_params.h"
 
-// A fused multiply-add rounds once where the other instruction sets round twice.
+// A fused multiply-add rounds once where an instruction set without it rounds twice.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
-#else
+#elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #endif
 
@@ -30,25 +35,34 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-constexpr int kLanes = 16;
-constexpr int kSums = 4;
+constexpr int kLanes = 32;
+constexpr int kSums = 2;  // additions take several cycles: two vectors, of two or more registers each, are under way at a time
 constexpr int kStep = kLanes * kSums;
-constexpr int kCacheLine = 64;
+constexpr int64_t kCacheLine = 64;
 
-#ifndef GN_BLOCK
-#define GN_BLOCK 4
+#ifndef GN_BLOCKBYTES
+#define GN_BLOCKBYTES 4096
 #endif
 #ifndef GN_STREAM
-#define GN_STREAM (int64_t{16} << 20)
+#define GN_STREAM (int64_t{32} << 20)
 #endif
 #ifndef GN_PF
-#define GN_PF 3
+#define GN_PF 2
 #endif
-// Rows that are normalised together: the weight is loaded once for all, and one row's chain of latencies (sum, root, division)
-// hides behind the others' work.
-constexpr int kBlock = GN_BLOCK;
+// Rows of a block: as many as hide each other's latencies (sum, root, division) without pushing each other out of the L1 cache.
+constexpr int64_t kBlockRows = 8;
+constexpr int64_t kBlockBytes = GN_BLOCKBYTES;
 
-enum class Addition { kNone, kResidual, kResidualAndPost };
+// Outputs from this size on do not stay in any cache: writing around it spares reading them from memory first.
+constexpr int64_t kStreamBytes = GN_STREAM;
+
+// Weights converted at a time, to float32 with the offset added. Longer rows than this are rare.
+constexpr int64_t kWeights = 16384;
+
+template <class T>
+void copy(T* to, const T* from, int64_t count) {
+  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+}
 
 template <class T>
 struct Row {
@@ -59,7 +73,7 @@ struct Row {
   T* residual_out;
 };
 
-// Walks the rows in order.
+// Walks the rows in order; after the last one it is at the first again.
 template <class T>
 class RowCursor {
  public:
@@ -73,15 +87,15 @@ class RowCursor {
     }
   }
 
-  Row<T> next() {
-    const Row<T> row = row_;
+  const Row<T>& row() const { return row_; }
+
+  void advance() {
     for (int d = p_.row_dims - 1; d >= 0; --d) {
       move(d, 1);
-      if (++at_[d] < p_.sizes[d]) break;
+      if (++at_[d] < p_.sizes[d]) return;
       move(d, -at_[d]);
       at_[d] = 0;
     }
-    return row;
   }
 
  private:
@@ -98,153 +112,151 @@ class RowCursor {
   int64_t at_[kMaxRowDims];
 };
 
-template <class T>
-void copy(T* to, const T* from, int64_t count) {
-  std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
-}
+// --- The first pass.
+
+enum class Addition { kNone, kResidual, kResidualAndPost };
 
 template <class V, class T>
 V rounded(V value) {
-  T bits[kLanes];
-  value.store(bits);
-  return V::load(bits);
+  T elements[kLanes];
+  value.store(elements);
+  return V::load(elements);
 }
 
-// One step of the first pass: s = the sum of the inputs, its squares added to `sums`.
 template <class V, class T, Addition kAddition>
-void add_squares(const Row<T>& row, int64_t i, V (&sums)[kSums]) {
+[[gnu::always_inline]] inline void statistics_step(const Row<T>& row, int64_t i, V (&sums)[kSums]) {
   for (int k = 0; k < kSums; ++k, i += kLanes) {
-    V s = V::load(row.x + i);
+    const T* s = row.x;
     if constexpr (kAddition != Addition::kNone) {
       V r = V::load(row.residual + i);
       if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
-      (s + r).store(row.residual_out + i);
-      s = V::load(row.residual_out + i);
+      (V::load(row.x + i) + r).store(row.residual_out + i);
+      s = row.residual_out;
     }
-    sums[k] = sums[k] + s * s;
+    const V v = V::load_for_sum(s + i);
+    sums[k] = sums[k] + v * v;
   }
 }
 
 template <class V, class T, Addition kAddition>
-float row_rstd(const RowParams& p, const Row<T>& row) {
-  V sums[kSums] = {V::broadcast(0), V::broadcast(0), V::broadcast(0), V::broadcast(0)};
+float statistics(const RowParams& p, const Row<T>& row) {
+  V sums[kSums] = {V::broadcast(0), V::broadcast(0)};
   int64_t i = 0;
-  for (; i + kStep <= p.hidden; i += kStep) add_squares<V, T, kAddition>(row, i, sums);
+  for (; i + kStep <= p.hidden; i += kStep) statistics_step<V, T, kAddition>(row, i, sums);
   if (const int64_t rest = p.hidden - i) {
     T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {}, sum[kStep];
     copy(x, row.x + i, rest);
     if constexpr (kAddition != Addition::kNone) copy(residual, row.residual + i, rest);
     if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row.post + i, rest);
-    add_squares<V, T, kAddition>({x, residual, post, nullptr, sum}, 0, sums);
+    statistics_step<V, T, kAddition>({x, residual, post, nullptr, sum}, 0, sums);
     if constexpr (kAddition != Addition::kNone) copy(row.residual_out + i, sum, rest);
   }
-  const float mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum() * p.inv_hidden;
+  const float mean = (sums[0] + sums[1]).sum() * p.inv_hidden;
   return 1.0f / __builtin_sqrtf(mean + p.eps);
 }
 
-// The first pass over `count` rows.
-template <class V, class T, Addition kAddition>
-void statistics(const RowParams& p, const Row<T>* rows, int count, float* rstd) {
-  for (int r = 0; r < count; ++r) rstd[r] = row_rstd<V, T, kAddition>(p, rows[r]);
-}
+// --- The second pass.
 
-// The second pass over kRows rows: y = s * rstd * (weight + offset). Meanwhile brings in the rows that come next.
-template <class V, class T, class W, int kRows, bool kStream>
-void normalize(const RowParams& p, const Row<T>* rows, const float* rstd, const Row<T>* next) {
-  const T* s[kRows];
-  T* out[kRows];
-  const T* next_x[kRows];
-  const T* next_residual[kRows];
-  V scale[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    s[r] = p.residual ? rows[r].residual_out : rows[r].x;
-    out[r] = rows[r].out;
-    next_x[r] = next[r].x;
-    next_residual[r] = next[r].residual;
-    scale[r] = V::broadcast(rstd[r]);
-  }
-  const W* weight = static_cast<const W*>(p.weight);
+// Weights [from, from + count) as the second pass wants them.
+template <class V, class W>
+void convert_weights(const RowParams& p, int64_t from, int64_t count, float* to) {
+  const W* weight = static_cast<const W*>(p.weight) + from;
   const V offset = V::broadcast(p.weight_offset);
-
   int64_t i = 0;
-  for (; i + kStep <= p.hidden; i += kStep) {
-    if (GN_PF >= 0)
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kStep; j += kCacheLine / static_cast<int>(sizeof(T))) __builtin_prefetch(next_x[r] + i + j, 0, GN_PF<0?0:GN_PF);
-      if (p.residual)
-      for (int j = 0; j < kStep; j += kCacheLine / static_cast<int>(sizeof(T))) __builtin_prefetch(next_residual[r] + i + j, 0, GN_PF<0?0:GN_PF);
-    }
-    for (int k = 0; k < kStep; k += kLanes) {
-      const V w = V::load(weight + i + k) + offset;
-      for (int r = 0; r < kRows; ++r) {
-        const V y = V::load(s[r] + i + k) * scale[r] * w;
-        if constexpr (kStream)
-          y.stream(out[r] + i + k);
-        else
-          y.store(out[r] + i + k);
-      }
-    }
+  for (; i + kLanes <= count; i += kLanes) (V::load(weight + i) + offset).store(to + i);
+  if (const int64_t rest = count - i) {
+    W padded[kLanes] = {};
+    copy(padded, weight + i, rest);
+    (V::load(padded) + offset).store(to + i);
   }
-  if (const int64_t rest = p.hidden - i) {
-    W w[kStep] = {};
+  // The only NaN that can have bits set below those of a bfloat16 come from float32 weights. Without such bits, rounding by
+  // adding to the bits leaves a NaN as it is, and V need not look for one.
+  for (int64_t j = 0; j < count; ++j) to[j] = to[j] == to[j] ? to[j] : __builtin_nanf("");
+}
+
+template <class T>
+void prefetch(const T* row, int64_t i) {
+  constexpr int64_t kLine = kCacheLine / sizeof(T);
+  for (int64_t j = 0; j < kLanes; j += kLine) __builtin_prefetch(row + i + j, 0, GN_PF);
+}
+
+// `count` elements of one row. Meanwhile brings in the same elements of the row that comes next, if there is one: memory would
+// else idle while the processor computes.
+template <class V, class T, bool kStream>
+void normalize(const T* s, float rstd, const float* weight, int64_t count, T* out, const T* next_x, const T* next_residual) {
+  const V scale = V::broadcast(rstd);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    if (next_x) prefetch(next_x, i);
+    if (next_residual) prefetch(next_residual, i);
+    const V y = V::load(s + i) * scale * V::load(weight + i);
+    if constexpr (kStream)
+      y.stream(out + i);
+    else
+      y.store(out + i);
+  }
+  if (const int64_t rest = count - i) {
+    T padded[kLanes] = {};
+    float w[kLanes] = {};
+    copy(padded, s + i, rest);
     copy(w, weight + i, rest);
-    for (int r = 0; r < kRows; ++r) {
-      T y[kStep] = {};
-      copy(y, s[r] + i, rest);
-      for (int k = 0; k < kStep; k += kLanes) (V::load(y + k) * scale[r] * (V::load(w + k) + offset)).store(y + k);
-      copy(out[r] + i, y, rest);
-    }
+    (V::load(padded) * scale * V::load(w)).store(padded);
+    copy(out + i, padded, rest);
   }
 }
 
-template <class V, class T, class W, bool kStream>
-void run(const RowParams& p, int64_t begin, int64_t end) {
-  const auto first_pass = !p.residual                 ? &statistics<V, T, Addition::kNone>
-                          : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual>
-                                                      : &statistics<V, T, Addition::kResidualAndPost>;
-  RowCursor<T> cursor(p, begin);
-  Row<T> rows[kBlock], next[kBlock];
-  float rstd[kBlock];
-  int64_t row = begin;
-  if (row + kBlock <= end) {
-    for (auto& r : next) r = cursor.next();
-    for (; row + kBlock <= end; row += kBlock) {
-      for (int r = 0; r < kBlock; ++r) rows[r] = next[r];
-      if (row + 2 * kBlock <= end)
-        for (auto& r : next) r = cursor.next();
-      first_pass(p, rows, kBlock, rstd);
-      normalize<V, T, W, kBlock, kStream>(p, rows, rstd, next);
-    }
-  }
-  for (; row < end; ++row) {
-    rows[0] = cursor.next();
-    first_pass(p, rows, 1, rstd);
-    normalize<V, T, W, 1, kStream>(p, rows, rstd, rows);
-  }
-  if constexpr (kStream) V::fence();
-}
+// --- Both.
 
-template <class V, class T, class W>
-void run(const RowParams& p, int64_t begin, int64_t end) {
-  const int64_t item = static_cast<int64_t>(sizeof(T));
-  bool stream = p.rows * p.hidden * item >= GN_STREAM && reinterpret_cast<uintptr_t>(p.out) % kCacheLine == 0;
-  for (int d = 0; d < p.row_dims; ++d) stream = stream && p.out_strides[d] * item % kCacheLine == 0;
-  if (stream) run<V, T, W, true>(p, begin, end);
-  else run<V, T, W, false>(p, begin, end);
+// Whether to write around the caches: `out` is large, not in them already, and made of whole cache lines.
+template <class T>
+bool streams(const RowParams& p) {
+  constexpr int64_t kItem = sizeof(T);
+  bool aligned = reinterpret_cast<uintptr_t>(p.out) % kCacheLine == 0;
+  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && p.out_strides[d] * kItem % kCacheLine == 0;
+  return aligned && p.out != p.x && p.out != p.residual && p.rows * p.hidden * kItem >= kStreamBytes;
 }
 
 template <class V, class T>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  if (p.weight_dtype == DType::kFloat32)
-    run<V, T, float>(p, begin, end);
-  else
-    run<V, T, T>(p, begin, end);
+  const auto statistics_of = !p.residual                 ? &statistics<V, T, Addition::kNone>
+                             : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual>
+                                                         : &statistics<V, T, Addition::kResidualAndPost>;
+  const auto convert = p.weight_dtype == DType::kFloat32 ? &convert_weights<V, float> : &convert_weights<V, T>;
+  const auto write = streams<T>(p) ? &normalize<V, T, true> : &normalize<V, T, false>;
+
+  alignas(kCacheLine) float weight[kWeights];
+  if (p.hidden <= kWeights) convert(p, 0, p.hidden, weight);
+
+  const int64_t fitting = kBlockBytes / (p.hidden * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = fitting < 1 ? 1 : fitting < kBlockRows ? fitting : kBlockRows;
+  Row<T> rows[kBlockRows];
+  float rstd[kBlockRows];
+  RowCursor<T> cursor(p, begin);
+  while (begin < end) {
+    const int64_t count = end - begin < block ? end - begin : block;
+    for (int64_t r = 0; r < count; ++r, cursor.advance()) {
+      rows[r] = cursor.row();
+      rstd[r] = statistics_of(p, rows[r]);
+    }
+    begin += count;
+    const Row<T> next = block == 1 && begin < end ? cursor.row() : Row<T>{};  // short rows need no help
+    for (int64_t r = 0; r < count; ++r) {
+      const T* s = p.residual ? rows[r].residual_out : rows[r].x;
+      for (int64_t i = 0; i < p.hidden; i += kWeights) {
+        const int64_t part = p.hidden - i < kWeights ? p.hidden - i : kWeights;
+        if (p.hidden > kWeights) convert(p, i, part, weight);
+        write(s + i, rstd[r], weight, part, rows[r].out + i, next.x ? next.x + i : nullptr,
+              next.residual ? next.residual + i : nullptr);
+      }
+    }
+  }
+  V::fence();
 }
 
 template <class V>
 void run(const RowParams& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::kFloat32: return run<V, float, float>(p, begin, end);
+    case DType::kFloat32: return run<V, float>(p, begin, end);
     case DType::kFloat16: return run<V, Float16>(p, begin, end);
     case DType::kBFloat16: return run<V, BFloat16>(p, begin, end);
     case DType::kOther: return;  // check() refuses it

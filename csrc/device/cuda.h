@@ -20,7 +20,6 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
-GEMMA_NORM_DEVICE int64_t grid_blocks() { return gridDim.x; }
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
 
@@ -80,9 +79,13 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
 }
 
 // Everything a kernel reads may come from the kernel before it, the weight too (a training step, a weight update).
-GEMMA_NORM_DEVICE void wait_for_previous_kernel() {
+template <class... Pointers>
+GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers... needed) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  // The branch, never taken, keeps the compiler from waiting first and working out the addresses afterwards.
+  asm volatile(
+      "{\n .reg .pred p;\n setp.eq.u64 p, %0, 0;\n @p trap;\n griddepcontrol.wait;\n}" ::"l"((reinterpret_cast<uint64_t>(needed) | ...))
+      : "memory");
 #endif
 }
 GEMMA_NORM_DEVICE void allow_next_kernel() {

@@ -18,7 +18,6 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
-GEMMA_NORM_DEVICE int64_t grid_blocks() { return gridDim.x; }
 GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
 
 // Of the target being compiled; the host asks the device (facts). ROCm 7 has no macro or constant for it any more.
@@ -116,7 +115,8 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   return low | static_cast<uint32_t>(high) << 16;
 }
 
-GEMMA_NORM_DEVICE void wait_for_previous_kernel() {}
+template <class... Pointers>
+GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers...) {}
 GEMMA_NORM_DEVICE void allow_next_kernel() {}
 
 using Stream = hipStream_t;

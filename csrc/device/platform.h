@@ -10,7 +10,8 @@
 //   load(p)                        16 bytes that others will want too
 //   as_float(bits) as_bits(f) fma(a, b, c) sqrt(v)                           IEEE, round to nearest even
 //   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
-//   wait_for_previous_kernel() allow_next_kernel()                           overlapped launches; nothing where there are none
+//   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
+//                                                                           the pointers are worked out before the wait
 //
 // and for the host side: Stream, launch(kernel, blocks, threads, stream, facts, args...), facts(), Error and error_text().
 #pragma once

@@ -44,22 +44,31 @@ device::Error with_bool(bool value, Call&& call) {
   return value ? call(std::true_type{}) : call(std::false_type{});
 }
 
-// Exactly the shapes of the ladder in plan.cpp.
+// Exactly the shapes of the ladder in plan.cpp. Picking single elements for many vectors would spill registers: streamed instead,
+// in the same layout, hence with the same result.
 template <class X, class W, bool kAdd, bool kAligned, class Call>
 device::Error with_kernel(const LaunchPlan& plan, Call&& call) {
-  if (plan.scope == Scope::kStream) return call(&rms_norm_stream<X, W, kAdd, kAligned>);
   if (plan.scope == Scope::kWave)
     return plan.vectors == 2 ? call(&rms_norm_rows<X, W, kAdd, Scope::kWave, 2, kAligned>)
                              : call(&rms_norm_rows<X, W, kAdd, Scope::kWave, 4, kAligned>);
-  return plan.vectors == 2   ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 2, kAligned>)
-         : plan.vectors == 4 ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 4, kAligned>)
-                             : call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 8, kAligned>);
+  if constexpr (kAligned) {
+    if (plan.scope == Scope::kBlock)
+      return plan.vectors == 4 ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 4, true>)
+                               : call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 8, true>);
+  }
+  return call(&rms_norm_stream<X, W, kAdd, kAligned>);
 }
 
-inline device::Error launch_rows(const RowParams& p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
+inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
   const Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors};
   const auto launch = [&](void (*kernel)(RowParams, Layout)) {
-    return device::launch(kernel, grid_blocks(plan, p.rows, facts), plan.block_threads, stream, facts, p, layout);
+    const int64_t most = max_blocks(plan, facts);
+    device::Error error = device::kSuccess;
+    for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
+      const int64_t blocks = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block();
+      error = device::launch(kernel, blocks < most ? blocks : most, plan.block_threads, stream, facts, p, layout);
+    }
+    return error;
   };
   return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
     return with_bool(p.residual != nullptr, [&](auto add) {
@@ -78,7 +87,7 @@ inline Status run(const NormArgs& args, device::Stream stream, Message* message)
   if (slices.count == 0) return Status::kOk;
   DeviceFacts facts;
   device::Error error =
-      device::facts(&facts, reinterpret_cast<const void*>(&rms_norm_rows<float, float, false, Scope::kBlock, 2, true>));
+      device::facts(&facts, reinterpret_cast<const void*>(&rms_norm_rows<float, float, false, Scope::kBlock, 4, true>));
   if (error == device::kSuccess) {
     const LaunchPlan plan = make_plan(params.hidden, params.dtype, facts);
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)

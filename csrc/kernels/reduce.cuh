@@ -2,32 +2,34 @@
 #pragma once
 
 #include "../device/platform.h"
+#include "../plan.h"
 
 namespace gemma_norm::kernels {
 
-constexpr int kMaxWaves = 32;
+constexpr int kMaxWaves = kMaxBlockThreads / 32;
+static_assert(kMaxWaves == 16, "sum_over_block adds sixteen partial sums");
 
-// Scratch of a block: two buffers in turn, so that a row needs one barrier only.
-struct Partials {
-  float sum[2][kMaxWaves];
-};
-
-// Every thread of the block gets the sum; `turn` alternates between 0 and 1 from one call to the next.
-GEMMA_NORM_DEVICE float sum_over_block(float v, Partials& partials, int turn) {
+// Every thread of the block gets the sum.
+GEMMA_NORM_DEVICE float sum_over_block(float v) {
+  GEMMA_NORM_SHARED Words partials[kMaxWaves / 4];
   const int width = device::wave_width(), waves = device::block_threads() / width;
   const int lane = device::thread_index() % width, wave = device::thread_index() / width;
   v = device::sum_over_lanes(v, width);
   if (waves == 1) return v;
-  float* sum = partials.sum[turn];
-  if (lane == 0) sum[wave] = v;
+  if (lane == 0) reinterpret_cast<float*>(partials)[wave] = v;
   device::block_barrier();
-  if (waves <= 8) {  // a few broadcast reads are quicker than exchanges between lanes
-    float w[8];
+  // A few broadcast reads are quicker than exchanges between lanes.
+  float sum[4] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = i < waves ? sum[i] : 0.0f;
-    return ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7]));
+  for (int i = 0; i < 4; ++i) {
+    if (i >= 2 && waves <= 8) break;
+    const Words four = partials[i];
+    float f[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) f[j] = 4 * i + j < waves ? device::as_float(four.word[j]) : 0.0f;
+    sum[i] = (f[0] + f[1]) + (f[2] + f[3]);
   }
-  return device::sum_over_lanes(lane < waves ? sum[lane] : 0.0f, width);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 }  // namespace gemma_norm::kernels

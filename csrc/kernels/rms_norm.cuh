@@ -39,103 +39,108 @@ GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
 template <class X, class W, bool kAdd, Scope kScope, int kVectors, bool kAligned>
 GEMMA_NORM_KERNEL(kScope == Scope::kWave ? kWaveBlockThreads : kMaxBlockThreads)
 rms_norm_rows(RowParams p, Layout layout) {
-  GEMMA_NORM_SHARED Partials partials;
-  const int slot = kScope == Scope::kWave ? device::thread_index() % layout.group_threads : device::thread_index();
-  const int group = kScope == Scope::kWave ? device::thread_index() / layout.group_threads : 0;
-  const int rows_per_block = kScope == Scope::kWave ? device::block_threads() / layout.group_threads : 1;
-  const int hidden = static_cast<int>(p.hidden), step = item_step(layout);
+  int slot = device::thread_index();
+  int64_t r = p.first_row + device::block_index();
+  if constexpr (kScope == Scope::kWave) {
+    slot &= layout.group_threads - 1;
+    r = p.first_row + (device::block_index() * device::block_threads() + device::thread_index() - slot) / layout.group_threads;
+  }
+  // Threads without a part of a row still take part in the exchanges.
+  const bool active = r < p.rows && slot < layout.slots;
+  const int end = active ? static_cast<int>(p.hidden) : 0;
+  const Row<X, kAdd> row(p, active ? r : 0);
   const W* weight = static_cast<const W*>(p.weight);
-  int turn = 0;
-  device::wait_for_previous_kernel();
-  device::allow_next_kernel();
-
-  // All threads of a block go round together, so that every lane takes part in the exchanges.
-  const int64_t stride = device::grid_blocks() * rows_per_block;
-  for (int64_t block_row = device::block_index() * rows_per_block; block_row < p.rows; block_row += stride) {
-    const bool active = block_row + group < p.rows && slot < layout.slots;
-    const Row<X, kAdd> row(p, active ? block_row + group : 0);
-    const int end = active ? hidden : 0;
-
-    Words s[kVectors];
-    Weights<X, W> w[kVectors];
-    int first[kVectors];
+  const int step = item_step(layout);
+  int first[kVectors];
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      first[k] = first_item<X, int>(layout, slot, k);
-      s[k] = load_items<kAligned>(row.x, first[k], step, end, true);
-    }
+  for (int k = 0; k < kVectors; ++k) first[k] = first_item<X, int>(layout, slot, k);
+  constexpr bool kEarlyWeights = kVectors * Weights<X, W>::kVectors <= 4;
+  Words s[kVectors], residual[kVectors];
+  Weights<X, W> w[kVectors];
+  const auto load = [&](auto end) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first[k], step, end, true);
     if constexpr (kAdd) {
-      Words r[kVectors];
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) r[k] = load_items<kAligned>(row.residual, first[k], step, end, true);
-      if (row.post) {
-#pragma unroll
-        for (int k = 0; k < kVectors; ++k)
-          r[k] = add_rounded<X>(r[k], load_items<kAligned>(row.post, first[k], step, end, true));
-      }
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        s[k] = add_rounded<X>(s[k], r[k]);
-        store_items<kAligned>(row.residual_out, first[k], step, end, s[k]);
-      }
+      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first[k], step, end, true);
     }
-    // Weights are asked for before the sum is known, so that they arrive meanwhile; with many vectors registers are too dear.
-    constexpr bool kEarlyWeights = kVectors <= 4;
+    // Weights are asked for before the sum is known, so that they arrive meanwhile; where they are many, registers are too dear.
     if constexpr (kEarlyWeights) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) w[k].template load<kAligned>(weight, first[k], step, end);
     }
-
-    SquareSums<X> squares;
+  };
+  // What needs no memory is done by now.
+  device::wait_for_previous_kernel(row.x + first[0], row.out + first[0], weight + first[0]);
+  if (kAligned && first[kVectors - 1] < end) {
+    load(NoEnd{});  // no conditions: the loads go out back to back
+  } else {
+    load(end);
+  }
+  if constexpr (kAdd) {
+    if (row.post) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
-    const float sum = kScope == Scope::kWave ? device::sum_over_lanes(squares.total(), layout.group_threads)
-                                             : sum_over_block(squares.total(), partials, turn);
-    turn ^= 1;
-    const float rstd = reciprocal_std(sum, p);
-
+      for (int k = 0; k < kVectors; ++k)
+        residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first[k], step, end, true));
+    }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      if constexpr (!kEarlyWeights) w[k].template load<kAligned>(weight, first[k], step, end);
-      store_items<kAligned>(row.out, first[k], step, end, w[k].apply(s[k], rstd, p.weight_offset));
+      s[k] = add_rounded<X>(s[k], residual[k]);
+      store_items<kAligned>(row.residual_out, first[k], step, end, s[k]);
     }
+  }
+
+  SquareSums<X> squares;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
+  const float sum = kScope == Scope::kWave ? device::sum_over_lanes(squares.total(), layout.group_threads)
+                                           : sum_over_block(squares.total());
+  device::allow_next_kernel();  // earlier, its blocks would take room from those of this one
+  const float rstd = reciprocal_std(sum, p);
+
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    if constexpr (!kEarlyWeights) {
+      constexpr int kBatch = kVectors < 4 ? kVectors : 4;  // loads at a time: a load cannot move up before a store
+      if (k % kBatch == 0)
+        for (int i = k; i < k + kBatch; ++i) w[i].template load<kAligned>(weight, first[i], step, end);
+    }
+    store_items<kAligned>(row.out, first[k], step, end, w[k].apply(s[k], rstd, p.weight_offset));
   }
 }
 
-// Rows that no block can hold: read for the sum, then again, from the cache as far as it reaches, for the output.
+// Rows that no block can hold, or whose elements must be picked one by one: read for the sum, then again, from the cache as far
+// as it reaches, for the output.
 template <class X, class W, bool kAdd, bool kAligned>
 GEMMA_NORM_KERNEL(kMaxBlockThreads)
 rms_norm_stream(RowParams p, Layout layout) {
-  GEMMA_NORM_SHARED Partials partials;
   const int slot = device::thread_index(), step = item_step(layout);
-  int turn = 0;
-  device::wait_for_previous_kernel();
+  const int64_t end = slot < layout.slots ? p.hidden : 0;
+  const Row<X, kAdd> row(p, p.first_row + device::block_index());
+  device::wait_for_previous_kernel(row.x, row.out, p.weight);
+
+  SquareSums<X> squares;
+  for (int k = 0; k < layout.vectors; ++k) {
+    const int64_t first = first_item<X, int64_t>(layout, slot, k);
+    Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
+    if constexpr (kAdd) {
+      Words residual = load_items<kAligned>(row.residual, first, step, end, true);
+      if (row.post) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
+      s = add_rounded<X>(s, residual);
+      store_items<kAligned>(row.residual_out, first, step, end, s);
+    }
+    squares.add(s);
+  }
+  const float rstd = reciprocal_std(sum_over_block(squares.total()), p);
   device::allow_next_kernel();
 
-  for (int64_t r = device::block_index(); r < p.rows; r += device::grid_blocks()) {
-    const Row<X, kAdd> row(p, r);
-    SquareSums<X> squares;
-    for (int k = 0; k < layout.vectors; ++k) {
-      const int64_t first = first_item<X, int64_t>(layout, slot, k);
-      Words s = load_items<kAligned>(row.x, first, step, p.hidden, kAdd);
-      if constexpr (kAdd) {
-        Words r = load_items<kAligned>(row.residual, first, step, p.hidden, true);
-        if (row.post) r = add_rounded<X>(r, load_items<kAligned>(row.post, first, step, p.hidden, true));
-        s = add_rounded<X>(s, r);
-        store_items<kAligned>(row.residual_out, first, step, p.hidden, s);
-      }
-      squares.add(s);
-    }
-    const float rstd = reciprocal_std(sum_over_block(squares.total(), partials, turn), p);
-    turn ^= 1;
-    const X* again = kAdd ? row.residual_out : row.x;  // each thread reads back what it wrote itself
-    for (int k = 0; k < layout.vectors; ++k) {
-      const int64_t first = first_item<X, int64_t>(layout, slot, k);
-      Weights<X, W> w;
-      w.template load<kAligned>(static_cast<const W*>(p.weight), first, step, p.hidden);
-      const Words s = load_items<kAligned>(again, first, step, p.hidden, true);
-      store_items<kAligned>(row.out, first, step, p.hidden, w.apply(s, rstd, p.weight_offset));
-    }
+  const X* again = kAdd ? row.residual_out : row.x;  // each thread reads back what it wrote itself
+  for (int k = 0; k < layout.vectors; ++k) {
+    const int64_t first = first_item<X, int64_t>(layout, slot, k);
+    Weights<X, W> w;
+    w.template load<kAligned>(static_cast<const W*>(p.weight), first, step, end);
+    const Words s = load_items<kAligned>(again, first, step, end, true);
+    store_items<kAligned>(row.out, first, step, end, w.apply(s, rstd, p.weight_offset));
   }
 }
 

@@ -29,13 +29,20 @@ GEMMA_NORM_DEVICE Index first_item(const Layout& layout, int slot, int k) {
 }
 GEMMA_NORM_DEVICE int item_step(const Layout& layout) { return layout.whole_vectors ? 1 : layout.slots; }
 
+// In place of a row's end, where all of a slot's elements are known to lie before it.
+struct NoEnd {};
+template <class Index>
+GEMMA_NORM_DEVICE bool operator<(Index, NoEnd) {
+  return true;
+}
+
 // A slot's k-th vector of a row; what lies past the row's end reads as 0 and is not written. Aligned: whole 16-byte accesses.
 // Otherwise element by element, for any alignment: the same elements in the same places, so the same results.
-template <bool kAligned, class T, class Index>
-GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, Index hidden, bool once) {
+template <bool kAligned, class T, class Index, class End>
+GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end, bool once) {
   Words v{};
   if constexpr (kAligned) {
-    if (first < hidden) {
+    if (first < end) {
       const Words* p = reinterpret_cast<const Words*>(row + first);
       v = once ? device::load_once(p) : device::load(p);
     }
@@ -43,7 +50,7 @@ GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, Index hi
 #pragma unroll
     for (int i = 0; i < kItems<T>; ++i) {
       const Index at = first + static_cast<Index>(i) * step;
-      if (at >= hidden) continue;
+      if (!(at < end)) continue;
       if constexpr (sizeof(T) == 4) {
         v.word[i] = device::as_bits(row[at]);
       } else {
@@ -55,14 +62,14 @@ GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, Index hi
 }
 
 template <bool kAligned, class T, class Index>
-GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index hidden, Words v) {
+GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Words v) {
   if constexpr (kAligned) {
-    if (first < hidden) device::store_once(reinterpret_cast<Words*>(row + first), v);
+    if (first < end) device::store_once(reinterpret_cast<Words*>(row + first), v);
   } else {
 #pragma unroll
     for (int i = 0; i < kItems<T>; ++i) {
       const Index at = first + static_cast<Index>(i) * step;
-      if (at >= hidden) continue;
+      if (!(at < end)) continue;
       if constexpr (sizeof(T) == 4) {
         row[at] = device::as_float(v.word[i]);
       } else {
@@ -102,11 +109,11 @@ struct Weights {
   static constexpr int kVectors = sizeof(W) / sizeof(X);
   Words v[kVectors];
 
-  template <bool kAligned, class Index>
-  GEMMA_NORM_DEVICE void load(const W* weight, Index first, int step, Index hidden) {
+  template <bool kAligned, class Index, class End>
+  GEMMA_NORM_DEVICE void load(const W* weight, Index first, int step, End end) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, hidden, false);
+      v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, end, false);
   }
 
   // y = round(s * rstd * (weight + offset))
@@ -121,43 +128,35 @@ struct Weights {
   }
 };
 
-// The rows of one call's tensors, as element offsets from their bases.
-struct RowOffsets {
-  int64_t x, residual, post, out, residual_out;
+// A row's coordinates. Division is slow, in 64 bits more so: none for one dimension, 32 bits unless the batch is huge.
+struct RowIndex {
+  int64_t outer, inner;
+
+  GEMMA_NORM_DEVICE RowIndex(const RowParams& p, int64_t row) : outer(0), inner(row) {
+    if (p.row_dims == 1) return;
+    const int64_t size = p.sizes[1];
+    outer = (row | size) >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
+    inner = row - outer * size;
+  }
+  GEMMA_NORM_DEVICE int64_t offset(const RowParams& p, const int64_t (&strides)[kMaxRowDims]) const {
+    return p.row_dims == 1 ? inner * strides[0] : outer * strides[0] + inner * strides[1];
+  }
 };
 
-GEMMA_NORM_DEVICE RowOffsets row_offsets(const RowParams& p, int64_t row) {
-  RowOffsets o{};
-  for (int d = p.row_dims - 1; d >= 0; --d) {
-    int64_t at = row;
-    if (d > 0) {  // 32-bit division is several times faster, and enough but for huge batches
-      const int64_t size = p.sizes[d];
-      row = (row | size) >> 32 ? at / size : static_cast<uint32_t>(at) / static_cast<uint32_t>(size);
-      at -= row * size;
-    }
-    o.x += at * p.x_strides[d];
-    o.residual += at * p.residual_strides[d];
-    o.post += at * p.post_strides[d];
-    o.out += at * p.out_strides[d];
-    o.residual_out += at * p.residual_out_strides[d];
-  }
-  return o;
-}
-
-// One row of the call, typed. s() is what is normalised: x, or its rounded sum with the residual(s).
+// One row of the call, typed.
 template <class X, bool kAdd>
 struct Row {
   const X *x, *residual, *post;
   X *out, *residual_out;
 
   GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row) {
-    const RowOffsets o = row_offsets(p, row);
-    x = static_cast<const X*>(p.x) + o.x;
-    out = static_cast<X*>(p.out) + o.out;
+    const RowIndex at(p, row);
+    x = static_cast<const X*>(p.x) + at.offset(p, p.x_strides);
+    out = static_cast<X*>(p.out) + at.offset(p, p.out_strides);
     if constexpr (kAdd) {
-      residual = static_cast<const X*>(p.residual) + o.residual;
-      residual_out = static_cast<X*>(p.residual_out) + o.residual_out;
-      post = p.post_residual_addition ? static_cast<const X*>(p.post_residual_addition) + o.post : nullptr;
+      residual = static_cast<const X*>(p.residual) + at.offset(p, p.residual_strides);
+      residual_out = static_cast<X*>(p.residual_out) + at.offset(p, p.residual_out_strides);
+      post = p.post_residual_addition ? static_cast<const X*>(p.post_residual_addition) + at.offset(p, p.post_strides) : nullptr;
     }
   }
 };

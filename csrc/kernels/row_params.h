@@ -7,10 +7,11 @@
 
 namespace gemma_norm {
 
-constexpr int kMaxRowDims = 3;
+constexpr int kMaxRowDims = 2;
 
 // The leading dimensions, collapsed together for all tensors of the call: row r has the coordinates of r in `sizes`, the last
-// of them fastest. One dimension is the common case (every tensor's rows lie at one stride).
+// of them fastest. One dimension is the common case (every tensor's rows lie at one stride), two are the heads of a q or k that
+// is a slice of a fused buffer; what has more is launched in slices (check.h), as a kernel's time goes into finding rows too.
 struct RowParams {
   const void* x;                       // [rows, hidden], as are residual, post, out and residual_out
   const void* residual;                // null: no addition
@@ -19,6 +20,7 @@ struct RowParams {
   void* out;
   void* residual_out;  // null exactly when residual is
 
+  int64_t first_row;  // of this launch: a grid that would be too large is cut
   int64_t rows;
   int64_t hidden;
   int32_t row_dims;  // 1 .. kMaxRowDims

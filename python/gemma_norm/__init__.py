@@ -1,8 +1,8 @@
 """RMSNorm, plain or fused with the residual addition, by native kernels on AMD and NVIDIA GPUs and on the CPU.
 
 Importing this package loads the native libraries and defines ``torch.ops.gemma_norm``. See :func:`rms_norm`,
-:func:`fused_add_rms_norm`, :func:`add_rms_norm`, the modules :class:`RMSNorm` and :class:`GemmaRMSNorm`, and :func:`backends`.
-``python -m gemma_norm`` checks and times an installation.
+:func:`fused_add_rms_norm`, :func:`add_rms_norm`, the modules :class:`RMSNorm` and :class:`GemmaRMSNorm`, and
+:func:`backends`. ``python -m gemma_norm`` checks and times an installation.
 """
 
 from . import _library

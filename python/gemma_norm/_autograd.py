@@ -5,7 +5,7 @@ With ``n = s * rstd`` and ``g = dy * w`` (w is ``1 + weight`` with gemma), all i
     ds      = rstd * (g - n * mean(g * n)) + dsum
     dweight = sum over rows of dy * n
 
-x, residual and post_residual_addition are summed, so each gets ds. Every gradient is rounded once, to its input's dtype.
+x, residual and post_residual_addition are summed, so each gets ds. A gradient is rounded once, to its input's dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RMSNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight = _backward(ctx, dy, x, weight, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
@@ -53,7 +53,7 @@ class AddRMSNormFunction(torch.autograd.Function):
         ctx.save_for_backward(output[1], weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
         s, weight = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, _, _, needs_post = ctx.needs_input_grad
@@ -62,7 +62,9 @@ class AddRMSNormFunction(torch.autograd.Function):
         return ds if needs_x else None, ds if needs_residual else None, dweight, None, None, ds if needs_post else None
 
 
-def _backward(ctx: Any, dy: Tensor, s: Tensor, weight: Tensor, needs_s: bool, needs_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+def _backward(
+    ctx: Any, dy: Tensor, s: Tensor, weight: Tensor, needs_s: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
     s, dy = s.float(), dy.float()
     rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + ctx.eps)
     n = s * rstd

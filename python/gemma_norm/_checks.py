@@ -1,11 +1,12 @@
-"""The argument checks of csrc/check.cpp and csrc/torch/bind.h again, for calls that never reach C++: fake tensors and devices
-without a native library. The same rules, the same messages. Works with SymInts (torch._check adds guards, or run-time asserts)."""
+"""The argument checks of csrc/check.cpp and csrc/torch/bind.h again, for calls that never reach C++.
+
+Those are calls with fake tensors and on devices without a native library. The rules and the messages are the same.
+Sizes may be symbolic: torch._check turns conditions on them into guards or into assertions at run time.
+"""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,6 @@ DIFFERENTIABLE = {
     "add_rms_norm": "gemma_norm.add_rms_norm",
     "fused_add_rms_norm": "gemma_norm.add_rms_norm",
 }
-NO_GRADIENT = (
-    "must not require grad while grad mode is enabled, got requires_grad=True; torch.ops.gemma_norm records no gradient: "
-    "call {}, which is differentiable, or use torch.no_grad()"
-)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -47,32 +44,31 @@ def check_arguments(
     tensors = {"x": x, "weight": weight, **like_x}
     for name, t in tensors.items():
         dense = t.layout == torch.strided and not t.is_quantized and not t.is_nested
-        _require(dense, lambda: f"{op}: {name} must be a dense tensor, got {layout_name(t)}")
+        _require(dense, f"{op}: {name} must be a dense tensor, got {layout_name(t)}")
     for name, t in tensors.items():
-        _require(t.device == x.device, lambda: f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+        _require(t.device == x.device, f"{op}: {name} must be on x's device {x.device}, got {t.device}")
     if torch.is_grad_enabled():
         call = DIFFERENTIABLE[op] + (" without out" if out is not None else "")
+        advice = (
+            f"torch.ops.gemma_norm records no gradient: call {call}, which is differentiable, or use torch.no_grad()"
+        )
+        rule = "must not require grad while grad mode is enabled, got requires_grad=True"
         for name, t in tensors.items():
-            _require(not t.requires_grad, lambda: f"{op}: {name} {NO_GRADIENT.format(call)}")
+            _require(not t.requires_grad, f"{op}: {name} {rule}; {advice}")
 
-    hidden = _check_x(op, x)
-    dtype = dtype_name(x.dtype)
+    _require(x.dtype in DTYPES, f"{op}: x must have dtype float32, float16 or bfloat16, got {dtype_name(x.dtype)}")
+    _require(x.dim() >= 1, f"{op}: x must have at least one dimension, got shape []")
+    _require(x.shape[-1] >= 1, f"{op}: x must have a last dimension of at least 1, got shape {list(x.shape)}")
+    _check_rows(op, "x", x)
+    _check_weight(op, x, weight)
     for name, t in like_x.items():
-        _require(t.dtype == x.dtype, lambda: f"{op}: {name} must have x's dtype {dtype}, got {dtype_name(t.dtype)}")
+        expected = f"{op}: {name} must have x's"
+        _require(t.dtype == x.dtype, f"{expected} dtype {dtype_name(x.dtype)}, got {dtype_name(t.dtype)}")
         for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
-            _require(same, lambda: f"{op}: {name} must have x's shape {list(x.shape)}, got {list(t.shape)}")
+            _require(same, f"{expected} shape {list(x.shape)}, got {list(t.shape)}")
         _check_rows(op, name, t)
-
-    shape = list(weight.shape)
-    for same in (weight.dim() == 1, *(n == hidden for n in shape)):
-        _require(same, lambda: f"{op}: weight must have shape [{hidden}], got {shape}")
-    legal = dtype if x.dtype == torch.float32 else f"{dtype} (x's) or float32"
-    same = weight.dtype in (x.dtype, torch.float32)
-    _require(same, lambda: f"{op}: weight must have dtype {legal}, got {dtype_name(weight.dtype)}")
-    stride = weight.stride(0)
-    _require(stride == 1 or hidden == 1, lambda: f"{op}: weight must be contiguous (stride 1), got stride {stride}")
-    valid = math.isfinite(eps) and 0 <= eps <= torch.finfo(torch.float32).max
-    _require(valid, lambda: f"{op}: eps must be finite in float32 and at least 0, got {eps:g}")
+    in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
+    _require(in_range, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
 
 
 def check_memory(op: str, outputs: dict[str, Tensor], inputs: dict[str, Tensor | None], weight: Tensor) -> None:
@@ -80,37 +76,40 @@ def check_memory(op: str, outputs: dict[str, Tensor], inputs: dict[str, Tensor |
     if any(t.numel() == 0 for t in outputs.values()):
         return
     for (a, ta), (b, tb) in itertools.combinations(outputs.items(), 2):
-        _require(not overlap(ta, tb), lambda: f"{op}: {b} must not overlap {a}, which is also written, got overlapping memory")
+        _require(not overlap(ta, tb), f"{op}: {b} must not overlap {a}, which is also written, got overlapping memory")
     for name, t in outputs.items():
-        itself = f"{op}: {name} is written and must not overlap itself, got a tensor with shared elements"
-        _require(not overlaps_itself(t), lambda: itself)
-        _require(not overlap(t, weight), lambda: f"{op}: {name} is written and must not overlap weight, got overlapping memory")
+        written = f"{op}: {name} is written and must not overlap"
+        _require(not overlaps_itself(t), f"{written} itself, got a tensor with shared elements")
+        _require(not overlap(t, weight), f"{written} weight, got overlapping memory")
         for other_name, other in inputs.items():
             apart = other is None or same_memory(t, other) or not overlap(t, other)
-            either = f"must be {other_name}'s memory exactly or not overlap it"
-            _require(apart, lambda: f"{op}: {name} {either}, got a partial overlap")
+            either = f"{other_name}'s memory exactly or not overlap it"
+            _require(apart, f"{op}: {name} must be {either}, got a partial overlap")
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    steps = [(sa, sb) for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=False) if n != 1]
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and all(sa == sb for sa, sb in steps)
+    strides = [(sa, sb) for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=False) if n != 1]
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and all(sa == sb for sa, sb in strides)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Some byte belongs to both. Exact for any strides."""
-    a_begin, a_end, b_begin, b_end = *_extent(a), *_extent(b)
+    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     if a_end <= b_begin or b_end <= a_begin:
         return False
     a_starts, b_starts = _row_starts(a), _row_starts(b)
-    a_bytes, b_bytes = a.shape[-1] * a.element_size(), b.shape[-1] * b.element_size()
-    first = torch.searchsorted(b_starts, a_starts - b_bytes, right=True)
-    return bool((first < torch.searchsorted(b_starts, a_starts + a_bytes)).any())
+    # Some row of b must begin after (a row of a) - (a row of b's length), and before that row of a ends.
+    first = torch.searchsorted(b_starts, a_starts - _row_bytes(b), right=True)
+    return bool((first < torch.searchsorted(b_starts, a_starts + _row_bytes(a))).any())
 
 
 def overlaps_itself(a: Tensor) -> bool:
     """Two indices name the same byte."""
-    starts = _row_starts(a)
-    return bool((starts.diff() < a.shape[-1] * a.element_size()).any())
+    return bool((_row_starts(a).diff() < _row_bytes(a)).any())
+
+
+def _row_bytes(a: Tensor) -> int:
+    return a.shape[-1] * a.element_size()
 
 
 def _extent(a: Tensor) -> tuple[int, int]:
@@ -126,20 +125,22 @@ def _row_starts(a: Tensor) -> Tensor:
     return starts.sort().values
 
 
-def _check_x(op: str, x: Tensor) -> int:
-    _require(x.dtype in DTYPES, lambda: f"{op}: x must have dtype float32, float16 or bfloat16, got {dtype_name(x.dtype)}")
-    _require(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got shape []")
+def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
     hidden = x.shape[-1]
-    _require(hidden >= 1, lambda: f"{op}: x must have a last dimension of at least 1, got shape {list(x.shape)}")
-    _check_rows(op, "x", x)
-    return hidden
+    for same in (weight.dim() == 1, *(n == hidden for n in weight.shape)):
+        _require(same, f"{op}: weight must have shape [{hidden}], got {list(weight.shape)}")
+    legal = dtype_name(x.dtype) if x.dtype == torch.float32 else f"{dtype_name(x.dtype)} (x's) or float32"
+    matches = weight.dtype in (x.dtype, torch.float32)
+    _require(matches, f"{op}: weight must have dtype {legal}, got {dtype_name(weight.dtype)}")
+    contiguous = weight.stride(0) == 1 or hidden == 1
+    _require(contiguous, f"{op}: weight must be contiguous (stride 1), got stride {weight.stride(0)}")
 
 
 def _check_rows(op: str, name: str, t: Tensor) -> None:
-    stride = t.stride(-1)
-    contiguous = stride == 1 or t.shape[-1] == 1
-    _require(contiguous, lambda: f"{op}: {name} must have a contiguous last dimension (stride 1), got stride {stride}")
+    contiguous = t.stride(-1) == 1 or t.shape[-1] == 1
+    rule = "must have a contiguous last dimension (stride 1)"
+    _require(contiguous, f"{op}: {name} {rule}, got stride {t.stride(-1)}")
 
 
-def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    torch._check(condition, message)
+def _require(condition: bool | torch.SymBool, message: str) -> None:
+    torch._check(condition, lambda: message)

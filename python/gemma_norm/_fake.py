@@ -8,19 +8,24 @@ from torch import Tensor
 from ._checks import check_arguments
 
 
-@torch.library.register_fake("gemma_norm::rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> Tensor:
     check_arguments("rms_norm", x, weight, eps)
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("gemma_norm::rms_norm.out")
 def _rms_norm_out(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, *, out: Tensor) -> Tensor:
     check_arguments("rms_norm", x, weight, eps, out=out)
     return out
 
 
-@torch.library.register_fake("gemma_norm::fused_add_rms_norm")
+def _rms_norm_out_functional(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, *, out: Tensor
+) -> Tensor:
+    """For torch.compile, which cannot by itself make an operator functional that returns one of its arguments."""
+    check_arguments("rms_norm", x, weight, eps, out=out)
+    return out.copy_(torch.ops.gemma_norm.rms_norm.default(x, weight, eps, gemma))
+
+
 def _fused_add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -32,7 +37,6 @@ def _fused_add_rms_norm(
     check_arguments("fused_add_rms_norm", x, weight, eps, residual, post_residual_addition)
 
 
-@torch.library.register_fake("gemma_norm::add_rms_norm")
 def _add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -43,3 +47,11 @@ def _add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     check_arguments("add_rms_norm", x, weight, eps, residual, post_residual_addition)
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_library = torch.library.Library("gemma_norm", "IMPL")
+_library.impl("rms_norm.out", _rms_norm_out_functional, "Functionalize")
+torch.library.register_fake("gemma_norm::rms_norm", _rms_norm, lib=_library)
+torch.library.register_fake("gemma_norm::rms_norm.out", _rms_norm_out, lib=_library)
+torch.library.register_fake("gemma_norm::fused_add_rms_norm", _fused_add_rms_norm, lib=_library)
+torch.library.register_fake("gemma_norm::add_rms_norm", _add_rms_norm, lib=_library)

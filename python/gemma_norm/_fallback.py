@@ -1,7 +1,8 @@
-"""The operators where no native library serves: plain PyTorch, as strict about its arguments, and said aloud once a device type.
+"""The operators where no native library serves: plain PyTorch, as strict about its arguments, said once a device type.
 
-It is registered for every backend at once; a native kernel takes precedence. Sparse, quantised and other such tensors, of any
-device, arrive here as well, to be refused. Gradients are the business of :mod:`gemma_norm.ops`, so the dispatcher skips autograd.
+It is registered for every backend at once; a native kernel takes precedence. Sparse, quantised and other such tensors,
+of any device, arrive here as well, to be refused. Gradients are the business of :mod:`gemma_norm.ops`, so the
+dispatcher skips autograd.
 """
 
 from __future__ import annotations
@@ -69,14 +70,16 @@ def _tell(x: Tensor) -> None:
     device = x.device.type
     if device not in _told:
         _told.add(device)
-        warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {why_not_native(device)}", stacklevel=3)
+        reason = why_not_native(device)
+        warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {reason}", stacklevel=3)
 
 
 def _refuse_nested(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     names = [argument.name for argument in op._schema.arguments]
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
         if isinstance(value, Tensor) and value.is_nested:
-            raise RuntimeError(f"{op._schema.name.split('::')[1]}: {name} must be a dense tensor, got {layout_name(value)}")
+            op_name = op._schema.name.split("::")[1]
+            raise RuntimeError(f"{op_name}: {name} must be a dense tensor, got {layout_name(value)}")
     raise AssertionError("no argument is nested")
 
 

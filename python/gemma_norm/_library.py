@@ -5,17 +5,20 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 try:
-    from ._build_info import BUILD, TORCH_VERSION, VERSION
-except ModuleNotFoundError as error:
+    from . import _build_info
+    from ._build_info import TORCH_VERSION, VERSION
+except ImportError as error:
     raise ImportError(
         f"gemma_norm is not built: {Path(__file__).parent / '_build_info.py'} is missing; "
-        "run 'pip install --no-build-isolation -e .' in the source tree, and import from elsewhere or from there"
+        "run 'pip install --no-build-isolation -e .' in the source tree"
     ) from error
 
+BUILD = cast("dict[str, dict[str, Any]]", _build_info.BUILD)
 MINIMUM_TORCH = (2, 10)
 LIBRARY_DIR = Path(__file__).parent / "lib"
 BACKENDS = ("cpu", "cuda", "hip")
@@ -38,7 +41,7 @@ class Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Describe the native libraries ``cpu``, ``cuda`` and ``hip``: built? loaded? where, by what, for which GPUs, why not?
+    """Describe the native libraries ``cpu``, ``cuda`` and ``hip``: built, loaded, where, for which GPUs, why not.
 
     Calling it may initialise CUDA, since it asks each GPU for its architecture.
     """
@@ -64,15 +67,15 @@ def _reason(name: str) -> str:
     if name in _loaded:
         return ""
     if name not in BUILD:
-        return f"the {name} library was not built; rebuild with its toolkit installed and GEMMA_NORM_BACKENDS including {name}"
+        return f"the {name} library was not built; rebuild with its toolkit installed"
     return f"this PyTorch ({torch.__version__}) is {_torch_flavour()}"
 
 
 def has_code_for(architectures: tuple[str, ...], device: str) -> bool:
     """Does a library compiled for ``architectures`` hold code that ``device`` can run?
 
-    ``sm_XY`` runs on its own major version from minor Y on, ``compute_XY`` (PTX) on everything from XY on, ``sm_XYa`` on
-    XY alone; a gfx target on itself alone.
+    ``sm_XY`` runs on its own major version from minor Y on, ``compute_XY`` (PTX) on everything from XY on, ``sm_XYa``
+    on XY alone; a gfx target on itself alone.
     """
     if not device.startswith("sm_"):
         return device in architectures
@@ -80,9 +83,8 @@ def has_code_for(architectures: tuple[str, ...], device: str) -> bool:
     for architecture in architectures:
         kind, _, version = architecture.partition("_")
         base = int(version.rstrip("af"))
-        if base == number or (version[-1].isdigit() or version[-1] == "f") and base // 10 == number // 10 and base <= number:
-            return True
-        if kind == "compute" and version[-1].isdigit() and base <= number:
+        portable = not version.endswith("a") and base <= number
+        if base == number or (portable and (kind == "compute" or base // 10 == number // 10)):
             return True
     return False
 
@@ -91,7 +93,8 @@ def load() -> None:
     """Load the CPU library, which defines the operators, and the one for this PyTorch's GPUs, if built."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < MINIMUM_TORCH:
-        raise ImportError(f"gemma_norm {VERSION} needs PyTorch {'.'.join(map(str, MINIMUM_TORCH))} or newer, got {torch.__version__}")
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        raise ImportError(f"gemma_norm {VERSION} needs PyTorch {minimum} or newer, got {torch.__version__}")
     if "cpu" not in BUILD:
         raise ImportError("gemma_norm: the cpu library was not built, and it defines the operators; rebuild with it")
     for name in ("cpu", gpu_backend()):
@@ -117,7 +120,7 @@ def _load(name: str) -> None:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with an ELF file that is not all there. The loader itself would die of a bus error on some of them."""
+    """What is wrong with an ELF file that is not all there. The loader itself dies of a bus error on some."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(64)
@@ -147,9 +150,14 @@ def _describe(name: str) -> Backend:
     if name in _loaded and name == gpu_backend() and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            device = properties.gcnArchName.split(":")[0] if name == "hip" else f"sm_{properties.major}{properties.minor}"
+            device = (
+                properties.gcnArchName.split(":")[0] if name == "hip" else f"sm_{properties.major}{properties.minor}"
+            )
             if not has_code_for(architectures, device):
-                unsupported.append(f"cuda:{index} ({properties.name}) is {device}, the library has {', '.join(architectures)}")
+                has = ", ".join(architectures)
+                unsupported.append(
+                    f"cuda:{index} ({properties.name}) is {device}, the {name} library has code for {has}"
+                )
     return Backend(
         name=name,
         built=name in BUILD,

@@ -16,7 +16,9 @@ _on_rocm = torch.version.hip is not None
 
 
 class RMSNorm(nn.Module):
-    """``y = round(s * rstd * weight)`` over the last dimension; :func:`gemma_norm.rms_norm` states formula, dtypes and strides.
+    """``y = round(s * rstd * weight)`` over the last dimension.
+
+    :func:`gemma_norm.rms_norm` states formula, dtypes and strides, :meth:`forward` what is written.
 
     Args:
         hidden_size: size of the last dimension of the inputs.
@@ -28,7 +30,12 @@ class RMSNorm(nn.Module):
     weight: nn.Parameter
 
     def __init__(
-        self, hidden_size: int, eps: float = 1e-6, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
@@ -40,51 +47,47 @@ class RMSNorm(nn.Module):
         """The identity's weight: ones, or zeros where it is zero-centred."""
         nn.init.constant_(self.weight, 0.0 if self.gemma else 1.0)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None) -> Output:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
+    ) -> Output:
         """``y``; with a residual ``(y, s)``, ``s = round(x + residual)`` being the next residual.
 
-        With a residual and no gradient to record (inference), the work is done in place as in SGLang and vLLM: **the results
-        are x and residual themselves, overwritten**. With a gradient to record they are new tensors. ``post_residual_addition``
-        is added to the residual first, and needs one.
+        With a residual, in inference (``torch.no_grad()`` or ``inference_mode()``), the work is done in place as in
+        SGLang and vLLM: **the results are x and residual themselves, overwritten**. While gradients are recorded they
+        are new tensors. ``post_residual_addition`` is added to the residual first, and needs one.
         """
         if x.is_cuda:
-            forward = self.forward_hip if _on_rocm else self.forward_cuda
-            return forward(x, residual, post_residual_addition)
+            if _on_rocm:
+                return self.forward_hip(x, residual, post_residual_addition)
+            return self.forward_cuda(x, residual, post_residual_addition)
         return self.forward_cpu(x, residual, post_residual_addition)
 
-    def forward_cuda(self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None) -> Output:
-        """NVIDIA GPUs."""
-        return self._forward_op(x, residual, post_residual_addition)
-
-    def forward_hip(self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None) -> Output:
-        """AMD GPUs."""
-        return self._forward_op(x, residual, post_residual_addition)
-
-    def forward_cpu(self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None) -> Output:
-        """The CPU, and whatever else the operators' dispatch serves: meta tensors, devices on plain PyTorch."""
-        return self._forward_op(x, residual, post_residual_addition)
-
-    def forward_native(self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None) -> Output:
-        """Plain PyTorch on any device: never in place, differentiable as often as PyTorch is. For comparison and debugging."""
+    def forward_native(
+        self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
+    ) -> Output:
+        """Plain PyTorch on any device: never in place, differentiable any number of times. For comparison."""
         if residual is None:
             self._refuse_lone(post_residual_addition)
             return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
-        return reference.add_rms_norm(x, residual, self.weight, self.variance_epsilon, self.gemma, post_residual_addition)
+        return reference.add_rms_norm(
+            x, residual, self.weight, self.variance_epsilon, self.gemma, post_residual_addition
+        )
 
-    def _forward_op(self, x: Tensor, residual: Tensor | None, post_residual_addition: Tensor | None) -> Output:
+    def _forward_op(
+        self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
+    ) -> Output:
         weight = self.weight
         if residual is None:
             self._refuse_lone(post_residual_addition)
             return ops.rms_norm(x, weight, self.variance_epsilon, self.gemma)
-        if _is_grad_enabled() and (
-            x.requires_grad
-            or residual.requires_grad
-            or weight.requires_grad
-            or (post_residual_addition is not None and post_residual_addition.requires_grad)
-        ):
+        if _is_grad_enabled():
             return ops.add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
         ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
         return x, residual
+
+    # One method a device, as in SGLang and vLLM, for subclasses to replace. The operators' own dispatch serves all
+    # three, and through forward_cpu meta tensors and devices on plain PyTorch as well.
+    forward_cuda = forward_hip = forward_cpu = _forward_op
 
     def _refuse_lone(self, post_residual_addition: Tensor | None) -> None:
         if post_residual_addition is not None:
@@ -97,8 +100,8 @@ class RMSNorm(nn.Module):
 class GemmaRMSNorm(RMSNorm):
     """RMSNorm with a zero-centred weight, ``y = round(s * rstd * (1 + weight))``: Gemma, Qwen3-Next, Qwen3.5.
 
-    ``1 + weight`` is computed inside the kernel in float32 and kept nowhere, so a weight that is loaded or synchronised later,
-    or under a captured CUDA graph, counts at once.
+    ``1 + weight`` is computed inside the kernel in float32 and kept nowhere, so a weight that is loaded or synchronised
+    later, or under a captured CUDA graph, counts at once.
     """
 
     gemma = True

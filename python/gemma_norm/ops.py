@@ -1,4 +1,4 @@
-"""The public functions. Thin on purpose: at the sizes of a decoding step, a microsecond of host time is the kernel's own time."""
+"""The public functions. Thin on purpose: in a decoding step, a microsecond of host time is the kernel's own time."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
         weight: ``[hidden]``, contiguous, x's dtype or float32.
         eps: finite and not negative; used as a float32.
         gemma: the weight is stored zero-centred, as in Gemma and Qwen3-Next (transformers' ``GemmaRMSNorm``).
-        out: where to write instead of a new tensor: x's shape, dtype and device, last dimension contiguous; x itself or memory
-            apart from it. Records no gradient.
+        out: where to write instead of a new tensor: x's shape, dtype and device, last dimension contiguous; x itself or
+            memory apart from it. Records no gradient.
 
     Returns:
         ``out``, or a new row-major tensor of x's shape and dtype. Differentiable in x and weight, once.
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
     if out is not None:
         result: Tensor = _rms_norm_out(x, weight, eps, gemma, out=out)
     elif _is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        result = RMSNormFunction.apply(x, weight, eps, gemma)
+        result = RMSNormFunction.apply(x, weight, eps, gemma)  # type: ignore[no-untyped-call]
     else:
         result = _rms_norm(x, weight, eps, gemma)
     return result
@@ -52,13 +52,13 @@ def fused_add_rms_norm(
     gemma: bool = False,
     post_residual_addition: Tensor | None = None,
 ) -> None:
-    """In place, ``residual <- s`` and ``x <- rms_norm(s)`` with ``s = round(x + residual)``; SGLang's and vLLM's convention.
+    """In place, ``residual <- s`` and ``x <- rms_norm(s)`` with ``s = round(x + residual)``, as in SGLang and vLLM.
 
     With ``post_residual_addition``, ``s = round(x + round(residual + post_residual_addition))``.
 
     Args:
-        x: ``[..., hidden]``, read and written; see :func:`rms_norm` for dtypes and strides. No two of its elements may share
-            memory.
+        x: ``[..., hidden]``, read and written; see :func:`rms_norm` for dtypes and strides. No two of its elements may
+            share memory.
         residual: x's shape, dtype and device, strides of its own; read and written; memory apart from x's.
         weight, eps, gemma: as for :func:`rms_norm`.
         post_residual_addition: like residual, read alone.
@@ -81,8 +81,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(s), s)`` with ``s = round(x + residual)``: :func:`fused_add_rms_norm` into two new tensors.
 
-    The arguments are the same, none is written, and they may overlap. The results are row-major, of x's shape and dtype,
-    bit for bit those of :func:`fused_add_rms_norm`, and differentiable, once, in x, residual, weight and
+    The arguments are the same, none is written, and they may overlap. The results are row-major, of x's shape and
+    dtype, bit for bit those of :func:`fused_add_rms_norm`, and differentiable, once, in x, residual, weight and
     post_residual_addition.
 
     Raises:
@@ -94,7 +94,8 @@ def add_rms_norm(
         or weight.requires_grad
         or (post_residual_addition is not None and post_residual_addition.requires_grad)
     ):
-        y, s = AddRMSNormFunction.apply(x, residual, weight, eps, gemma, post_residual_addition)
+        apply = AddRMSNormFunction.apply
+        y, s = apply(x, residual, weight, eps, gemma, post_residual_addition)  # type: ignore[no-untyped-call]
     else:
         y, s = _add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
     return y, s

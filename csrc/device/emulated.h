@@ -1,0 +1,129 @@
+// The host plays a GPU, for tests: each thread of a block is a fiber, and the blocks run one after another. See platform.h for what
+// each name promises. What runs the fibers is tests/cpp/emulated_machine.cpp; no shipped library has any of this in it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "../plan.h"
+#include "types.h"
+
+#define GEMMA_NORM_DEVICE inline
+#define GEMMA_NORM_KERNEL(max_threads) void
+// One block runs at a time, so all kernels can have the same variable: tests/cpp/emulated_kernels.cpp defines it.
+#define GEMMA_NORM_SHARED extern
+
+namespace gemma_norm::device {
+
+// Where the fiber that runs now is.
+struct Here {
+  int thread, block_threads, wave_width;
+  int64_t block, grid_blocks;
+  bool waited_for_previous_kernel;
+};
+extern Here here;
+
+// Both return once all threads of the block, or all lanes of the wave, are there; a launch in which that cannot happen fails.
+void block_barrier();
+float value_of_lane(int distance, float v);  // v of the lane whose index is this one's ^ distance
+
+// Ends the launch with an error; the fiber does not go on.
+[[noreturn]] void fail(const char* what);
+
+inline int thread_index() { return here.thread; }
+inline int block_threads() { return here.block_threads; }
+inline int64_t block_index() { return here.block; }
+inline int64_t grid_blocks() { return here.grid_blocks; }
+inline int wave_width() { return here.wave_width; }
+
+inline float sum_over_lanes(float v, int lanes) {
+  for (int distance = 1; distance < lanes; distance *= 2) v += value_of_lane(distance, v);
+  return v;
+}
+
+template <class... Pointers>
+inline void wait_for_previous_kernel(Pointers...) { here.waited_for_previous_kernel = true; }
+inline void allow_next_kernel() {}
+
+inline void check_access(const Words* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(Words)) fail("a 16-byte access at an address that is no multiple of 16");
+  if (!here.waited_for_previous_kernel) fail("an access to memory before wait_for_previous_kernel");
+}
+inline Words load(const Words* p) {
+  check_access(p);
+  return *p;
+}
+inline Words load_once(const Words* p) { return load(p); }
+inline void store_once(Words* p, Words v) {
+  check_access(p);
+  *p = v;
+}
+
+template <class To, class From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+inline float as_float(uint32_t bits) { return bit_cast<float>(bits); }
+inline uint32_t as_bits(float f) { return bit_cast<uint32_t>(f); }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float sqrt(float v) { return std::sqrt(v); }
+
+inline float float16_value(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // As the low exponent of a float the bits are 2^112 times too small; the product is exact, subnormals included.
+  return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));
+}
+
+// To nearest even; a NaN stays one and is made quiet.
+inline uint32_t float16_bits(float f) {
+  const uint32_t bits = as_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u | (magnitude >> 13 & 0x3ffu);
+  if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // from 65536
+  // Below float16's normal range: the last bit of 0.5 is float16's smallest number, so the addition rounds as it should.
+  if (magnitude < 0x38800000u) return sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f));
+  return sign | ((magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
+inline uint32_t bfloat16_bits(float f) {
+  const uint32_t bits = as_bits(f);
+  return f != f ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+template <class T>
+void unpack(uint32_t word, float* f) {
+  if constexpr (sizeof(T) == 4) {
+    f[0] = as_float(word);
+  } else if constexpr (std::is_same_v<T, float16>) {
+    f[0] = float16_value(word & 0xffffu);
+    f[1] = float16_value(word >> 16);
+  } else {
+    f[0] = as_float(word << 16);
+    f[1] = as_float(word & 0xffff0000u);
+  }
+}
+template <class T>
+uint32_t pack(const float* f) {
+  if constexpr (sizeof(T) == 4) return as_bits(f[0]);
+  else if constexpr (std::is_same_v<T, float16>) return float16_bits(f[0]) | float16_bits(f[1]) << 16;
+  else return bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16;
+}
+
+struct Stream {};
+using Error = const char*;  // the message, or null
+constexpr Error kSuccess = nullptr;
+inline const char* error_text(Error e) { return e; }
+
+Error facts(DeviceFacts* result, const void* kernel);
+Error run_grid(const void* kernel, int64_t blocks, int threads, const std::function<void()>& thread);
+
+template <class... Args>
+Error launch(void (*kernel)(Args...), int64_t blocks, int threads, Stream, const DeviceFacts&, Args... args) {
+  return run_grid(reinterpret_cast<const void*>(kernel), blocks, threads, [&] { kernel(args...); });
+}
+
+}  // namespace gemma_norm::device

@@ -1,0 +1,115 @@
+"""``python -m gemma_norm``: what is installed, whether it computes right, how fast it is. Exits 1 if a check fails."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import __version__, _checkup, _speed, backends
+from ._checks import dtype_name
+from ._screen import Screen
+
+COMPILE_SECONDS = 40
+
+
+def main(arguments: list[str] | None = None) -> int:
+    description = "Show, check and time this installation of gemma_norm."
+    parser = argparse.ArgumentParser(prog="python -m gemma_norm", description=description)
+    parser.add_argument("--skip-speed", action="store_true", help="leave the speed table out")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    screen = Screen()
+    machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    screen.print(f"{screen.bold(f'gemma_norm {__version__}')}   PyTorch {torch.__version__}, {machine}\n")
+    healthy = show_installation(screen)
+    healthy = show_checks(screen) and healthy
+    if not options.skip_speed:
+        show_speed(screen, start + COMPILE_SECONDS)
+    screen.print(screen.dim(f"{time.monotonic() - start:.0f} s"))
+    return 0 if healthy else 1
+
+
+def show_installation(screen: Screen) -> bool:
+    rows = [["library", "", "compiler", "GPU architectures"]]
+    notes = []
+    healthy = True
+    for backend in backends().values():
+        state = screen.good("loaded") if backend.loaded else screen.dim("not loaded" if backend.built else "not built")
+        rows.append([backend.name, state, backend.compiler, " ".join(backend.architectures)])
+        notes += [backend.reason] if backend.built and backend.reason else []
+        notes += [screen.bad(device) for device in backend.unsupported_devices]
+        healthy = healthy and not backend.unsupported_devices
+        if backend.loaded:
+            notes.append(f"{backend.name}: {backend.path}")
+    screen.table(rows, left=4)
+    for note in dict.fromkeys(notes):
+        screen.print(screen.dim(f"  {note}"))
+    screen.print()
+    screen.table([["device", ""], *([device, _device_name(device)] for device in _checkup.devices())], left=2)
+    screen.print()
+    return healthy
+
+
+def show_checks(screen: Screen) -> bool:
+    results = list(_checkup.check(screen.progress))
+    dtypes = [dtype_name(dtype) for dtype in _checkup.DTYPES]
+    rows = [["largest error, ulp", "device", *dtypes]]
+    for op, device in dict.fromkeys((result.op, result.device) for result in results):
+        mine = [result for result in results if (result.op, result.device) == (op, device)]
+        cells = (screen.bad("wrong") if r.failure else f"{r.error:.3f} {screen.good('ok')}" for r in mine)
+        rows.append([op, device, *cells])
+    screen.table(rows, left=2)
+    sizes = ", ".join(map(str, sorted(_checkup.HIDDEN)))
+    what = f"against float64; 0.5 is a correctly rounded result; hidden sizes {sizes}, gemma on and off"
+    screen.print(screen.dim(f"  {what}\n"))
+    failed = [result for result in results if result.failure]
+    for result in failed:
+        screen.print(screen.bad(f"  {result.op}, {dtype_name(result.dtype)}, {result.device}: {result.failure}"))
+    if failed:
+        screen.print()
+    return not failed
+
+
+def show_speed(screen: Screen, deadline: float) -> None:
+    reasons: dict[str, str] = {}
+    for device in _checkup.devices()[:2][-1:]:  # the first GPU, or the CPU
+        rows = [[f"microseconds on {device}", "shape", *_speed.COLUMNS]]
+        for row in _speed.measure(device, deadline, screen.progress):
+            cells = []
+            for column in _speed.COLUMNS:
+                if column in row.microseconds:
+                    cells.append(_number(row.microseconds[column]))
+                else:
+                    mark = reasons.setdefault(row.failures[column], f"[{len(reasons) + 1}]")
+                    cells.append(screen.dim(f"- {mark}"))
+            cells[0] = screen.bold(cells[0])
+            rows.append([row.op, row.shape, *cells])
+        screen.table(rows, left=2)
+    for reason, mark in reasons.items():
+        screen.print(screen.dim(f"  {mark} {reason}"))
+    what = "bfloat16, zero-centred weight; per call, back to back; F.rms_norm is given 1 + weight ready made"
+    screen.print(screen.dim(f"  {what}\n"))
+
+
+def _number(microseconds: float) -> str:
+    return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
+
+
+def _device_name(device: str) -> str:
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    name = platform.processor() or platform.machine()
+    if (information := Path("/proc/cpuinfo")).exists():
+        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

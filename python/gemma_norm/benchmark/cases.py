@@ -1,0 +1,88 @@
+"""What is measured: a point of a suite, and the tensors it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RMS_NORM = "rms_norm"
+ADD_RMS_NORM = "fused_add_rms_norm"
+OPS = (RMS_NORM, ADD_RMS_NORM)
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of one projection lie in a fused qkv (+ gate) buffer; all in elements."""
+
+    name: str
+    count: int
+    first: int
+    step: int
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.count} heads, step {self.step}, row {self.row}"
+
+
+@dataclass(frozen=True)
+class Point:
+    suite: str
+    op: str
+    rows: int
+    hidden: int
+    dtype: torch.dtype
+    device: str
+    cache: str = "hot"
+    """hot: the same buffers in every call. cold: enough sets of buffers in rotation that none is still in a cache."""
+    threads: int = 0
+    """0 on a GPU."""
+    heads: Heads | None = None
+    """None: rows of a contiguous matrix. Else ``rows`` counts the heads of all tokens."""
+
+    @property
+    def bytes(self) -> int:
+        """The least traffic: each input and each output once."""
+        tensors = 2 if self.op == RMS_NORM else 4
+        return (tensors * self.rows + 1) * self.hidden * self.dtype.itemsize
+
+    def empty(self) -> Tensor:
+        if self.heads is None:
+            return torch.empty(self.rows, self.hidden, dtype=self.dtype, device=self.device)
+        h = self.heads
+        tokens = self.rows // h.count
+        buffer = torch.empty(tokens, h.row, dtype=self.dtype, device=self.device)
+        return buffer.as_strided((tokens, h.count, self.hidden), (h.row, h.step, 1), h.first)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        where = f" {self.threads} threads" if self.threads else f" {self.cache}"
+        return f"{self.suite}: {self.op} {self.rows} x {self.hidden} {name}{where}"
+
+
+class Inputs:
+    """The arguments of a point: ``sets`` copies of x (and residual), each in memory of its own, and one weight.
+
+    The in-place operator adds to its residual in every call, so values grow, by one normalised row a call: they stay
+    finite for the few hundred calls between two :meth:`restore`, which are not timed.
+    """
+
+    def __init__(self, point: Point, sets: int) -> None:
+        generator = torch.Generator(point.device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=point.device).to(point.dtype)
+
+        self.point = point
+        count = 1 if point.op == RMS_NORM else 2
+        self.sets = [tuple(point.empty() for _ in range(count)) for _ in range(sets)]
+        self.original = tuple(normal(*self.sets[0][0].shape) for _ in range(count))
+        self.weight = normal(point.hidden).mul_(0.1)
+        self.restore()
+
+    def restore(self) -> None:
+        for arguments in self.sets:
+            for tensor, original in zip(arguments, self.original, strict=True):
+                tensor.copy_(original)

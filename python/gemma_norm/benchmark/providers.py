@@ -1,0 +1,232 @@
+"""Who is measured. A provider makes, for an operator and a weight, a function of x, or of x and residual.
+
+The function returns y, or (y, sum), in new tensors or, for the fused operator, in its arguments: as its users call it.
+How each treats a zero-centred weight ("gemma"):
+
+===================  ================================================================================
+ours                 a flag; ``1 + w`` in float32
+eager, torch.compile Hugging Face's chain for Gemma: float32, times ``1 + w``, back (``s = x + residual`` before it)
+liger                ``offset=1.0, casting_mode="gemma"``, what its Gemma modules pass
+quack                ``weight_offset=1.0``
+flashinfer           functions of their own, ``gemma_rmsnorm`` and ``gemma_fused_add_rmsnorm``
+sgl_kernel           likewise
+transformer_engine   ``zero_centered_gamma=True``; has no fused addition
+F.rms_norm           not at all: timed, and checked, with a plain weight, which is another operator
+                     (a ``1 + w`` kept aside is a second tensor, rounded, and stale once w changes)
+vllm, aiter          likewise
+===================  ================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import gemma_norm
+
+from .cases import ADD_RMS_NORM, EPS, RMS_NORM
+
+Outputs = Tensor | tuple[Tensor, ...]
+Call = Callable[..., Outputs]
+Make = Callable[[str, Tensor, bool], Call | None]
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    make: Make
+    """(op, weight, gemma) -> the function, or None where there is none."""
+    gemma: bool = True
+    """Knows the zero-centred weight."""
+    module: str = ""
+    """What must be importable."""
+    needs: tuple[str, ...] = ()
+    """What that module must have, since others bear its name."""
+    suites: tuple[str, ...] = ()
+    """The only suites it is for; empty: all."""
+    exact: bool = False
+    """Held to this package's error bound; the others round more often."""
+    copies: bool = False
+    """The floor: moves the same bytes and computes nothing."""
+
+    @property
+    def family(self) -> str:
+        return self.name.partition(":")[0]
+
+
+def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
+    norm, add_norm = gemma_norm.rms_norm, gemma_norm.fused_add_rms_norm
+    if op == RMS_NORM:
+        return lambda x: norm(x, weight, EPS, gemma)
+    return _in_place(add_norm, weight, EPS, gemma)
+
+
+def _ours_op(op: str, weight: Tensor, gemma: bool) -> Call:
+    norm = torch.ops.gemma_norm.rms_norm.default
+    add_norm = torch.ops.gemma_norm.fused_add_rms_norm.default
+    if op == RMS_NORM:
+        return lambda x: norm(x, weight, EPS, gemma)
+    return _in_place(add_norm, weight, EPS, gemma)
+
+
+def _ours_module(op: str, weight: Tensor, gemma: bool) -> Call:
+    kind = gemma_norm.GemmaRMSNorm if gemma else gemma_norm.RMSNorm
+    module = kind(weight.numel(), EPS, device=weight.device, dtype=weight.dtype)
+    module.weight.copy_(weight)
+    return module
+
+
+def _copy(op: str, weight: Tensor, gemma: bool) -> Call:
+    if op == RMS_NORM:
+        return lambda x: torch.empty_like(x).copy_(x)
+    return lambda x, residual: (torch.empty_like(x).copy_(x), torch.empty_like(residual).copy_(residual))
+
+
+def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
+    def norm(x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
+        y = y * (1.0 + weight.float()) if gemma else y * weight.float()
+        return y.type_as(x)
+
+    def add_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + residual
+        return norm(s), s
+
+    return norm if op == RMS_NORM else add_norm
+
+
+def _torch_compile(op: str, weight: Tensor, gemma: bool) -> Call:
+    torch._dynamo.reset()  # each shape compiled for itself, none lost to the recompilation limit
+    return torch.compile(_eager(op, weight, gemma), fullgraph=True, dynamic=False)
+
+
+def _torch_rms_norm(op: str, weight: Tensor, gemma: bool) -> Call:
+    shape, norm = tuple(weight.shape), functional.rms_norm
+    if op == RMS_NORM:
+        return lambda x: norm(x, shape, weight, EPS)
+
+    def add_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + residual
+        return norm(s, shape, weight, EPS), s
+
+    return add_norm
+
+
+def _liger(op: str, weight: Tensor, gemma: bool) -> Call:
+    ops = importlib.import_module("liger_kernel.ops")
+    options = (weight, EPS, 1.0, "gemma", False) if gemma else (weight, EPS, 0.0, "llama", False)
+    norm = (ops.LigerRMSNormFunction if op == RMS_NORM else ops.LigerFusedAddRMSNormFunction).apply
+    return (lambda x: norm(x, *options)) if op == RMS_NORM else lambda x, residual: norm(x, residual, *options)
+
+
+def _quack(op: str, weight: Tensor, gemma: bool) -> Call:
+    norm, offset = importlib.import_module("quack").rmsnorm, float(gemma)
+    if op == RMS_NORM:
+        return lambda x: norm(x, weight, eps=EPS, weight_offset=offset)
+    return lambda x, residual: norm(x, weight, residual=residual, eps=EPS, prenorm=True, weight_offset=offset)
+
+
+def _flashinfer_names(module: str) -> Make:
+    """FlashInfer and sgl_kernel call their functions alike."""
+
+    def make(op: str, weight: Tensor, gemma: bool) -> Call:
+        prefix = "gemma_" if gemma else ""
+        name = "rmsnorm" if op == RMS_NORM else "fused_add_rmsnorm"
+        norm: Callable[..., Any] = getattr(importlib.import_module(module), prefix + name)
+        if op == RMS_NORM:
+            return lambda x: norm(x, weight, EPS)
+        return _in_place(norm, weight, EPS)
+
+    return make
+
+
+def _vllm(op: str, weight: Tensor, gemma: bool) -> Call:
+    ops = importlib.import_module("vllm._custom_ops")
+    if op == ADD_RMS_NORM:
+        return _in_place(ops.fused_add_rms_norm, weight, EPS)
+
+    def norm(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        ops.rms_norm(y, x, weight, EPS)
+        return y
+
+    return norm
+
+
+def _aiter(op: str, weight: Tensor, gemma: bool) -> Call:
+    aiter = importlib.import_module("aiter")
+    if op == RMS_NORM:
+        return lambda x: aiter.rms_norm(x, weight, EPS)
+
+    def add_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        y, s = torch.empty_like(x), torch.empty_like(x)
+        aiter.rmsnorm2d_fwd_with_add(y, x, residual, s, weight, EPS)
+        return y, s
+
+    return add_norm
+
+
+def _transformer_engine(op: str, weight: Tensor, gemma: bool) -> Call | None:
+    if op == ADD_RMS_NORM:
+        return None
+    te = importlib.import_module("transformer_engine.pytorch")
+    module = te.RMSNorm(weight.numel(), eps=EPS, zero_centered_gamma=gemma).to(weight.device, weight.dtype)
+    module.weight.copy_(weight)
+    call: Call = module
+    return call
+
+
+def _in_place(function: Callable[..., Any], *options: Any) -> Call:
+    def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        function(x, residual, *options)
+        return x, residual
+
+    return call
+
+
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider("ours", _ours, exact=True),
+        Provider("ours:torch.ops", _ours_op, exact=True, suites=("host",)),
+        Provider("ours:module", _ours_module, exact=True, suites=("host",)),
+        Provider("copy_", _copy, copies=True),
+        Provider("eager", _eager),
+        Provider("F.rms_norm", _torch_rms_norm, gemma=False),
+        Provider("torch.compile", _torch_compile),
+        Provider("liger", _liger, module="liger_kernel.ops", needs=("LigerRMSNormFunction",)),
+        Provider("quack", _quack, module="quack", needs=("rmsnorm",)),
+        Provider("flashinfer", _flashinfer_names("flashinfer"), module="flashinfer", needs=("gemma_rmsnorm",)),
+        Provider("sgl_kernel", _flashinfer_names("sgl_kernel"), module="sgl_kernel", needs=("gemma_rmsnorm",)),
+        Provider("vllm", _vllm, gemma=False, module="vllm._custom_ops", needs=("rms_norm",)),
+        Provider("aiter", _aiter, gemma=False, module="aiter", needs=("rmsnorm2d_fwd_with_add",)),
+        Provider("transformer_engine", _transformer_engine, module="transformer_engine.pytorch", needs=("RMSNorm",)),
+    )
+}
+
+
+def why_absent(provider: Provider) -> str:
+    """Empty when the provider can be used."""
+    if not provider.module:
+        return ""
+    try:
+        module = importlib.import_module(provider.module)
+    except Exception as error:  # a library may fail in any way where its device, driver or dependency is missing
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    missing = [name for name in provider.needs if not hasattr(module, name)]
+    return f"the installed {provider.module} has no {missing[0]}" if missing else ""
+
+
+def version(provider: Provider) -> str:
+    top = provider.module.partition(".")[0]
+    for distribution in importlib.metadata.packages_distributions().get(top, ()):
+        return f"{distribution} {importlib.metadata.version(distribution)}"
+    return top

@@ -1,0 +1,139 @@
+"""Tables and progress on a terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from .results import Moved, Result
+from .suites import SUITES
+
+POINT = ("op", "dtype", "rows", "hidden", "layout", "cache", "threads")
+WORDS = {"suite", "op", "dtype", "layout", "cache", "provider", "next best"}
+Row = Mapping[str, Result]  # the providers at one point
+
+
+def table(suite: str, results: Sequence[Result]) -> str:
+    """One line a point, one column a provider; above it what all points share, below it why a figure is missing."""
+    names = list(dict.fromkeys(r.provider for r in results))
+    rows: dict[tuple[object, ...], dict[str, Result]] = {}
+    for r in results:
+        rows.setdefault(r.point, {})[r.provider] = r
+    values = {column: list(dict.fromkeys(str(getattr(r, column)) for r in results)) for column in POINT}
+    columns = [c for c in POINT if len(values[c]) > 1 or c in ("rows", "hidden")]
+    shared = [f"{c} {v[0]}" for c, v in values.items() if c not in columns and v[0] not in ("0", "contiguous")]
+    plain = {r.provider for r in results if r.weight == "plain"}
+    gemma = any(r.weight == "gemma" for r in results)
+
+    notes: dict[str, str] = {}
+    heading = [*columns, *(n + "*" * (gemma and n in plain) for n in names), "|", *_derived_columns(suite)]
+    lines = [heading]
+    for row in rows.values():
+        first = next(iter(row.values()))
+        cells = [_cell(row[n], notes) if n in row else "" for n in names]
+        lines.append([*(str(getattr(first, c)) for c in columns), *cells, "|", *_derived(suite, row)])
+    text = [f"{suite}: {SUITES[suite].title}", ", ".join(["median us a call", *shared]), "", *align(lines), ""]
+    if gemma and plain:
+        text.append("* plain weight: knows no zero-centred one")
+    text += [f"{label} {note}" for note, label in notes.items()]
+    return "\n".join([*text, *_summary(list(rows.values()))])
+
+
+def _cell(r: Result, notes: dict[str, str]) -> str:
+    if r.p50_us:
+        return number(r.p50_us)
+    return notes.setdefault(f"{r.provider}: {r.note}", f"[{len(notes) + 1}]")
+
+
+def _derived_columns(suite: str) -> list[str]:
+    return ["next best"] if suite == "host" else ["ours GB/s", "of copy_", "next best"]
+
+
+def _derived(suite: str, row: Row) -> list[str]:
+    ours, other = row.get("ours"), next_best(row)
+    if not ours or not ours.p50_us:
+        return [""] * len(_derived_columns(suite))
+    gain = f"{other.p50_us / ours.p50_us:.2f}x {other.provider}" if other else ""
+    return [gain] if suite == "host" else [number(ours.gb_per_s), f"{ours.of_copy:.3f}", gain]
+
+
+def next_best(row: Row) -> Result | None:
+    """The fastest of the others."""
+    others = [r for n, r in row.items() if n != "copy_" and not n.startswith("ours") and r.p50_us]
+    return min(others, key=lambda r: r.p50_us, default=None)
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    """How ours does over all points of an operator: the geometric mean and the worst point."""
+    lines = []
+    for op in dict.fromkeys(r.op for row in rows for r in row.values()):
+        pairs = [(ours, next_best(row)) for row in rows if (ours := row.get("ours")) and ours.op == op and ours.p50_us]
+        shares = [(r.of_copy, f"{r.rows} x {r.hidden}") for r, _ in pairs if r.of_copy]
+        gains = [(o.p50_us / r.p50_us, f"{r.rows} x {r.hidden}, {o.provider}") for r, o in pairs if o]
+        for measured, what in ((shares, "of copy_'s bandwidth"), (gains, "times as fast as the next best")):
+            if measured:
+                mean = math.exp(sum(math.log(value) for value, _ in measured) / len(measured))
+                least, where = min(measured)
+                lines.append(f"{op}: {mean:.3f} {what} (geometric mean; least {least:.3f} at {where})")
+    return lines
+
+
+def moved_table(moved: Sequence[Moved], pairs: int) -> str:
+    lines = [["suite", "op", "dtype", "rows", "hidden", "threads", "provider", "old us", "new us", "new/old"]]
+    for m in moved:
+        r = m.new
+        where = [r.suite, r.op, r.dtype, str(r.rows), str(r.hidden), str(r.threads), r.provider]
+        lines.append([*where, number(m.old.p50_us), number(r.p50_us), f"{m.factor:.3f}"])
+    title = f"{len(moved)} of {pairs} figures moved beyond noise (p20 to p80 apart), slowest first"
+    return "\n".join([title, *(["", *align(lines)] if moved else [])])
+
+
+def number(value: float) -> str:
+    """Three digits or a few more."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The first line names the columns: words go to the left, numbers to the right."""
+    columns = []
+    for column in zip(*lines, strict=True):
+        width = max(map(len, column))
+        columns.append([c.ljust(width) if column[0] in WORDS else c.rjust(width) for c in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+
+
+class Progress:
+    """On a terminal a bar that leaves nothing behind; elsewhere a line every tenth of the way."""
+
+    WIDTH = 24
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self.total, self.done, self.stream = total, 0, stream or sys.stderr
+        self.live, self.start, self.told = self.stream.isatty(), time.monotonic(), -1
+
+    def show(self, doing: str) -> None:
+        if self.live:
+            bar = "#" * (self.WIDTH * self.done // self.total)
+            text = f"[{bar:.<{self.WIDTH}}] {self.done}/{self.total}{self._left()}  {doing}"
+            self.stream.write(f"\r\x1b[K{text[:119]}")
+        elif (tenth := self.done * 10 // self.total) != self.told:
+            self.stream.write(f"{self.done}/{self.total} {doing}\n")
+            self.told = tenth
+        self.stream.flush()
+
+    def advance(self) -> None:
+        self.done += 1
+
+    def close(self) -> None:
+        if self.live:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def _left(self) -> str:
+        if not self.done:
+            return ""
+        seconds = round((time.monotonic() - self.start) / self.done * (self.total - self.done))
+        return f", {seconds // 60}:{seconds % 60:02} left"

@@ -1,0 +1,81 @@
+"""The run: at each point make, check and time every provider; whatever fails becomes a note beside the point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from . import results
+from .cases import Inputs, Point
+from .check import check
+from .providers import Call, Provider
+from .results import Result
+from .timing import Effort, GraphTimed, Timed, Timing, WallTimed, interleave, sets_for
+
+
+class DeviceLost(Exception):
+    """The device answers no more (an illegal access by some kernel, say), so no later figure is possible."""
+
+
+class Unsupported(Exception):
+    """The provider has no such operator."""
+
+
+def run(points: Sequence[Point], providers: Sequence[Provider], effort: Effort, gemma: bool) -> Iterator[list[Result]]:
+    """The results of each point in turn."""
+    threads = torch.get_num_threads()
+    try:
+        for point in points:
+            torch.set_num_threads(point.threads or threads)
+            fit = [p for p in providers if not p.suites or point.suite in p.suites]
+            with torch.no_grad():
+                outcomes = _measure(point, fit, effort, gemma)
+            copy = next((outcomes[p.name] for p in fit if p.copies), None)
+            yield [
+                results.make(
+                    point, p.name, _weight(p, gemma), outcomes[p.name], copy if isinstance(copy, Timing) else None
+                )
+                for p in fit
+            ]
+            if point.device == "cuda":
+                _release(point)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _weight(provider: Provider, gemma: bool) -> str:
+    return "none" if provider.copies else "gemma" if gemma and provider.gemma else "plain"
+
+
+def _measure(point: Point, providers: Sequence[Provider], effort: Effort, gemma: bool) -> dict[str, Timing | Exception]:
+    try:
+        inputs = Inputs(point, sets_for(point))
+    except Exception as error:
+        return {p.name: error.with_traceback(None) for p in providers}
+    timed: dict[str, Timed] = {}
+    failed: dict[str, Timing | Exception] = {}
+    for provider in providers:
+        try:
+            timed[provider.name] = _prepare(provider, inputs, effort, gemma and provider.gemma)
+        except Exception as error:
+            failed[provider.name] = error.with_traceback(None)  # which would keep tensors alive
+    return failed | interleave(timed)
+
+
+def _prepare(provider: Provider, inputs: Inputs, effort: Effort, gemma: bool) -> Timed:
+    point = inputs.point
+    call: Call | None = provider.make(point.op, inputs.weight, gemma)
+    if call is None:
+        raise Unsupported(f"{provider.name} has no {point.op}")
+    check(provider, call, inputs, gemma)
+    graphs = point.device == "cuda" and point.suite != "host"
+    return GraphTimed(call, inputs, effort) if graphs else WallTimed(call, inputs, effort)
+
+
+def _release(point: Point) -> None:
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        raise DeviceLost(f"after {point}: {results.describe(error)}") from error

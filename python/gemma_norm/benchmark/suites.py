@@ -1,0 +1,98 @@
+"""The suites: which points, on which device. A new one is a generator of points and an entry in SUITES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from .cases import ADD_RMS_NORM, OPS, RMS_NORM, Heads, Point
+
+LARGE = 64 * 2**20  # bytes of one tensor of the cold suites
+FORWARD_HIDDEN = (64, 128, 256, 512, 1024, 2048, 2880, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072)
+DECODE_ROWS, DECODE_HIDDEN = (1, 2, 4, 8, 16, 32, 64, 128, 256), (2048, 4096, 5120, 8192)
+CPU_ROWS, CPU_HIDDEN = (1, 16, 128, 1024, 8192), (64, 256, 576, 2048, 4096, 5120, 16384)
+QK_HEADS = {
+    64: (Heads("q", 32, 0, 64, 3072), Heads("k", 8, 2048, 64, 3072)),
+    128: (Heads("q", 32, 0, 128, 6144), Heads("k", 8, 4096, 128, 6144)),  # Qwen3-8B
+    256: (Heads("q", 16, 0, 512, 9216), Heads("k", 2, 8192, 256, 9216)),  # Qwen3-Next: each head's q, then its gate
+}
+QK_TOKENS = (1, 16, 256, 8192)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line asks of a suite; an empty tuple stands for the suite's own."""
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    rows: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
+    quick: bool = False
+
+    def pick(self, asked: tuple[int, ...], all_: Sequence[int], quick: Sequence[int]) -> Sequence[int]:
+        return asked or (quick if self.quick else all_)
+
+
+def forward(choice: Choice) -> Iterator[Point]:
+    hidden_sizes = choice.pick(choice.hidden, FORWARD_HIDDEN, (256, 4096, 16384))
+    for dtype, op, hidden in product(choice.dtypes or (torch.bfloat16,), OPS, hidden_sizes):
+        for rows in choice.rows or (-(-LARGE // (hidden * dtype.itemsize)),):
+            yield Point("forward", op, rows, hidden, dtype, "cuda", "cold")
+
+
+def decode(choice: Choice) -> Iterator[Point]:
+    hidden_sizes = choice.pick(choice.hidden, DECODE_HIDDEN, (4096,))
+    rows = choice.pick(choice.rows, DECODE_ROWS, (1, 64))
+    for dtype, op, h, r in product(choice.dtypes or (torch.bfloat16,), OPS, hidden_sizes, rows):
+        yield Point("decode", op, r, h, dtype, "cuda", "hot")
+
+
+def qk(choice: Choice) -> Iterator[Point]:
+    """``--hidden`` selects head sizes, ``--rows`` tokens."""
+    tokens = choice.pick(choice.rows, QK_TOKENS, (16, 8192))
+    for dtype, (size, projections) in product(choice.dtypes or (torch.bfloat16,), QK_HEADS.items()):
+        if choice.hidden and size not in choice.hidden:
+            continue
+        for heads, t in product(projections, tokens):
+            rows = t * heads.count
+            cache = "cold" if rows * size * dtype.itemsize > 4 * 2**20 else "hot"
+            yield Point("qk", RMS_NORM, rows, size, dtype, "cuda", cache, heads=heads)
+
+
+def host(choice: Choice) -> Iterator[Point]:
+    """So little work that the GPU keeps up: what is left is the host's time. On the CPU it is the whole call."""
+    gpu = torch.cuda.is_available()
+    hidden_sizes = choice.pick(choice.hidden, (2048, 4096), (4096,))
+    for dtype, op, h, r in product(choice.dtypes or (torch.bfloat16,), OPS, hidden_sizes, choice.rows or (1,)):
+        yield Point("host", op, r, h, dtype, "cuda" if gpu else "cpu", threads=0 if gpu else torch.get_num_threads())
+
+
+def cpu(choice: Choice) -> Iterator[Point]:
+    hidden_sizes = choice.pick(choice.hidden, CPU_HIDDEN, (256, 4096))
+    shapes = list(product(choice.pick(choice.rows, CPU_ROWS, (1, 128)), hidden_sizes))
+    if not (choice.quick or choice.rows or choice.hidden):
+        shapes.append((65536, 256))
+    dtypes = choice.dtypes or ((torch.bfloat16,) if choice.quick else (torch.bfloat16, torch.float32))
+    threads = sorted({1, torch.get_num_threads()})
+    for dtype, op, (r, h), t in product(dtypes, (RMS_NORM, ADD_RMS_NORM), shapes, threads):
+        yield Point("cpu", op, r, h, dtype, "cpu", threads=t)
+
+
+@dataclass(frozen=True)
+class Suite:
+    points: Callable[[Choice], Iterator[Point]]
+    title: str
+    axis: str = "rows"
+    """What a plot has along its axis; empty: it shows bars."""
+    needs_gpu: bool = True
+
+
+SUITES = {
+    "forward": Suite(forward, "large tensors, cold: buffer sets rotate past the caches, in CUDA graphs", "hidden"),
+    "decode": Suite(decode, "few rows, hot: successive nodes of a CUDA graph (with programmatic dependent launch)"),
+    "qk": Suite(qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs"),
+    "host": Suite(host, "host time of one call from Python", "", needs_gpu=False),
+    "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
+}

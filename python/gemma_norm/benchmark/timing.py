@@ -1,0 +1,181 @@
+"""How a call is timed. Both ways give objects whose ``sample()`` is the mean time of one call over a run of many."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .cases import ADD_RMS_NORM, Inputs, Point
+from .providers import Call
+
+cuda: Any = torch.cuda  # partly without types
+AMD_LAST_LEVEL_CACHE = 256 * 2**20  # MI300's Infinity Cache, which PyTorch does not report
+
+
+@dataclass(frozen=True)
+class Effort:
+    rounds: int = 21
+    """Samples of each provider."""
+    warm_up: float = 3.0
+    """Seconds: a fresh GPU runs several times slower at first."""
+    seconds: float = 0.5
+    """Of wall-clock samples of each provider, at most, once there are five."""
+
+
+QUICK = Effort(rounds=7, warm_up=1.0, seconds=0.1)
+
+
+class Timed(Protocol):
+    rounds: int
+
+    def sample(self) -> float:
+        """Microseconds a call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: the median of the samples, and what a fifth of them lie below and above."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def interleave(timed: Mapping[str, Timed]) -> dict[str, Timing | Exception]:
+    """Samples of all in turn, so that a drift of clocks or load meets all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    failed: dict[str, Timing | Exception] = {}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(max((t.rounds for t in timed.values()), default=0)):
+            for name, t in timed.items():
+                if turn < t.rounds and name not in failed:
+                    try:
+                        samples[name].append(t.sample())
+                    except Exception as error:
+                        failed[name] = error
+    finally:
+        gc.enable()
+    return failed | {name: _summary(values) for name, values in samples.items() if name not in failed}
+
+
+def _summary(samples: list[float]) -> Timing:
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(tenths[1], tenths[4], tenths[7])
+
+
+class GraphTimed:
+    """Replays of a CUDA graph of ``calls`` calls, between two events.
+
+    Long enough (half a millisecond) that the microseconds of starting a graph do not count. An untimed replay first
+    brings the caches into the state of a replay, and keeps the GPU busy while the host enqueues what is timed.
+    """
+
+    PROBE, LENGTH, MOST_CALLS = 8, 500.0, 512
+
+    def __init__(self, call: Call, inputs: Inputs, effort: Effort) -> None:
+        self.inputs, self.rounds = inputs, effort.rounds
+        self.start, self.stop = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        for _ in range(3):  # compiles, tunes and loads what must not happen during a capture
+            call(*inputs.sets[0])
+        cuda.synchronize()
+        self._capture(call, self.PROBE)
+        wanted = min(int(self.LENGTH / self.sample()), self.MOST_CALLS)
+        if wanted > self.calls:
+            self._capture(call, wanted)
+        self.sample()
+
+    def _capture(self, call: Call, calls: int) -> None:
+        sets = self.inputs.sets
+        self.calls = math.ceil(calls / len(sets)) * len(sets)
+        graph = cuda.CUDAGraph()
+        outputs: deque[object] = deque(maxlen=len(sets))  # kept alive, so that they rotate like the inputs
+        with cuda.graph(graph, capture_error_mode="thread_local"):
+            for i in range(self.calls):
+                outputs.append(call(*sets[i % len(sets)]))
+        self.graph = graph
+
+    def sample(self) -> float:
+        self.graph.replay()
+        if self.inputs.point.op == ADD_RMS_NORM:
+            self.inputs.restore()
+        self.start.record()
+        self.graph.replay()
+        self.stop.record()
+        self.stop.synchronize()
+        return float(self.start.elapsed_time(self.stop)) * 1e3 / self.calls
+
+
+def sets_for(point: Point) -> int:
+    """How many sets of buffers make a point cold: six times the last-level cache."""
+    if point.cache == "hot":
+        return 1
+    cache: int = cuda.get_device_properties(point.device).L2_cache_size
+    if torch.version.hip:
+        cache = max(cache, AMD_LAST_LEVEL_CACHE)
+    return min(max(2, math.ceil(6 * cache / point.bytes)), 1024)
+
+
+class WallTimed:
+    """A loop of calls between two readings of the clock. For a GPU: the host's part alone, the queue being short."""
+
+    LENGTH, MOST_CALLS = 200.0, 100
+
+    def __init__(self, call: Call, inputs: Inputs, effort: Effort) -> None:
+        self.call, self.inputs, self.calls = call, inputs, 1
+        self.synchronize = cuda.synchronize if inputs.point.device == "cuda" else lambda: None
+        self.sample()
+        estimate = self.sample()
+        self.calls = min(max(int(self.LENGTH / estimate), 1), self.MOST_CALLS)
+        affordable = int(effort.seconds * 1e6 / (estimate * (self.calls + 1)))
+        self.rounds = min(max(affordable, 5), effort.rounds * 3)
+
+    def sample(self) -> float:
+        call, arguments, calls = self.call, self.inputs.sets[0], range(self.calls)
+        if self.inputs.point.op == ADD_RMS_NORM:
+            self.inputs.restore()
+        call(*arguments)  # whoever was timed before has filled the caches
+        self.synchronize()
+        start = time.perf_counter_ns()
+        for _ in calls:
+            call(*arguments)
+        stop = time.perf_counter_ns()
+        self.synchronize()
+        return (stop - start) * 1e-3 / self.calls
+
+
+def warm_up(seconds: float) -> None:
+    a, b = torch.empty(2, 2**28, dtype=torch.uint8, device="cuda")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for _ in range(100):
+            a.copy_(b)
+        cuda.synchronize()
+
+
+def keep_freed_memory(tensor: int) -> None:
+    """Have glibc keep freed memory for the next tensors, enough for a dozen of ``tensor`` bytes, all of it touched.
+
+    Else large outputs come from the kernel anew in every call, and its page faults, several times the work itself, are
+    what is measured. Does nothing with another C library.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    if mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1):
+        quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        torch.zeros(min(12 * tensor, quarter), dtype=torch.uint8)
