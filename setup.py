@@ -110,8 +110,8 @@ class Hip:
         return probe.returncode == 0
 
     def command(self) -> list[str]:
-        return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-mcumode",
-                *(f"--offload-arch={a}" for a in self.arches())]  # fmt: skip
+        return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden",
+                "-ffp-contract=off", *(f"--offload-arch={a}" for a in self.arches())]  # fmt: skip
 
     def link(self) -> list[str]:
         return []  # not libamdhip64: PyTorch brings its own, and two in one process corrupt each other
