@@ -74,9 +74,9 @@ def max_ulp_error(dtype: torch.dtype, hidden: int) -> float:
     """The largest :func:`ulp_error` that the contract allows: half a unit for the rounding, and the float32 arithmetic.
 
     That is worth 6 float32 units at most without the sum (1 + w, the mean and eps, square root, division, products),
-    plus half of the relative error of the sum of squares, which for the many numbers of a real row grows like the
-    square root of the terms that one lane adds up. In 16 bits it is next to nothing, so truncating instead of rounding,
-    or rounding ``1 + w``, exceeds the bound.
+    plus half of the relative error of the sum of squares. A kernel adds up at least 64 partial sums; each of its
+    ``hidden / 64`` additions rounds off half a unit at most, of a partial sum that is half of the last one on average.
+    In 16 bits all that is next to nothing, so truncating instead of rounding, or rounding ``1 + w``, exceeds the bound.
     """
-    float32_units = 6 + math.sqrt(hidden) / 16
+    float32_units = 8 + hidden / 256
     return 0.5 + float32_units * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps

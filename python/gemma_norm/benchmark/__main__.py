@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rows", type=_sizes, metavar="N,M", default=(), help="instead of the suite's (qk: tokens)")
     p.add_argument("--plain", action="store_true", help="a plain weight for all, instead of zero-centred where known")
     p.add_argument("--quick", action="store_true", help="fewer points, fewer samples")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="write the results, after every point")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write the results, anew after every point")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write a PNG and an SVG a suite (needs matplotlib)")
     p.add_argument("--compare", type=Path, metavar="OLD.csv", help="show what moved beyond noise since")
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = p.parse_args(arguments)
     if options.plot and (reason := plot.why_not()):
         p.error(reason)
+    for path in (options.csv, options.json):
+        if path and not path.parent.is_dir():
+            p.error(f"{path.parent} is not a folder")
     try:
         old = results.read_csv(options.compare)[1] if options.compare else None
         facts, measured = results.read_csv(options.load) if options.load else ({}, [])

@@ -15,6 +15,8 @@ import gemma_norm
 
 from .providers import Provider, version
 
+VARIABLES = ("FLASHINFER_", "LIGER_", "QUACK_", "CUTE_DSL_", "TRITON_", "TORCHINDUCTOR_", "OMP_", "KMP_", "PYTORCH_")
+
 
 def describe(providers: Iterable[Provider], absent: dict[str, str], suites: Iterable[str]) -> dict[str, str]:
     facts = {
@@ -38,6 +40,8 @@ def describe(providers: Iterable[Provider], absent: dict[str, str], suites: Iter
             "driver": _driver(),
             "toolkit": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
         }
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
+    facts["variables"] = ", ".join(variables) or "none"
     facts["peers"] = ", ".join(version(p) for p in providers if p.module) or "none"
     facts |= {f"absent {name}": reason for name, reason in absent.items()}
     return {name: " ".join(value.split()) for name, value in facts.items()}

@@ -91,7 +91,9 @@ class Suite:
 
 SUITES = {
     "forward": Suite(forward, "large tensors, cold: buffer sets rotate past the caches, in CUDA graphs", "hidden"),
-    "decode": Suite(decode, "few rows, hot: successive nodes of a CUDA graph (with programmatic dependent launch)"),
+    "decode": Suite(
+        decode, "few rows, hot: successive nodes of a CUDA graph (programmatic dependent launch may overlap them)"
+    ),
     "qk": Suite(qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs"),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),

@@ -32,7 +32,7 @@ class Effort:
     """Of wall-clock samples of each provider, at most, once there are five."""
 
 
-QUICK = Effort(rounds=7, warm_up=1.0, seconds=0.1)
+QUICK = Effort(rounds=7, warm_up=2.0, seconds=0.1)
 
 
 class Timed(Protocol):
@@ -76,6 +76,10 @@ def _summary(samples: list[float]) -> Timing:
     return Timing(tenths[1], tenths[4], tenths[7])
 
 
+class NotCaptured(Exception):
+    pass
+
+
 class GraphTimed:
     """Replays of a CUDA graph of ``calls`` calls, between two events.
 
@@ -92,7 +96,7 @@ class GraphTimed:
             call(*inputs.sets[0])
         cuda.synchronize()
         self._capture(call, self.PROBE)
-        wanted = min(int(self.LENGTH / self.sample()), self.MOST_CALLS)
+        wanted = min(int(self.LENGTH / max(self.sample(), 0.1)), self.MOST_CALLS)
         if wanted > self.calls:
             self._capture(call, wanted)
         self.sample()
@@ -102,9 +106,13 @@ class GraphTimed:
         self.calls = math.ceil(calls / len(sets)) * len(sets)
         graph = cuda.CUDAGraph()
         outputs: deque[object] = deque(maxlen=len(sets))  # kept alive, so that they rotate like the inputs
-        with cuda.graph(graph, capture_error_mode="thread_local"):
-            for i in range(self.calls):
-                outputs.append(call(*sets[i % len(sets)]))
+        try:
+            # The outer context puts the stream back, which a failed capture forgets.
+            with cuda.stream(cuda.current_stream()), cuda.graph(graph, capture_error_mode="thread_local"):
+                for i in range(self.calls):
+                    outputs.append(call(*sets[i % len(sets)]))
+        except Exception as error:
+            raise NotCaptured(f"no CUDA graph of it: {type(error).__name__}: {error}") from None
         self.graph = graph
 
     def sample(self) -> float:
