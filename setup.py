@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -103,11 +104,11 @@ class Hip:
         return self._arches
 
     def _builds(self, arch: str) -> bool:
-        probe = subprocess.run(
-            [self.compiler, f"--offload-arch={arch}", "-x", "hip", "-c", "-o", os.devnull, "-"],
-            input="__global__ void probe() {}", text=True, capture_output=True, env={**os.environ, **self.environment},
-        )  # fmt: skip
-        return probe.returncode == 0
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / "probe.hip"
+            probe.write_text("#include <hip/hip_runtime.h>\n__global__ void probe() {}\n")
+            command = [self.compiler, f"--offload-arch={arch}", "-c", "-o", f"{probe}.o", str(probe)]
+            return subprocess.run(command, capture_output=True, env={**os.environ, **self.environment}).returncode == 0
 
     def command(self) -> list[str]:
         return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden",

@@ -23,15 +23,30 @@ constexpr Rung kLadder[] = {
     {4096, Scope::kBlock, 8, 0},
 };
 
+// Rows past the ladder where blocks can form clusters: few enough vectors a block that several blocks share a multiprocessor.
+constexpr int32_t kClusterBlockThreads = 256;
+constexpr int32_t kClusterVectors = 8;
+
 }  // namespace
 
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   const int64_t items = kVectorBytes / size_of(dtype);
   const int64_t row_vectors = divide_up(hidden, items);
   LaunchPlan plan{};
+  plan.cluster = 1;
   plan.whole_vectors = hidden % items == 0;
   const Rung* rung = std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) { return row_vectors <= r.row_vectors; });
   if (rung == std::end(kLadder)) {
+    while (plan.cluster * kClusterBlockThreads * kClusterVectors < row_vectors && plan.cluster < device.max_cluster) plan.cluster *= 2;
+    if (plan.cluster * kClusterBlockThreads * kClusterVectors >= row_vectors) {
+      plan.scope = Scope::kCluster;
+      plan.vectors = kClusterVectors;
+      plan.slots = static_cast<int32_t>(divide_up(row_vectors, kClusterVectors));
+      plan.block_threads = kClusterBlockThreads;
+      plan.group_threads = plan.cluster * plan.block_threads;
+      return plan;
+    }
+    plan.cluster = 1;
     plan.scope = Scope::kStream;
     plan.slots = plan.group_threads = plan.block_threads = kMaxBlockThreads;
     plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
@@ -52,11 +67,14 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
 }
 
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
-  return std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads);
+  return std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads) / plan.cluster;
 }
 
 std::string describe(const LaunchPlan& plan, DType dtype) {
-  const char* scope = plan.scope == Scope::kWave ? "wave" : plan.scope == Scope::kBlock ? "block" : "stream";
+  const char* scope = plan.scope == Scope::kWave      ? "wave"
+                      : plan.scope == Scope::kBlock   ? "block"
+                      : plan.scope == Scope::kCluster ? "cluster"
+                                                      : "stream";
   const auto items = std::to_string(kVectorBytes / size_of(dtype));
   return std::string(scope) + ": " + std::to_string(plan.slots) + " of " + std::to_string(plan.group_threads) + " threads a row, " +
          std::to_string(plan.rows_per_block()) + " rows a block, " + std::to_string(plan.vectors) + " x " + items +

@@ -13,12 +13,14 @@ struct DeviceFacts {
   int32_t wave_width;   // 32, or 64 on AMD CDNA
   int64_t max_threads;  // the most threads a launch may have in all (HIP: 2^32 - 1)
   bool overlap_launch;  // the next kernel may start before this one ends (programmatic dependent launch)
+  int32_t max_cluster;  // blocks that can exchange sums directly (thread block clusters); 1 where there is no such thing
 };
 
 enum class Scope : int32_t {
-  kWave,    // several rows a wave, or one: no barrier
-  kBlock,   // a block a row, held in registers
-  kStream,  // a block a row that is too large for registers, read twice (from L2 the second time)
+  kWave,     // several rows a wave, or one: no barrier
+  kBlock,    // a block a row, held in registers
+  kCluster,  // several blocks a row, held in registers
+  kStream,   // a block a row that is too large for registers, read twice (from L2 the second time)
 };
 
 constexpr int32_t kVectorBytes = 16;
@@ -32,15 +34,16 @@ struct LaunchPlan {
   Scope scope;
   int32_t vectors;         // held in registers by each slot (kStream: owned, of which one is held at a time)
   int32_t slots;           // threads that own part of a row
-  int32_t group_threads;   // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves
+  int32_t group_threads;   // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves or blocks
   int32_t block_threads;   // threads of a block
+  int32_t cluster;         // blocks that work on a row: 1 but for kCluster
   bool whole_vectors;      // hidden is a multiple of the vector
-  int32_t rows_per_block() const { return block_threads / group_threads; }
+  int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }  // of each block, or cluster
 };
 
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device);
 
-// The most blocks that one launch may have.
+// The most blocks (kCluster: clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
 
 // "block: 256 threads a row, 2 vectors of 8 elements each".

@@ -40,24 +40,27 @@ constexpr int kSums = 2;  // additions take several cycles: two vectors, of two 
 constexpr int kStep = kLanes * kSums;
 constexpr int64_t kCacheLine = 64;
 
-#ifndef GN_BLOCKBYTES
-#define GN_BLOCKBYTES 4096
+#ifndef GN_SHORT
+#define GN_SHORT 2048
 #endif
 #ifndef GN_STREAM
 #define GN_STREAM (int64_t{32} << 20)
 #endif
-#ifndef GN_PF
-#define GN_PF 2
+#ifndef GN_AHEAD
+#define GN_AHEAD 15
 #endif
-// Rows of a block: as many as hide each other's latencies (sum, root, division) without pushing each other out of the L1 cache.
-constexpr int64_t kBlockRows = 8;
-constexpr int64_t kBlockBytes = GN_BLOCKBYTES;
+#ifndef GN_LONG
+#define GN_LONG 2
+#endif
+// Rows of a block. More share each weight that is loaded and converted, and hide each other's latencies (sum, root, division);
+// fewer leave room in the L1 cache. Short rows are those of which four and their outputs fit well.
+constexpr int64_t kShortBytes = GN_SHORT;
+constexpr int kShortBlock = 4;
+constexpr int kLongBlock = GN_LONG;
 
 // Outputs from this size on do not stay in any cache: writing around it spares reading them from memory first.
 constexpr int64_t kStreamBytes = GN_STREAM;
-
-// Weights converted at a time, to float32 with the offset added. Longer rows than this are rare.
-constexpr int64_t kWeights = 16384;
+constexpr int64_t kScratchBytes = 65536;
 
 template <class T>
 void copy(T* to, const T* from, int64_t count) {
@@ -71,6 +74,7 @@ struct Row {
   const T* post;
   T* out;
   T* residual_out;
+  T* sum;  // where the second pass finds s, if something is added: residual_out or scratch memory
 };
 
 // Walks the rows in order; after the last one it is at the first again.
@@ -79,7 +83,7 @@ class RowCursor {
  public:
   RowCursor(const RowParams& p, int64_t row) : p_(p) {
     row_ = {static_cast<const T*>(p.x), static_cast<const T*>(p.residual), static_cast<const T*>(p.post_residual_addition),
-            static_cast<T*>(p.out), static_cast<T*>(p.residual_out)};
+            static_cast<T*>(p.out), static_cast<T*>(p.residual_out), nullptr};
     for (int d = p.row_dims - 1; d >= 0; --d) {
       at_[d] = row % p.sizes[d];
       row /= p.sizes[d];
@@ -87,15 +91,15 @@ class RowCursor {
     }
   }
 
-  const Row<T>& row() const { return row_; }
-
-  void advance() {
+  Row<T> next() {
+    const Row<T> row = row_;
     for (int d = p_.row_dims - 1; d >= 0; --d) {
       move(d, 1);
-      if (++at_[d] < p_.sizes[d]) return;
+      if (++at_[d] < p_.sizes[d]) break;
       move(d, -at_[d]);
       at_[d] = 0;
     }
+    return row;
   }
 
  private:
@@ -123,140 +127,191 @@ V rounded(V value) {
   return V::load(elements);
 }
 
-template <class V, class T, Addition kAddition>
-[[gnu::always_inline]] inline void statistics_step(const Row<T>& row, int64_t i, V (&sums)[kSums]) {
-  for (int k = 0; k < kSums; ++k, i += kLanes) {
-    const T* s = row.x;
-    if constexpr (kAddition != Addition::kNone) {
-      V r = V::load(row.residual + i);
-      if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
-      (V::load(row.x + i) + r).store(row.residual_out + i);
-      s = row.residual_out;
-    }
-    const V v = V::load_for_sum(s + i);
-    sums[k] = sums[k] + v * v;
+// The vector of s at element i, stored where something is added.
+template <class V, class T, Addition kAddition, bool kStream>
+[[gnu::always_inline]] inline V sum_at(const Row<T>& row, int64_t i) {
+  if constexpr (kAddition == Addition::kNone) {
+    return V::load_for_sum(row.x + i);
+  } else {
+    V r = V::load(row.residual + i);
+    if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
+    const V s = V::load(row.x + i) + r;
+    T* const to = row.sum + i;
+    s.store(to);
+    const V sum = V::load_for_sum(to);
+    if constexpr (kStream) s.stream(row.residual_out + i);
+    return sum;
   }
 }
 
+// The same for the rest of a row that is no whole step, padded with zeros.
 template <class V, class T, Addition kAddition>
-float statistics(const RowParams& p, const Row<T>& row) {
-  V sums[kSums] = {V::broadcast(0), V::broadcast(0)};
-  int64_t i = 0;
-  for (; i + kStep <= p.hidden; i += kStep) statistics_step<V, T, kAddition>(row, i, sums);
-  if (const int64_t rest = p.hidden - i) {
-    T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {}, sum[kStep];
-    copy(x, row.x + i, rest);
-    if constexpr (kAddition != Addition::kNone) copy(residual, row.residual + i, rest);
-    if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row.post + i, rest);
-    statistics_step<V, T, kAddition>({x, residual, post, nullptr, sum}, 0, sums);
-    if constexpr (kAddition != Addition::kNone) copy(row.residual_out + i, sum, rest);
+[[gnu::noinline]] void rest_squares(Row<T> row, int64_t i, int64_t rest, float (&squares)[kStep]) {
+  T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {}, sum[kStep];
+  copy(x, row.x + i, rest);
+  if constexpr (kAddition != Addition::kNone) copy(residual, row.residual + i, rest);
+  if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row.post + i, rest);
+  const Row<T> padded{x, residual, post, nullptr, nullptr, sum};
+  for (int k = 0; k < kStep; k += kLanes) {
+    const V s = sum_at<V, T, kAddition, false>(padded, k);
+    (s * s).store(squares + k);
   }
-  const float mean = (sums[0] + sums[1]).sum() * p.inv_hidden;
-  return 1.0f / __builtin_sqrtf(mean + p.eps);
+  if constexpr (kAddition != Addition::kNone) {
+    copy(row.sum + i, sum, rest);
+    copy(row.residual_out + i, sum, rest);
+  }
+}
+
+template <class V, class T, Addition kAddition, bool kStream>
+void statistics(const RowParams& p, const Row<T>* rows, int count, float* rstd) {
+  const int64_t hidden = p.hidden;
+  for (int r = 0; r < count; ++r) {
+    const Row<T> row = rows[r];  // a copy: no store can change it
+    V sums[kSums] = {V::broadcast(0), V::broadcast(0)};
+    int64_t i = 0;
+    for (; i + kStep <= hidden; i += kStep) {
+      for (int k = 0; k < kSums; ++k) {
+        const V s = sum_at<V, T, kAddition, kStream>(row, i + k * kLanes);
+        sums[k] = sums[k] + s * s;
+      }
+    }
+    if (i < hidden) {
+      float squares[kStep];
+      rest_squares<V, T, kAddition>(row, i, hidden - i, squares);
+      for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + V::load(squares + k * kLanes);
+    }
+    const float mean = (sums[0] + sums[1]).sum() * p.inv_hidden;
+    rstd[r] = 1.0f / __builtin_sqrtf(mean + p.eps);
+  }
 }
 
 // --- The second pass.
 
-// Weights [from, from + count) as the second pass wants them.
-template <class V, class W>
-void convert_weights(const RowParams& p, int64_t from, int64_t count, float* to) {
-  const W* weight = static_cast<const W*>(p.weight) + from;
+// Memory that the next block will want, one pointer a row of a tensor; brought in element by element with the pass over this
+// block. Memory would else idle while the processor computes.
+struct Ahead {
+  const char* rows[4 * kLongBlock];
+  int count = 0;
+
+  void add(const void* row) { rows[count++] = static_cast<const char*>(row); }
+  void prefetch(int64_t from, int64_t bytes) const {
+    for (int r = 0; r < count; ++r)
+      for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch(rows[r] + from + b, 0, 2);
+  }
+};
+
+template <class V, class T, class W>
+[[gnu::always_inline]] inline V weight_at(const W* weight, V offset) {
+  return V::load(weight) + offset;
+}
+
+template <class V, class T, class W, int kRows, bool kStream>
+void normalize(const RowParams& p, const Row<T>* rows, const float* rstd, const Ahead& ahead) {
+  const T* s[kRows];
+  T* out[kRows];
+  V scale[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    s[r] = p.residual ? rows[r].sum : rows[r].x;
+    out[r] = rows[r].out;
+    scale[r] = V::broadcast(rstd[r]);
+  }
+  const W* weight = static_cast<const W*>(p.weight);
   const V offset = V::broadcast(p.weight_offset);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) (V::load(weight + i) + offset).store(to + i);
-  if (const int64_t rest = count - i) {
-    W padded[kLanes] = {};
-    copy(padded, weight + i, rest);
-    (V::load(padded) + offset).store(to + i);
-  }
-  // The only NaN that can have bits set below those of a bfloat16 come from float32 weights. Without such bits, rounding by
-  // adding to the bits leaves a NaN as it is, and V need not look for one.
-  for (int64_t j = 0; j < count; ++j) to[j] = to[j] == to[j] ? to[j] : __builtin_nanf("");
-}
 
-template <class T>
-void prefetch(const T* row, int64_t i) {
-  constexpr int64_t kLine = kCacheLine / sizeof(T);
-  for (int64_t j = 0; j < kLanes; j += kLine) __builtin_prefetch(row + i + j, 0, GN_PF);
-}
-
-// `count` elements of one row. Meanwhile brings in the same elements of the row that comes next, if there is one: memory would
-// else idle while the processor computes.
-template <class V, class T, bool kStream>
-void normalize(const T* s, float rstd, const float* weight, int64_t count, T* out, const T* next_x, const T* next_residual) {
-  const V scale = V::broadcast(rstd);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    if (next_x) prefetch(next_x, i);
-    if (next_residual) prefetch(next_residual, i);
-    const V y = V::load(s + i) * scale * V::load(weight + i);
-    if constexpr (kStream)
-      y.stream(out + i);
-    else
-      y.store(out + i);
+  for (; i + kLanes <= p.hidden; i += kLanes) {
+    ahead.prefetch(i * sizeof(T), kLanes * sizeof(T));
+    const V w = weight_at<V, T>(weight + i, offset);
+    for (int r = 0; r < kRows; ++r) {
+      const V y = V::load(s[r] + i) * scale[r] * w;
+      if constexpr (kStream)
+        y.stream(out[r] + i);
+      else
+        y.store(out[r] + i);
+    }
   }
-  if (const int64_t rest = count - i) {
-    T padded[kLanes] = {};
-    float w[kLanes] = {};
-    copy(padded, s + i, rest);
+  if (const int64_t rest = p.hidden - i) {
+    W w[kLanes] = {};
     copy(w, weight + i, rest);
-    (V::load(padded) * scale * V::load(w)).store(padded);
-    copy(out + i, padded, rest);
+    for (int r = 0; r < kRows; ++r) {
+      T y[kLanes] = {};
+      copy(y, s[r] + i, rest);
+      (V::load(y) * scale[r] * weight_at<V, T>(w, offset)).store(y);
+      copy(out[r] + i, y, rest);
+    }
   }
 }
 
 // --- Both.
 
-// Whether to write around the caches: `out` is large, not in them already, and made of whole cache lines.
+// Whether to write around the caches: the output is large, not in them already, and made of whole cache lines.
 template <class T>
-bool streams(const RowParams& p) {
+bool streams(const RowParams& p, const void* out, const int64_t* strides) {
   constexpr int64_t kItem = sizeof(T);
-  bool aligned = reinterpret_cast<uintptr_t>(p.out) % kCacheLine == 0;
-  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && p.out_strides[d] * kItem % kCacheLine == 0;
-  return aligned && p.out != p.x && p.out != p.residual && p.rows * p.hidden * kItem >= kStreamBytes;
+  bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
+  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && strides[d] * kItem % kCacheLine == 0;
+  return aligned && out != p.x && out != p.residual && p.rows * p.hidden * kItem >= kStreamBytes;
+}
+
+template <class V, class T, bool kStream>
+auto choose_statistics(const RowParams& p) {
+  return !p.residual                 ? &statistics<V, T, Addition::kNone, false>
+         : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual, kStream>
+                                     : &statistics<V, T, Addition::kResidualAndPost, kStream>;
+}
+
+template <class V, class T, class W>
+void run(const RowParams& p, int64_t begin, int64_t end) {
+  const int64_t bytes = p.hidden * static_cast<int64_t>(sizeof(T));
+  const bool is_short = bytes <= kShortBytes;
+  const int block = is_short ? kShortBlock : kLongBlock;
+  const bool stream_out = streams<T>(p, p.out, p.out_strides);
+  const bool stream_sum = p.residual && block * bytes <= kScratchBytes && streams<T>(p, p.residual_out, p.residual_out_strides);
+
+  const auto first_pass = stream_sum ? choose_statistics<V, T, true>(p) : choose_statistics<V, T, false>(p);
+  const auto short_block = stream_out ? &normalize<V, T, W, kShortBlock, true> : &normalize<V, T, W, kShortBlock, false>;
+  const auto long_block = stream_out ? &normalize<V, T, W, kLongBlock, true> : &normalize<V, T, W, kLongBlock, false>;
+  const auto one_row = stream_out ? &normalize<V, T, W, 1, true> : &normalize<V, T, W, 1, false>;
+
+  alignas(kCacheLine) char scratch[kScratchBytes];
+  RowCursor<T> cursor(p, begin), next(p, begin + block);
+  while (begin < end) {
+    const int count = end - begin < block ? 1 : block;
+    Row<T> rows[kShortBlock];
+    float rstd[kShortBlock];
+    Ahead ahead;
+    for (int r = 0; r < count; ++r) {
+      rows[r] = cursor.next();
+      rows[r].sum = stream_sum ? reinterpret_cast<T*>(scratch) + r * p.hidden : rows[r].residual_out;
+    }
+    begin += count;
+    if (!is_short && begin + block <= end) {
+      for (int r = 0; r < count; ++r) {
+        const Row<T> row = next.next();
+        if(GN_AHEAD&1) ahead.add(row.x);
+        if(GN_AHEAD&1)  if (p.residual) ahead.add(row.residual);
+        if(GN_AHEAD&2)  if (!stream_out && p.out != p.x) ahead.add(row.out);
+        if(GN_AHEAD&4)  if (p.residual && !stream_sum && p.residual_out != p.residual) ahead.add(row.residual_out);
+      }
+    }
+    first_pass(p, rows, count, rstd);
+    (count == 1 ? one_row : is_short ? short_block : long_block)(p, rows, rstd, ahead);
+  }
+  V::fence();
 }
 
 template <class V, class T>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  const auto statistics_of = !p.residual                 ? &statistics<V, T, Addition::kNone>
-                             : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual>
-                                                         : &statistics<V, T, Addition::kResidualAndPost>;
-  const auto convert = p.weight_dtype == DType::kFloat32 ? &convert_weights<V, float> : &convert_weights<V, T>;
-  const auto write = streams<T>(p) ? &normalize<V, T, true> : &normalize<V, T, false>;
-
-  alignas(kCacheLine) float weight[kWeights];
-  if (p.hidden <= kWeights) convert(p, 0, p.hidden, weight);
-
-  const int64_t fitting = kBlockBytes / (p.hidden * static_cast<int64_t>(sizeof(T)));
-  const int64_t block = fitting < 1 ? 1 : fitting < kBlockRows ? fitting : kBlockRows;
-  Row<T> rows[kBlockRows];
-  float rstd[kBlockRows];
-  RowCursor<T> cursor(p, begin);
-  while (begin < end) {
-    const int64_t count = end - begin < block ? end - begin : block;
-    for (int64_t r = 0; r < count; ++r, cursor.advance()) {
-      rows[r] = cursor.row();
-      rstd[r] = statistics_of(p, rows[r]);
-    }
-    begin += count;
-    const Row<T> next = block == 1 && begin < end ? cursor.row() : Row<T>{};  // short rows need no help
-    for (int64_t r = 0; r < count; ++r) {
-      const T* s = p.residual ? rows[r].residual_out : rows[r].x;
-      for (int64_t i = 0; i < p.hidden; i += kWeights) {
-        const int64_t part = p.hidden - i < kWeights ? p.hidden - i : kWeights;
-        if (p.hidden > kWeights) convert(p, i, part, weight);
-        write(s + i, rstd[r], weight, part, rows[r].out + i, next.x ? next.x + i : nullptr,
-              next.residual ? next.residual + i : nullptr);
-      }
-    }
-  }
-  V::fence();
+  if (p.weight_dtype == DType::kFloat32)
+    run<V, T, float>(p, begin, end);
+  else
+    run<V, T, T>(p, begin, end);
 }
 
 template <class V>
 void run(const RowParams& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case DType::kFloat32: return run<V, float>(p, begin, end);
+    case DType::kFloat32: return run<V, float, float>(p, begin, end);
     case DType::kFloat16: return run<V, Float16>(p, begin, end);
     case DType::kBFloat16: return run<V, BFloat16>(p, begin, end);
     case DType::kOther: return;  // check() refuses it

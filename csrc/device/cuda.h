@@ -94,6 +94,30 @@ GEMMA_NORM_DEVICE void allow_next_kernel() {
 #endif
 }
 
+// Clusters: barrier.cluster.arrive has release, .wait acquire semantics.
+constexpr bool kHasClusters = true;
+#if __CUDA_ARCH__ >= 900
+GEMMA_NORM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+GEMMA_NORM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+GEMMA_NORM_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+GEMMA_NORM_DEVICE int cluster_blocks() {
+  int blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+// To the same place in the shared memory of another block of the cluster.
+GEMMA_NORM_DEVICE void store_in_block(float* shared, int rank, float v) {
+  asm volatile("{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %0, %1;\n st.shared::cluster.f32 [a], %2;\n}" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "r"(rank), "f"(v)
+               : "memory");
+}
+#endif
+
 using Stream = cudaStream_t;
 using Error = cudaError_t;
 constexpr Error kSuccess = cudaSuccess;
@@ -102,7 +126,7 @@ inline const char* error_text(Error e) { return cudaGetErrorString(e); }
 // Of the current device, asked for once. `kernel` is any of this library's.
 inline Error facts(DeviceFacts* result, const void* kernel) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch
+  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch + 2 * clusters
   int device;
   if (const Error e = cudaGetDevice(&device)) return e;
   int state = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
@@ -112,25 +136,37 @@ inline Error facts(DeviceFacts* result, const void* kernel) {
     if (const Error e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
     if (const Error e = cudaFuncGetAttributes(&attributes, kernel)) return e;
     // Code compiled for less than sm_90 has no wait in it, also when the driver translated its PTX for a newer GPU.
-    state = 1 + (major >= 9 && attributes.ptxVersion >= 90);
+    const bool has_sm90_code = major >= 9 && attributes.ptxVersion >= 90;
+    state = 1 + has_sm90_code + 2 * (has_sm90_code && major <= 10);
     if (device < kMaxDevices) known[device].store(state, std::memory_order_relaxed);
   }
-  *result = {32, int64_t{1} << 42, state == 2};
+  *result = {32, int64_t{1} << 42, (state - 1 & 1) != 0, (state - 1 & 2) != 0 ? 8 : 1};
   return kSuccess;
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t blocks, int threads, Stream stream, const DeviceFacts& device, Args... args) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream stream, const DeviceFacts& device, Args... args) {
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (device.overlap_launch) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (plan.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(groups * plan.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(plan.block_threads));
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = device.overlap_launch ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 }  // namespace gemma_norm::device
+
+#if !(__CUDA_ARCH__ >= 900)
+#include "no_clusters.h"
+#endif

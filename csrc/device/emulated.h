@@ -20,7 +20,7 @@ namespace gemma_norm::device {
 // Where the fiber that runs now is.
 struct Here {
   int thread, block_threads, wave_width;
-  int64_t block, grid_blocks;
+  int64_t block;
   bool waited_for_previous_kernel;
 };
 extern Here here;
@@ -35,7 +35,6 @@ float value_of_lane(int distance, float v);  // v of the lane whose index is thi
 inline int thread_index() { return here.thread; }
 inline int block_threads() { return here.block_threads; }
 inline int64_t block_index() { return here.block; }
-inline int64_t grid_blocks() { return here.grid_blocks; }
 inline int wave_width() { return here.wave_width; }
 
 inline float sum_over_lanes(float v, int lanes) {
@@ -44,7 +43,9 @@ inline float sum_over_lanes(float v, int lanes) {
 }
 
 template <class... Pointers>
-inline void wait_for_previous_kernel(Pointers...) { here.waited_for_previous_kernel = true; }
+void wait_for_previous_kernel(Pointers...) {
+  here.waited_for_previous_kernel = true;
+}
 inline void allow_next_kernel() {}
 
 inline void check_access(const Words* p) {
@@ -113,6 +114,8 @@ uint32_t pack(const float* f) {
   else return bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16;
 }
 
+constexpr bool kHasClusters = false;
+
 struct Stream {};
 using Error = const char*;  // the message, or null
 constexpr Error kSuccess = nullptr;
@@ -122,8 +125,10 @@ Error facts(DeviceFacts* result, const void* kernel);
 Error run_grid(const void* kernel, int64_t blocks, int threads, const std::function<void()>& thread);
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t blocks, int threads, Stream, const DeviceFacts&, Args... args) {
-  return run_grid(reinterpret_cast<const void*>(kernel), blocks, threads, [&] { kernel(args...); });
+Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, Stream, const DeviceFacts&, Args... args) {
+  return run_grid(reinterpret_cast<const void*>(kernel), blocks, plan.block_threads, [&] { kernel(args...); });
 }
 
 }  // namespace gemma_norm::device
+
+#include "no_clusters.h"

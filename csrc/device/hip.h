@@ -119,6 +119,8 @@ template <class... Pointers>
 GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers...) {}
 GEMMA_NORM_DEVICE void allow_next_kernel() {}
 
+constexpr bool kHasClusters = false;
+
 using Stream = hipStream_t;
 using Error = hipError_t;
 constexpr Error kSuccess = hipSuccess;
@@ -135,15 +137,17 @@ inline Error facts(DeviceFacts* result, const void*) {
     if (const Error e = hipDeviceGetAttribute(&width, hipDeviceAttributeWarpSize, device)) return e;
     if (device < kMaxDevices) known[device].store(width, std::memory_order_relaxed);
   }
-  *result = {width, (int64_t{1} << 32) - 1, false};
+  *result = {width, (int64_t{1} << 32) - 1, false, 1};
   return kSuccess;
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t blocks, int threads, Stream stream, const DeviceFacts&, Args... args) {
+Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, Stream stream, const DeviceFacts&, Args... args) {
   void* pointers[] = {&args...};
   return hipLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads)), pointers, 0, stream);
+                         dim3(static_cast<unsigned>(plan.block_threads)), pointers, 0, stream);
 }
 
 }  // namespace gemma_norm::device
+
+#include "no_clusters.h"

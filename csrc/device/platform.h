@@ -13,7 +13,9 @@
 //   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
 //                                                                           the pointers are worked out before the wait
 //
-// and for the host side: Stream, launch(kernel, blocks, threads, stream, facts, args...), facts(), Error and error_text().
+//   kHasClusters, and where true cluster_arrive() cluster_wait() cluster_rank() cluster_blocks() store_in_block(shared, rank, v)
+//
+// and for the host side: Stream, launch(kernel, blocks or clusters, plan, stream, facts, args...), facts(), Error and error_text().
 #pragma once
 
 #if defined(__HIP__)

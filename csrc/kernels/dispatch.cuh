@@ -55,6 +55,9 @@ device::Error with_kernel(const LaunchPlan& plan, Call&& call) {
     if (plan.scope == Scope::kBlock)
       return plan.vectors == 4 ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 4, true>)
                                : call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 8, true>);
+    if constexpr (device::kHasClusters) {
+      if (plan.scope == Scope::kCluster) return call(&rms_norm_rows<X, W, kAdd, Scope::kCluster, 8, true>);
+    }
   }
   return call(&rms_norm_stream<X, W, kAdd, kAligned>);
 }
@@ -66,7 +69,7 @@ inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const Devi
     device::Error error = device::kSuccess;
     for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
       const int64_t blocks = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block();
-      error = device::launch(kernel, blocks < most ? blocks : most, plan.block_threads, stream, facts, p, layout);
+      error = device::launch(kernel, blocks < most ? blocks : most, plan, stream, facts, p, layout);
     }
     return error;
   };

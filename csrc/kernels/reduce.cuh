@@ -7,6 +7,7 @@
 namespace gemma_norm::kernels {
 
 constexpr int kMaxWaves = kMaxBlockThreads / 32;
+constexpr int kMaxCluster = 8;
 static_assert(kMaxWaves == 16, "sum_over_block adds sixteen partial sums");
 
 // Every thread of the block gets the sum.
@@ -30,6 +31,23 @@ GEMMA_NORM_DEVICE float sum_over_block(float v) {
     sum[i] = (f[0] + f[1]) + (f[2] + f[3]);
   }
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Every thread of the cluster gets the sum of its blocks' sums. The blocks have arrived at the cluster's barrier once before: none
+// may write into another that has not started.
+GEMMA_NORM_DEVICE float sum_over_cluster(float v) {
+  GEMMA_NORM_SHARED float partials[kMaxCluster];
+  const int blocks = device::cluster_blocks(), thread = device::thread_index();
+  if (thread < kMaxCluster) partials[thread] = 0.0f;
+  device::block_barrier();
+  device::cluster_wait();
+  if (thread < blocks) device::store_in_block(&partials[device::cluster_rank()], thread, v);
+  device::cluster_arrive();
+  device::cluster_wait();
+  float sum[kMaxCluster];
+#pragma unroll
+  for (int i = 0; i < kMaxCluster; ++i) sum[i] = partials[i];
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
 }  // namespace gemma_norm::kernels

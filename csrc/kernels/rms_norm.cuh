@@ -35,7 +35,7 @@ GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
 }
 
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
-// group_threads lanes of one wave) or kBlock (one row a block).
+// group_threads lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks).
 template <class X, class W, bool kAdd, Scope kScope, int kVectors, bool kAligned>
 GEMMA_NORM_KERNEL(kScope == Scope::kWave ? kWaveBlockThreads : kMaxBlockThreads)
 rms_norm_rows(RowParams p, Layout layout) {
@@ -44,6 +44,11 @@ rms_norm_rows(RowParams p, Layout layout) {
   if constexpr (kScope == Scope::kWave) {
     slot &= layout.group_threads - 1;
     r = p.first_row + (device::block_index() * device::block_threads() + device::thread_index() - slot) / layout.group_threads;
+  }
+  if constexpr (kScope == Scope::kCluster) {
+    device::cluster_arrive();
+    slot += device::cluster_rank() * device::block_threads();
+    r = p.first_row + device::block_index() / device::cluster_blocks();
   }
   // Threads without a part of a row still take part in the exchanges.
   const bool active = r < p.rows && slot < layout.slots;
@@ -93,8 +98,13 @@ rms_norm_rows(RowParams p, Layout layout) {
   SquareSums<X> squares;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
-  const float sum = kScope == Scope::kWave ? device::sum_over_lanes(squares.total(), layout.group_threads)
-                                           : sum_over_block(squares.total());
+  float sum = squares.total();
+  if constexpr (kScope == Scope::kWave) {
+    sum = device::sum_over_lanes(sum, layout.group_threads);
+  } else {
+    sum = sum_over_block(sum);
+    if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
+  }
   device::allow_next_kernel();  // earlier, its blocks would take room from those of this one
   const float rstd = reciprocal_std(sum, p);
 
