@@ -58,11 +58,15 @@ struct F32x32 {
   }
   static void fence() { _mm_sfence(); }
 
-  friend F32x32 operator+(F32x32 a, F32x32 b) {
+  friend F32x32 operator+(const F32x32& a, const F32x32& b) {
     return {a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]};
   }
-  friend F32x32 operator*(F32x32 a, F32x32 b) {
+  friend F32x32 operator*(const F32x32& a, const F32x32& b) {
     return {a.v[0] * b.v[0], a.v[1] * b.v[1], a.v[2] * b.v[2], a.v[3] * b.v[3]};
+  }
+
+  F32x32 without_payload() const {
+    return {without_payload(v[0]), without_payload(v[1]), without_payload(v[2]), without_payload(v[3])};
   }
 
   float sum() const {
@@ -83,6 +87,10 @@ struct F32x32 {
   static __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static __m256 odds(__m256i pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  static __m256 without_payload(__m256 f) {
+    return _mm256_blendv_ps(f, _mm256_set1_ps(__builtin_nanf("")), _mm256_cmp_ps(f, f, _CMP_UNORD_Q));
   }
 
   static __m256i narrow(__m256 a, __m256 b, const Float16*) {

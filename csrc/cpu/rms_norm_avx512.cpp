@@ -11,6 +11,8 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC diagnostic ignored "-Wuninitialized"        // GCC 12 warns of its own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #include "row_kernel.h"
@@ -58,8 +60,10 @@ struct F32x32 {
   void stream(BFloat16* p) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bfloat()); }
   static void fence() { _mm_sfence(); }
 
-  friend F32x32 operator+(F32x32 a, F32x32 b) { return {a.lo + b.lo, a.hi + b.hi}; }
-  friend F32x32 operator*(F32x32 a, F32x32 b) { return {a.lo * b.lo, a.hi * b.hi}; }
+  friend F32x32 operator+(const F32x32& a, const F32x32& b) { return {a.lo + b.lo, a.hi + b.hi}; }
+  friend F32x32 operator*(const F32x32& a, const F32x32& b) { return {a.lo * b.lo, a.hi * b.hi}; }
+
+  F32x32 without_payload() const { return {without_payload(lo), without_payload(hi)}; }
 
   float sum() const {
     const __m512 v16 = lo + hi;
@@ -77,6 +81,10 @@ struct F32x32 {
     const __m512i j = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_castsi512_ps(
         _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_slli_epi32(j, 16), _mm512_castsi256_si512(words)));
+  }
+
+  static __m512 without_payload(__m512 f) {
+    return _mm512_mask_mov_ps(f, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_nanf("")));
   }
 
   static __m256i half(__m512 f) { return _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

@@ -23,35 +23,29 @@ float to_float(uint32_t u) {
 float widen(float f) { return f; }
 float widen(BFloat16 b) { return to_float(uint32_t{b.bits} << 16); }
 
+// Both float16 conversions compute every case and select, so that compilers vectorise them.
 float widen(Float16 h) {
-  const uint32_t sign = (h.bits & 0x8000u) << 16;
   const uint32_t rest = h.bits & 0x7fffu;
-  if (rest >= 0x7c00) return to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);    // infinity, NaN
-  if (rest < 0x400) return to_float(sign | to_bits(static_cast<float>(rest) * 0x1p-24f));  // zero, subnormal
-  return to_float(sign | ((rest << 13) + (112u << 23)));
+  const float normal = to_float((rest << 13) + (224u << 23)) * 0x1p-112f;  // 224: exponent 31, of infinity and NaN, becomes 255
+  const float subnormal = to_float(rest | to_bits(0.5f)) - 0.5f;
+  return to_float((h.bits & 0x8000u) << 16 | to_bits(rest < 0x400 ? subnormal : normal));
 }
 
 void narrow(float f, float* to) { *to = f; }
 
 void narrow(float f, BFloat16* to) {
   const uint32_t u = to_bits(f);
-  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // NaN stays NaN: see finite_payload
+  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // without a payload below, NaN stays NaN
 }
 
 void narrow(float f, Float16* to) {
   const uint32_t u = to_bits(f);
-  const uint32_t sign = u >> 16 & 0x8000;
   const uint32_t rest = u & 0x7fffffff;
-  uint32_t bits;
-  if (rest > 0x7f800000)
-    bits = 0x7e00 | (rest >> 13 & 0x1ff);  // NaN
-  else if (rest >= 0x477ff000)
-    bits = 0x7c00;  // 65520 and above round to infinity
-  else if (rest < 0x38800000)
-    bits = to_bits(to_float(rest) + 0.5f) - to_bits(0.5f);  // zero, subnormal: the sum rounds to multiples of 2^-24
-  else
-    bits = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
-  to->bits = static_cast<uint16_t>(sign | bits);
+  const uint32_t normal = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
+  const uint32_t subnormal = to_bits(to_float(rest) + 0.5f) - to_bits(0.5f);  // the addition rounds to multiples of 2^-24
+  const uint32_t special = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t half = rest < 0x38800000 ? subnormal : rest < 0x47800000 ? normal : special;
+  to->bits = static_cast<uint16_t>((u >> 16 & 0x8000) | half);
 }
 
 struct F32x32 {
@@ -98,6 +92,12 @@ struct F32x32 {
   friend F32x32 operator*(F32x32 a, const F32x32& b) {
     for (int j = 0; j < kLanes; ++j) a.v[j] *= b.v[j];
     return a;
+  }
+
+  F32x32 without_payload() const {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = v[j] == v[j] ? v[j] : __builtin_nanf("");
+    return r;
   }
 
   float sum() const {

@@ -1,16 +1,17 @@
 // The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (rms_norm_*.cpp).
 //
-// A thread takes its rows in small blocks and passes over each block twice, the second time out of the cache:
-//   statistics  s = the sum of the inputs, stored where there is something to add; rstd of every row
-//   normalize   y = s * rstd * weight
+// A thread takes its rows one by one, or four by four where they are short, and passes over them twice, the second time out of
+// the cache:
+//   statistics  s = the sum of the inputs, stored where there is something to add; rstd = 1 / sqrt(mean(s^2) + eps)
+//   normalize   y = s * rstd * (weight + offset)
 //
 // The bits are the same on every instruction set, NaN payloads aside. Every operation on V is one IEEE operation a lane, and the
 // order of a sum of squares depends on hidden and dtype alone: lane j of sum k adds up the elements that V::load_for_sum puts
-// there, in the order of their steps, and one fixed tree adds up the lanes. The last, incomplete step of a row is padded with
-// zeros, which change no sum.
+// there, one a step, and one fixed tree adds up the lanes. The last, incomplete step of a row is padded with zeros, which change
+// no sum.
 //
-// All of it is in an anonymous namespace and uses no std:: template: the linker must never merge what is compiled here for one
-// instruction set with that of another.
+// All of this is in an anonymous namespace and calls no inline function of the standard library: the linker must never merge
+// what is compiled here for one instruction set with that of another.
 #pragma once
 
 #include <cstdint>
@@ -36,36 +37,34 @@ struct BFloat16 {
 };
 
 constexpr int kLanes = 32;
-constexpr int kSums = 2;  // additions take several cycles: two vectors, of two or more registers each, are under way at a time
+constexpr int kSums = 2;  // an addition takes some cycles: have several under way
 constexpr int kStep = kLanes * kSums;
 constexpr int64_t kCacheLine = 64;
 
-#ifndef GN_SHORT
-#define GN_SHORT 2048
-#endif
-#ifndef GN_STREAM
-#define GN_STREAM (int64_t{32} << 20)
-#endif
-#ifndef GN_AHEAD
-#define GN_AHEAD 15
-#endif
-#ifndef GN_LONG
-#define GN_LONG 2
-#endif
-// Rows of a block. More share each weight that is loaded and converted, and hide each other's latencies (sum, root, division);
-// fewer leave room in the L1 cache. Short rows are those of which four and their outputs fit well.
-constexpr int64_t kShortBytes = GN_SHORT;
-constexpr int kShortBlock = 4;
-constexpr int kLongBlock = GN_LONG;
+// Short rows, of which four and their outputs share the L1 cache easily, go four by four: they hide each other's latencies
+// (tree, root, division) and share each weight that is loaded and converted. Four of 4096 bytes took 1.4x the time of one by one:
+// rows at a stride of a page compete for the same cache sets.
+constexpr int64_t kShortBytes = 2048;
+constexpr int kBlock = 4;
 
-// Outputs from this size on do not stay in any cache: writing around it spares reading them from memory first.
+// What a thread with many rows sets up: weights converted once, which saves a fifth of the time of bfloat16 rows of 4096, and
+// a place for sums. Longer rows do without.
+constexpr int64_t kManyRows = 4;
+constexpr int64_t kBufferElements = 16384;
+
+// Outputs from here on are written around the caches: they leave the caches before anybody reads them, and an ordinary store
+// would first read from memory what it overwrites.
+#ifndef GN_STREAM
+#define GN_STREAM (int64_t{16} << 20)
+#endif
 constexpr int64_t kStreamBytes = GN_STREAM;
-constexpr int64_t kScratchBytes = 65536;
 
 template <class T>
 void copy(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
+
+// --- Rows
 
 template <class T>
 struct Row {
@@ -74,16 +73,16 @@ struct Row {
   const T* post;
   T* out;
   T* residual_out;
-  T* sum;  // where the second pass finds s, if something is added: residual_out or scratch memory
+  T* sum;  // where statistics leaves s for normalize: residual_out or a buffer
 };
 
-// Walks the rows in order; after the last one it is at the first again.
+// Walks the rows in order; after the last one comes the first.
 template <class T>
 class RowCursor {
  public:
   RowCursor(const RowParams& p, int64_t row) : p_(p) {
     row_ = {static_cast<const T*>(p.x), static_cast<const T*>(p.residual), static_cast<const T*>(p.post_residual_addition),
-            static_cast<T*>(p.out), static_cast<T*>(p.residual_out), nullptr};
+            static_cast<T*>(p.out),     static_cast<T*>(p.residual_out),   static_cast<T*>(p.residual_out)};
     for (int d = p.row_dims - 1; d >= 0; --d) {
       at_[d] = row % p.sizes[d];
       row /= p.sizes[d];
@@ -109,6 +108,7 @@ class RowCursor {
     row_.post += steps * p_.post_strides[d];
     row_.out += steps * p_.out_strides[d];
     row_.residual_out += steps * p_.residual_out_strides[d];
+    row_.sum = row_.residual_out;
   }
 
   const RowParams& p_;
@@ -116,7 +116,7 @@ class RowCursor {
   int64_t at_[kMaxRowDims];
 };
 
-// --- The first pass.
+// --- The first pass
 
 enum class Addition { kNone, kResidual, kResidualAndPost };
 
@@ -127,7 +127,7 @@ V rounded(V value) {
   return V::load(elements);
 }
 
-// The vector of s at element i, stored where something is added.
+// s at element i, stored where something is added.
 template <class V, class T, Addition kAddition, bool kStream>
 [[gnu::always_inline]] inline V sum_at(const Row<T>& row, int64_t i) {
   if constexpr (kAddition == Addition::kNone) {
@@ -136,15 +136,15 @@ template <class V, class T, Addition kAddition, bool kStream>
     V r = V::load(row.residual + i);
     if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
     const V s = V::load(row.x + i) + r;
-    T* const to = row.sum + i;
-    s.store(to);
-    const V sum = V::load_for_sum(to);
+    T* const sum = row.sum + i;
+    s.store(sum);
+    const V stored = V::load_for_sum(sum);
     if constexpr (kStream) s.stream(row.residual_out + i);
-    return sum;
+    return stored;
   }
 }
 
-// The same for the rest of a row that is no whole step, padded with zeros.
+// The squares of the last, incomplete step.
 template <class V, class T, Addition kAddition>
 [[gnu::noinline]] void rest_squares(Row<T> row, int64_t i, int64_t rest, float (&squares)[kStep]) {
   T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {}, sum[kStep];
@@ -166,7 +166,7 @@ template <class V, class T, Addition kAddition, bool kStream>
 void statistics(const RowParams& p, const Row<T>* rows, int count, float* rstd) {
   const int64_t hidden = p.hidden;
   for (int r = 0; r < count; ++r) {
-    const Row<T> row = rows[r];  // a copy: no store can change it
+    const Row<T> row = rows[r];
     V sums[kSums] = {V::broadcast(0), V::broadcast(0)};
     int64_t i = 0;
     for (; i + kStep <= hidden; i += kStep) {
@@ -185,28 +185,70 @@ void statistics(const RowParams& p, const Row<T>* rows, int count, float* rstd) 
   }
 }
 
-// --- The second pass.
+// --- The second pass
 
-// Memory that the next block will want, one pointer a row of a tensor; brought in element by element with the pass over this
-// block. Memory would else idle while the processor computes.
-struct Ahead {
-  const char* rows[4 * kLongBlock];
-  int count = 0;
+// What rows are multiplied by: weight + offset in float32.
+template <class T, class W>
+struct Weights {
+  const W* weight;
+  float offset;
 
-  void add(const void* row) { rows[count++] = static_cast<const char*>(row); }
-  void prefetch(int64_t from, int64_t bytes) const {
-    for (int r = 0; r < count; ++r)
-      for (int64_t b = 0; b < bytes; b += kCacheLine) __builtin_prefetch(rows[r] + from + b, 0, 2);
+  template <class V>
+  [[gnu::always_inline]] V at(int64_t i) const {
+    return sum<V>(weight + i);
+  }
+  template <class V>
+  [[gnu::always_inline]] V rest_at(int64_t i, int64_t rest) const {
+    W padded[kLanes] = {};
+    copy(padded, weight + i, rest);
+    return sum<V>(padded);
+  }
+
+ private:
+  template <class V>
+  [[gnu::always_inline]] V sum(const W* w) const {
+    const V sum = V::load(w) + V::broadcast(offset);
+    // Only here can a NaN have bits below those of T. Without any, V may round it to bfloat16 like a number.
+    if constexpr (sizeof(W) > sizeof(T)) return sum.without_payload();
+    return sum;
+  }
+};
+
+// The same, computed beforehand and padded.
+struct PreparedWeights {
+  const float* factors;
+
+  template <class V>
+  [[gnu::always_inline]] V at(int64_t i) const {
+    return V::load(factors + i);
+  }
+  template <class V>
+  [[gnu::always_inline]] V rest_at(int64_t i, int64_t) const {
+    return V::load(factors + i);
   }
 };
 
 template <class V, class T, class W>
-[[gnu::always_inline]] inline V weight_at(const W* weight, V offset) {
-  return V::load(weight) + offset;
+PreparedWeights prepare(const Weights<T, W>& weights, int64_t hidden, float* factors) {
+  int64_t i = 0;
+  for (; i + kLanes <= hidden; i += kLanes) weights.template at<V>(i).store(factors + i);
+  if (i < hidden) weights.template rest_at<V>(i, hidden - i).store(factors + i);
+  return {factors};
 }
 
-template <class V, class T, class W, int kRows, bool kStream>
-void normalize(const RowParams& p, const Row<T>* rows, const float* rstd, const Ahead& ahead) {
+// Brings in what V will want soon of a row, if there is one.
+template <class T>
+[[gnu::always_inline]] inline void prefetch(const T* row, int64_t i) {
+  if (!row) return;
+  constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
+  for (int64_t j = 0; j < kLanes; j += kLine) __builtin_prefetch(row + i + j, 0, 2);
+}
+
+// Where a row goes alone, the row after it is brought in meanwhile: memory would idle while the processor computes, which cost
+// a third of the time of rows out of the L3 cache.
+template <class V, class T, class Factors, int kRows, bool kStream>
+void normalize(const RowParams& p, Factors factors, const Row<T>* rows, const float* rstd, Row<T> next) {
+  const int64_t hidden = p.hidden;
   const T* s[kRows];
   T* out[kRows];
   V scale[kRows];
@@ -215,13 +257,16 @@ void normalize(const RowParams& p, const Row<T>* rows, const float* rstd, const 
     out[r] = rows[r].out;
     scale[r] = V::broadcast(rstd[r]);
   }
-  const W* weight = static_cast<const W*>(p.weight);
-  const V offset = V::broadcast(p.weight_offset);
 
   int64_t i = 0;
-  for (; i + kLanes <= p.hidden; i += kLanes) {
-    ahead.prefetch(i * sizeof(T), kLanes * sizeof(T));
-    const V w = weight_at<V, T>(weight + i, offset);
+  for (; i + kLanes <= hidden; i += kLanes) {
+    if constexpr (kRows == 1) {
+      prefetch(next.x, i);
+      prefetch(next.residual, i);
+      prefetch(next.out, i);
+      prefetch(next.residual_out, i);
+    }
+    const V w = factors.template at<V>(i);
     for (int r = 0; r < kRows; ++r) {
       const V y = V::load(s[r] + i) * scale[r] * w;
       if constexpr (kStream)
@@ -230,28 +275,35 @@ void normalize(const RowParams& p, const Row<T>* rows, const float* rstd, const 
         y.store(out[r] + i);
     }
   }
-  if (const int64_t rest = p.hidden - i) {
-    W w[kLanes] = {};
-    copy(w, weight + i, rest);
+  if (const int64_t rest = hidden - i) {
+    const V w = factors.template rest_at<V>(i, rest);
     for (int r = 0; r < kRows; ++r) {
       T y[kLanes] = {};
       copy(y, s[r] + i, rest);
-      (V::load(y) * scale[r] * weight_at<V, T>(w, offset)).store(y);
+      (V::load(y) * scale[r] * w).store(y);
       copy(out[r] + i, y, rest);
     }
   }
 }
 
-// --- Both.
+// --- Both
 
-// Whether to write around the caches: the output is large, not in them already, and made of whole cache lines.
+// Whether to write an output around the caches: it is large, none of it is in them as an input, and it is made of whole lines.
 template <class T>
 bool streams(const RowParams& p, const void* out, const int64_t* strides) {
   constexpr int64_t kItem = sizeof(T);
+  if (p.rows * p.hidden * kItem < kStreamBytes) return false;
+  if (out == p.x || out == p.residual || out == p.post_residual_addition) return false;
   bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
   for (int d = 0; d < p.row_dims; ++d) aligned = aligned && strides[d] * kItem % kCacheLine == 0;
-  return aligned && out != p.x && out != p.residual && p.rows * p.hidden * kItem >= kStreamBytes;
+  return aligned;
 }
+
+template <class T>
+struct Buffers {
+  alignas(kCacheLine) T sums[kBufferElements];
+  alignas(kCacheLine) float factors[kBufferElements];
+};
 
 template <class V, class T, bool kStream>
 auto choose_statistics(const RowParams& p) {
@@ -261,43 +313,59 @@ auto choose_statistics(const RowParams& p) {
 }
 
 template <class V, class T, class W>
-void run(const RowParams& p, int64_t begin, int64_t end) {
-  const int64_t bytes = p.hidden * static_cast<int64_t>(sizeof(T));
-  const bool is_short = bytes <= kShortBytes;
-  const int block = is_short ? kShortBlock : kLongBlock;
+void run(const RowParams& p, int64_t begin, int64_t end, Buffers<T>* buffers) {
+  const int block = p.hidden * static_cast<int64_t>(sizeof(T)) <= kShortBytes ? kBlock : 1;
+  const bool use_prepared = buffers && block == 1 && p.hidden <= kBufferElements;
   const bool stream_out = streams<T>(p, p.out, p.out_strides);
-  const bool stream_sum = p.residual && block * bytes <= kScratchBytes && streams<T>(p, p.residual_out, p.residual_out_strides);
+  const bool stream_sum =
+      buffers && p.residual && block * p.hidden <= kBufferElements && streams<T>(p, p.residual_out, p.residual_out_strides);
 
   const auto first_pass = stream_sum ? choose_statistics<V, T, true>(p) : choose_statistics<V, T, false>(p);
-  const auto short_block = stream_out ? &normalize<V, T, W, kShortBlock, true> : &normalize<V, T, W, kShortBlock, false>;
-  const auto long_block = stream_out ? &normalize<V, T, W, kLongBlock, true> : &normalize<V, T, W, kLongBlock, false>;
-  const auto one_row = stream_out ? &normalize<V, T, W, 1, true> : &normalize<V, T, W, 1, false>;
+  const auto block_pass = stream_out ? &normalize<V, T, Weights<T, W>, kBlock, true> : &normalize<V, T, Weights<T, W>, kBlock, false>;
+  const auto row_pass = stream_out ? &normalize<V, T, Weights<T, W>, 1, true> : &normalize<V, T, Weights<T, W>, 1, false>;
+  const auto prepared_pass = stream_out ? &normalize<V, T, PreparedWeights, 1, true> : &normalize<V, T, PreparedWeights, 1, false>;
+  const Weights<T, W> weights{static_cast<const W*>(p.weight), p.weight_offset};
+  const PreparedWeights prepared = use_prepared ? prepare<V>(weights, p.hidden, buffers->factors) : PreparedWeights{};
 
-  alignas(kCacheLine) char scratch[kScratchBytes];
-  RowCursor<T> cursor(p, begin), next(p, begin + block);
+  RowCursor<T> cursor(p, begin), ahead(p, begin + 1);
   while (begin < end) {
     const int count = end - begin < block ? 1 : block;
-    Row<T> rows[kShortBlock];
-    float rstd[kShortBlock];
-    Ahead ahead;
+    begin += count;
+    Row<T> rows[kBlock], next = {};
     for (int r = 0; r < count; ++r) {
       rows[r] = cursor.next();
-      rows[r].sum = stream_sum ? reinterpret_cast<T*>(scratch) + r * p.hidden : rows[r].residual_out;
+      if (stream_sum) rows[r].sum = buffers->sums + r * p.hidden;
     }
-    begin += count;
-    if (!is_short && begin + block <= end) {
-      for (int r = 0; r < count; ++r) {
-        const Row<T> row = next.next();
-        if(GN_AHEAD&1) ahead.add(row.x);
-        if(GN_AHEAD&1)  if (p.residual) ahead.add(row.residual);
-        if(GN_AHEAD&2)  if (!stream_out && p.out != p.x) ahead.add(row.out);
-        if(GN_AHEAD&4)  if (p.residual && !stream_sum && p.residual_out != p.residual) ahead.add(row.residual_out);
-      }
+    if (block == 1 && begin < end) {
+      next = ahead.next();
+      if (stream_out || p.out == p.x) next.out = nullptr;
+      if (stream_sum || p.residual_out == p.residual) next.residual_out = nullptr;
     }
+    float rstd[kBlock];
     first_pass(p, rows, count, rstd);
-    (count == 1 ? one_row : is_short ? short_block : long_block)(p, rows, rstd, ahead);
+    if (count == kBlock)
+      block_pass(p, weights, rows, rstd, next);
+    else if (use_prepared)
+      prepared_pass(p, prepared, rows, rstd, next);
+    else
+      row_pass(p, weights, rows, rstd, next);
   }
   V::fence();
+}
+
+// Large buffers have a stack frame of their own: not even touched for few rows.
+template <class V, class T, class W>
+[[gnu::noinline]] void run_buffered(const RowParams& p, int64_t begin, int64_t end) {
+  Buffers<T> buffers;
+  run<V, T, W>(p, begin, end, &buffers);
+}
+
+template <class V, class T, class W>
+void run(const RowParams& p, int64_t begin, int64_t end) {
+  if (end - begin < kManyRows)
+    run<V, T, W>(p, begin, end, nullptr);
+  else
+    run_buffered<V, T, W>(p, begin, end);
 }
 
 template <class V, class T>

@@ -1,5 +1,5 @@
-// The host plays a GPU, for tests: each thread of a block is a fiber, and the blocks run one after another. See platform.h for what
-// each name promises. What runs the fibers is tests/cpp/emulated_machine.cpp; no shipped library has any of this in it.
+// The host plays a GPU, for tests: each thread of a block is a fiber, and the blocks run one after another (those of a cluster take
+// turns). See platform.h for what each name promises. What runs the fibers is tests/cpp/emulated_machine.cpp; no shipped library has any of this in it.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 
 #define GEMMA_NORM_DEVICE inline
 #define GEMMA_NORM_KERNEL(max_threads) void
-// One block runs at a time, so all kernels can have the same variable: tests/cpp/emulated_kernels.cpp defines it.
+// One block runs at a time, so all kernels can have the same variables: tests/cpp/emulated_kernels.cpp defines them.
 #define GEMMA_NORM_SHARED extern
 
 namespace gemma_norm::device {
@@ -21,6 +21,7 @@ namespace gemma_norm::device {
 struct Here {
   int thread, block_threads, wave_width;
   int64_t block;
+  int cluster_rank, cluster_blocks;
   bool waited_for_previous_kernel;
 };
 extern Here here;
@@ -28,6 +29,14 @@ extern Here here;
 // Both return once all threads of the block, or all lanes of the wave, are there; a launch in which that cannot happen fails.
 void block_barrier();
 float value_of_lane(int distance, float v);  // v of the lane whose index is this one's ^ distance
+
+// The threads of a cluster's blocks arrive, then wait for all to have arrived.
+constexpr bool kHasClusters = true;
+void cluster_arrive();
+void cluster_wait();
+inline int cluster_rank() { return here.cluster_rank; }
+inline int cluster_blocks() { return here.cluster_blocks; }
+void store_in_block(float* shared, int rank, float v);
 
 // Ends the launch with an error; the fiber does not go on.
 [[noreturn]] void fail(const char* what);
@@ -114,21 +123,18 @@ uint32_t pack(const float* f) {
   else return bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16;
 }
 
-constexpr bool kHasClusters = false;
-
 struct Stream {};
 using Error = const char*;  // the message, or null
 constexpr Error kSuccess = nullptr;
 inline const char* error_text(Error e) { return e; }
 
 Error facts(DeviceFacts* result, const void* kernel);
-Error run_grid(const void* kernel, int64_t blocks, int threads, const std::function<void()>& thread);
+// `blocks` is the number of clusters times their size, which is 1 where there are none.
+Error run_grid(const void* kernel, int64_t blocks, int threads, int cluster, const std::function<void()>& thread);
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, Stream, const DeviceFacts&, Args... args) {
-  return run_grid(reinterpret_cast<const void*>(kernel), blocks, plan.block_threads, [&] { kernel(args...); });
+Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream, const DeviceFacts&, Args... args) {
+  return run_grid(reinterpret_cast<const void*>(kernel), groups * plan.cluster, plan.block_threads, plan.cluster, [&] { kernel(args...); });
 }
 
 }  // namespace gemma_norm::device
-
-#include "no_clusters.h"

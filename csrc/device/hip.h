@@ -10,7 +10,8 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
-#define GEMMA_NORM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+// At least two waves a SIMD, hence at most 256 registers. Kernels for aligned rows need half of that or less (tests/amdgpu).
+#define GEMMA_NORM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 2)
 #define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
@@ -18,7 +19,12 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
-GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
+// What __syncthreads() does; in the headers of ROCm 5 that is a call, which newer compilers do not inline.
+GEMMA_NORM_DEVICE void block_barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
 
 // Of the target being compiled; the host asks the device (facts). ROCm 7 has no macro or constant for it any more.
 #if defined(__GFX9__)
@@ -48,7 +54,7 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 #if defined(__GFX9__)
   if (lanes > 16) {
     const float low = lane_value(v, 0) + lane_value(v, 16), high = lane_value(v, 32) + lane_value(v, 48);
-    v = lanes > 32 ? low + high : __lane_id() < 32 ? low : high;
+    v = lanes > 32 ? low + high : threadIdx.x & 32 ? high : low;
   }
 #else
   if (lanes > 16) v += as_float(__builtin_amdgcn_permlanex16(0, as_bits(v), 0x76543210, 0xfedcba98, true, false));
@@ -56,16 +62,27 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
+using Float2 = float __attribute__((ext_vector_type(2)));  // what CDNA computes at once
+using UInt2 = uint32_t __attribute__((ext_vector_type(2)));
 using Vector4 = uint32_t __attribute__((ext_vector_type(4)));
+// Said to be global memory, which compilers do not always infer: flat accesses, which could be LDS, are slower.
+using GlobalVector4 = Vector4 __attribute__((address_space(1)));
 GEMMA_NORM_DEVICE Words words(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nontemporal_load(reinterpret_cast<const Vector4*>(p))); }
+GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*(const GlobalVector4*)p); }
+GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nontemporal_load((const GlobalVector4*)p)); }
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
-  __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, reinterpret_cast<Vector4*>(p));
+  __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
-GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*reinterpret_cast<const Vector4*>(p)); }
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-GEMMA_NORM_DEVICE float sqrt(float v) { return __builtin_sqrtf(v); }
+// Of v >= 0. v_sqrt_f32 may be one unit in the last place off, and compilers before clang 18 leave it at that.
+GEMMA_NORM_DEVICE float sqrt(float v) {
+  const bool tiny = v < 0x1p-96f;  // the residuals would be subnormal
+  v *= tiny ? 0x1p32f : 1.0f;
+  const float root = __builtin_amdgcn_sqrtf(v), below = as_float(as_bits(root) - 1), above = as_float(as_bits(root) + 1);
+  const float nearest = fma(-below, root, v) <= 0.0f ? below : fma(-above, root, v) > 0.0f ? above : root;
+  return nearest * (tiny ? 0x1p-16f : 1.0f);
+}
 
 template <class T>
 GEMMA_NORM_DEVICE void unpack(uint32_t word, float* f);
@@ -84,14 +101,6 @@ GEMMA_NORM_DEVICE void unpack<float16>(uint32_t word, float* f) {
   f[1] = __builtin_bit_cast(_Float16, static_cast<uint16_t>(word >> 16));
 }
 
-#if !defined(__gfx950__)
-// To nearest even. A NaN would round to Inf, so it is made quiet instead, its payload cut.
-GEMMA_NORM_DEVICE uint32_t bfloat16_bits(float f) {
-  const uint32_t bits = as_bits(f);
-  return f != f ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-#endif
-
 template <class T>
 GEMMA_NORM_DEVICE uint32_t pack(const float* f);
 template <>
@@ -100,12 +109,14 @@ GEMMA_NORM_DEVICE uint32_t pack<float>(const float* f) {
 }
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
+  const Float2 value = {f[0], f[1]};
 #if defined(__gfx950__)
-  using Float2 = float __attribute__((ext_vector_type(2)));
-  using BFloat2 = __bf16 __attribute__((ext_vector_type(2)));
-  return __builtin_bit_cast(uint32_t, __builtin_convertvector((Float2{f[0], f[1]}), BFloat2));  // v_cvt_pk_bf16_f32
+  return __builtin_bit_cast(uint32_t, __builtin_convertvector(value, __bf16 __attribute__((ext_vector_type(2)))));
 #else
-  return bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16;
+  // In the upper halves, to nearest even; that could turn a NaN into Inf or zero.
+  const UInt2 bits = __builtin_bit_cast(UInt2, value), rounded = bits + (bits >> 16 & 1u) + 0x7fffu;
+  const UInt2 kept = value == value ? rounded : UInt2(0x7fc00000u);
+  return __builtin_amdgcn_perm(kept.y, kept.x, 0x07060302u);
 #endif
 }
 template <>

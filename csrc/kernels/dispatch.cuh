@@ -58,8 +58,10 @@ device::Error with_kernel(const LaunchPlan& plan, Call&& call) {
     if constexpr (device::kHasClusters) {
       if (plan.scope == Scope::kCluster) return call(&rms_norm_rows<X, W, kAdd, Scope::kCluster, 8, true>);
     }
+  } else if constexpr (device::kHasClusters) {
+    if (plan.scope == Scope::kCluster) return call(&rms_norm_stream<X, W, kAdd, Scope::kCluster, false>);
   }
-  return call(&rms_norm_stream<X, W, kAdd, kAligned>);
+  return call(&rms_norm_stream<X, W, kAdd, Scope::kStream, kAligned>);
 }
 
 inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {

@@ -36,17 +36,15 @@ GEMMA_NORM_DEVICE float sum_over_block(float v) {
 // Every thread of the cluster gets the sum of its blocks' sums. The blocks have arrived at the cluster's barrier once before: none
 // may write into another that has not started.
 GEMMA_NORM_DEVICE float sum_over_cluster(float v) {
-  GEMMA_NORM_SHARED float partials[kMaxCluster];
+  GEMMA_NORM_SHARED float block_sums[kMaxCluster];
   const int blocks = device::cluster_blocks(), thread = device::thread_index();
-  if (thread < kMaxCluster) partials[thread] = 0.0f;
-  device::block_barrier();
   device::cluster_wait();
-  if (thread < blocks) device::store_in_block(&partials[device::cluster_rank()], thread, v);
+  if (thread < blocks) device::store_in_block(&block_sums[device::cluster_rank()], thread, v);
   device::cluster_arrive();
   device::cluster_wait();
   float sum[kMaxCluster];
 #pragma unroll
-  for (int i = 0; i < kMaxCluster; ++i) sum[i] = partials[i];
+  for (int i = 0; i < kMaxCluster; ++i) sum[i] = i < blocks ? block_sums[i] : 0.0f;
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 

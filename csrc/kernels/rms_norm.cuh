@@ -22,11 +22,11 @@ struct SquareSums {
     for (int i = 0; i < kItems<X>; ++i) sum[i] = device::fma(f[i], f[i], sum[i]);
   }
   GEMMA_NORM_DEVICE float total() {
+    if constexpr (kItems<X> == 8) {
 #pragma unroll
-    for (int step = 1; step < kItems<X>; step *= 2)
-#pragma unroll
-      for (int i = 0; i < kItems<X>; i += 2 * step) sum[i] += sum[i + step];
-    return sum[0];
+      for (int i = 0; i < 4; ++i) sum[i] += sum[i + 4];
+    }
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);  // neighbours last: CDNA computes them as pairs
   }
 };
 
@@ -51,14 +51,14 @@ rms_norm_rows(RowParams p, Layout layout) {
     r = p.first_row + device::block_index() / device::cluster_blocks();
   }
   // Threads without a part of a row still take part in the exchanges.
-  const bool active = r < p.rows && slot < layout.slots;
+  const bool active = (kScope != Scope::kWave || r < p.rows) && slot < layout.slots;
   const int end = active ? static_cast<int>(p.hidden) : 0;
-  const Row<X, kAdd> row(p, active ? r : 0);
+  const Row<X, kAdd> row(p, kScope != Scope::kWave || active ? r : 0);  // a block's row is uniform
   const W* weight = static_cast<const W*>(p.weight);
   const int step = item_step(layout);
   int first[kVectors];
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) first[k] = first_item<X, int>(layout, slot, k);
+  for (int k = 0; k < kVectors; ++k) first[k] = first_item<kAligned, X, int>(layout, slot, k);
   constexpr bool kEarlyWeights = kVectors * Weights<X, W>::kVectors <= 4;
   Words s[kVectors], residual[kVectors];
   Weights<X, W> w[kVectors];
@@ -120,18 +120,25 @@ rms_norm_rows(RowParams p, Layout layout) {
 }
 
 // Rows that no block can hold, or whose elements must be picked one by one: read for the sum, then again, from the cache as far
-// as it reaches, for the output.
-template <class X, class W, bool kAdd, bool kAligned>
+// as it reaches, for the output. By a block, or (kScope is kCluster) by a cluster of them.
+template <class X, class W, bool kAdd, Scope kScope, bool kAligned>
 GEMMA_NORM_KERNEL(kMaxBlockThreads)
 rms_norm_stream(RowParams p, Layout layout) {
-  const int slot = device::thread_index(), step = item_step(layout);
+  int slot = device::thread_index();
+  int64_t r = p.first_row + device::block_index();
+  if constexpr (kScope == Scope::kCluster) {
+    device::cluster_arrive();
+    slot += device::cluster_rank() * device::block_threads();
+    r = p.first_row + device::block_index() / device::cluster_blocks();
+  }
+  const int step = item_step(layout);
   const int64_t end = slot < layout.slots ? p.hidden : 0;
-  const Row<X, kAdd> row(p, p.first_row + device::block_index());
+  const Row<X, kAdd> row(p, r);
   device::wait_for_previous_kernel(row.x, row.out, p.weight);
 
   SquareSums<X> squares;
   for (int k = 0; k < layout.vectors; ++k) {
-    const int64_t first = first_item<X, int64_t>(layout, slot, k);
+    const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
     Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
     if constexpr (kAdd) {
       Words residual = load_items<kAligned>(row.residual, first, step, end, true);
@@ -141,12 +148,14 @@ rms_norm_stream(RowParams p, Layout layout) {
     }
     squares.add(s);
   }
-  const float rstd = reciprocal_std(sum_over_block(squares.total()), p);
+  float sum = sum_over_block(squares.total());
+  if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
   device::allow_next_kernel();
+  const float rstd = reciprocal_std(sum, p);
 
   const X* again = kAdd ? row.residual_out : row.x;  // each thread reads back what it wrote itself
   for (int k = 0; k < layout.vectors; ++k) {
-    const int64_t first = first_item<X, int64_t>(layout, slot, k);
+    const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
     Weights<X, W> w;
     w.template load<kAligned>(static_cast<const W*>(p.weight), first, step, end);
     const Words s = load_items<kAligned>(again, first, step, end, true);

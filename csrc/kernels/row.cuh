@@ -22,10 +22,10 @@ struct Layout {
 };
 
 // Index of the first element of slot's k-th vector, and the step to the vector's next element.
-template <class T, class Index>
+template <bool kWholeVectors, class T, class Index>
 GEMMA_NORM_DEVICE Index first_item(const Layout& layout, int slot, int k) {
   const Index vector = static_cast<Index>(k) * layout.slots;
-  return layout.whole_vectors ? (vector + slot) * kItems<T> : vector * kItems<T> + slot;
+  return kWholeVectors || layout.whole_vectors ? (vector + slot) * kItems<T> : vector * kItems<T> + slot;
 }
 GEMMA_NORM_DEVICE int item_step(const Layout& layout) { return layout.whole_vectors ? 1 : layout.slots; }
 
@@ -156,7 +156,7 @@ struct Row {
     if constexpr (kAdd) {
       residual = static_cast<const X*>(p.residual) + at.offset(p, p.residual_strides);
       residual_out = static_cast<X*>(p.residual_out) + at.offset(p, p.residual_out_strides);
-      post = p.post_residual_addition ? static_cast<const X*>(p.post_residual_addition) + at.offset(p, p.post_strides) : nullptr;
+      post = static_cast<const X*>(p.post_residual_addition) + at.offset(p, p.post_strides);  // null stays null: its strides are 0
     }
   }
 };

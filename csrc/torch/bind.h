@@ -1,5 +1,5 @@
 // From the dispatcher's boxed calls to the C interface: tensors become views, statuses become exceptions. Written once for all
-// devices; a Backend supplies the call (see bind_cpu.cpp). Only PyTorch's stable ABI is used, with one exception: needs_grad().
+// devices; a Backend supplies the call (see bind_cpu.cpp). Only PyTorch's stable ABI is used, with two exceptions, named next.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,9 +12,11 @@
 
 #include "../gemma_norm.h"
 
-// c10::TensorImpl::requires_grad() const. The stable ABI has no such query, and without it an op would record wrong gradients in
-// silence. Weak: should a later PyTorch drop the symbol, libraries still load (and a test fails).
+// c10::TensorImpl::requires_grad() const and torch::autograd::impl::bump_version(const at::Tensor&). The stable ABI has neither,
+// and without them gradients would be wrong in silence: those through the op, and those of other ops that saved what it writes.
+// Weak: should a later PyTorch drop a symbol, libraries still load (and a test fails).
 extern "C" __attribute__((weak)) bool _ZNK3c1010TensorImpl13requires_gradEv(const void* tensor_impl);
+extern "C" __attribute__((weak)) void _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(const void* tensor);
 
 namespace gemma_norm::binding {
 
@@ -132,6 +134,11 @@ inline bool needs_grad(const Handle& t) {
   return _ZNK3c1010TensorImpl13requires_gradEv && _ZNK3c1010TensorImpl13requires_gradEv(*reinterpret_cast<void* const*>(t.get()));
 }
 
+// For autograd: t's values change. Refused by PyTorch for an inference tensor outside inference mode, hence before the call.
+inline void announce_write(const Handle& t) {
+  if (_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(t.get());
+}
+
 struct NamedTensor {
   const char* name;
   const Handle& tensor;
@@ -197,6 +204,7 @@ void rms_norm_out(StableIValue* stack, uint64_t, uint64_t) {
   Handle out = tensor_argument(stack[4]);
   const Device device = device_of(x);
   check_tensors("rms_norm", "gemma_norm.rms_norm without out", device, {{"x", x}, {"weight", weight}, {"out", out}});
+  announce_write(out);
   run<Backend>("rms_norm", device, x, weight, out, none, none, none, stack[2], stack[3]);
   stack[0] = result(std::move(out));
 }
@@ -208,6 +216,8 @@ void fused_add_rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   const Device device = device_of(x);
   check_tensors("fused_add_rms_norm", "gemma_norm.add_rms_norm", device,
                 {{"x", x}, {"residual", residual}, {"weight", weight}, {"post_residual_addition", post}});
+  announce_write(x);
+  announce_write(residual);
   run<Backend>("fused_add_rms_norm", device, x, weight, x, residual, post, residual, stack[3], stack[4]);
 }
 

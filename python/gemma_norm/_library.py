@@ -115,7 +115,8 @@ def _load(name: str) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise ImportError(f"gemma_norm: the {name} library does not load: {path} ({built}): {error}") from error
+        said = error.__cause__ or error  # the loader; PyTorch wraps it
+        raise ImportError(f"gemma_norm: the {name} library does not load: {path} ({built}): {said}") from error
     _loaded.add(name)
 
 

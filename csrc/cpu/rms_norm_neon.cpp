@@ -1,0 +1,104 @@
+// The row kernel for AArch64: Advanced SIMD, which every such processor has.
+#include "isa.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "row_kernel.h"
+
+namespace gemma_norm {
+namespace {
+
+struct F32x32 {
+  float32x4_t v[8];
+
+  static F32x32 broadcast(float f) {
+    const float32x4_t all = vdupq_n_f32(f);
+    return {{all, all, all, all, all, all, all, all}};
+  }
+
+  static F32x32 load(const float* p) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vld1q_f32(p + 4 * j);
+    return r;
+  }
+  static F32x32 load(const Float16* p) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p[4 * j].bits)));
+    return r;
+  }
+  static F32x32 load(const BFloat16* p) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p[4 * j].bits), 16));
+    return r;
+  }
+
+  template <class T>
+  static F32x32 load_for_sum(const T* p) {
+    return load(p);
+  }
+  static F32x32 load_for_sum(const BFloat16* p) {
+    F32x32 r;
+    for (int j = 0; j < 4; ++j) {
+      const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(&p[8 * j].bits));
+      r.v[j] = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+      r.v[j + 4] = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000)));
+    }
+    return r;
+  }
+
+  void store(float* p) const {
+    for (int j = 0; j < 8; ++j) vst1q_f32(p + 4 * j, v[j]);
+  }
+  void store(Float16* p) const {
+    for (int j = 0; j < 8; ++j) vst1_u16(&p[4 * j].bits, vreinterpret_u16_f16(vcvt_f16_f32(v[j])));
+  }
+  void store(BFloat16* p) const {  // the upper halves of the rounded lanes
+    for (int j = 0; j < 8; j += 2) vst1q_u16(&p[4 * j].bits, vuzp2q_u16(rounded(v[j]), rounded(v[j + 1])));
+  }
+
+  template <class T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void fence() {}
+
+  friend F32x32 operator+(F32x32 a, const F32x32& b) {
+    for (int j = 0; j < 8; ++j) a.v[j] = vaddq_f32(a.v[j], b.v[j]);
+    return a;
+  }
+  friend F32x32 operator*(F32x32 a, const F32x32& b) {
+    for (int j = 0; j < 8; ++j) a.v[j] = vmulq_f32(a.v[j], b.v[j]);
+    return a;
+  }
+
+  F32x32 without_payload() const {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vbslq_f32(vceqq_f32(v[j], v[j]), v[j], vdupq_n_f32(__builtin_nanf("")));
+    return r;
+  }
+
+  float sum() const {
+    float32x4_t v16[4], v8[2];
+    for (int j = 0; j < 4; ++j) v16[j] = vaddq_f32(v[j], v[j + 4]);
+    for (int j = 0; j < 2; ++j) v8[j] = vaddq_f32(v16[j], v16[j + 2]);
+    const float32x4_t v4 = vaddq_f32(v8[0], v8[1]);
+    const float32x2_t v2 = vadd_f32(vget_low_f32(v4), vget_high_f32(v4));
+    return vget_lane_f32(v2, 0) + vget_lane_f32(v2, 1);
+  }
+
+ private:
+  static uint16x8_t rounded(float32x4_t f) {
+    const uint32x4_t u = vreinterpretq_u32_f32(f);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    return vreinterpretq_u16_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd));
+  }
+};
+
+}  // namespace
+
+void rows_neon(const RowParams& params, int64_t begin, int64_t end) { run<F32x32>(params, begin, end); }
+
+}  // namespace gemma_norm
+
+#endif

@@ -1,0 +1,146 @@
+"""Executes AMD machine code wave by wave: tinygrad's instruction emulator, driven by a stricter loop than its own.
+
+Stricter where that finds bugs: registers and LDS hold garbage at the start (the emulator zeroes them), waves of a block run first
+to last or last to first between barriers, so that a missing barrier shows, and roots and reciprocals are off by one unit in the
+last place, as the hardware's may be. Checked with tinygrad a9069c177a.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+sys.path.insert(0, os.environ["TINYGRAD"])
+os.environ.setdefault("DEV", "CPU")
+
+from test.mockgpu.amd import emu  # noqa: E402
+from tinygrad.device import Buffer, BufferSpec  # noqa: E402
+from tinygrad.uop.ops import Ops, UOp  # noqa: E402
+
+GARBAGE = 0x7FC0_DEAD  # a NaN, and a wild index
+SHADOW = 5  # the slot of a kernel's buffers in which an exchange between lanes finds the registers as they were before it
+
+
+def exchanges_lanes(inst) -> bool:
+    return hasattr(type(inst), "dpp") or "PERMLANE" in emu._op_name(inst)
+
+
+def _read_from_shadow(handler):
+    """The emulator does one lane after another, so `v_add_f32_dpp v0, v0, v0` would read what it has just written."""
+
+    def compile_instruction(inst, ctx):
+        sink = handler(inst, ctx)
+        if not exchanges_lanes(inst):
+            return sink
+        shadow = UOp.param(SHADOW, ctx.vgpr.dtype, (256 * ctx.wave_size,))
+        reads = {
+            u: u.replace(src=(u.src[0].replace(src=(shadow, *u.src[0].src[1:])), *u.src[1:]))
+            for u in sink.toposort()
+            if u.op is Ops.LOAD and u.src[0].op is Ops.INDEX and u.src[0].src[0] is ctx.vgpr
+        }
+        return sink.substitute(reads)
+
+    return compile_instruction
+
+
+for _kind, _handler in list(emu._INST_HANDLERS.items()):
+    emu._INST_HANDLERS[_kind] = _read_from_shadow(_handler)
+
+
+class _Step(NamedTuple):
+    execute: Callable[..., object]
+    buffers: list[int]
+    is_barrier: bool
+    exchanges: bool
+    inexact: int | None  # the register that takes a result good to one unit in the last place only
+    kind: str
+
+
+def classify(name: str) -> str:
+    """The unit that an instruction occupies, for the instruction counts."""
+    if name.startswith("V_"):
+        return "transcendental" if any(s in name for s in ("_RCP_", "_RSQ_", "_SQRT_")) else "vector"
+    if name.startswith(("GLOBAL_LOAD", "FLAT_LOAD")):
+        return "load"
+    if name.startswith(("GLOBAL_STORE", "FLAT_STORE")):
+        return "store"
+    if name.startswith("DS_"):
+        return "lds"
+    if name.startswith("S_LOAD"):
+        return "scalar load"
+    return "wait" if name.startswith(("S_WAIT", "S_NOP", "S_DELAY", "S_BARRIER", "S_CLAUSE")) else "scalar"
+
+
+class Machine:
+    def __init__(self, isa: str):
+        self.isa, self.wave = isa, emu._wave_size(isa)
+        self.memory = Buffer("CPU", 1 << 40, emu.dtypes.uint32, options=BufferSpec(external_ptr=0)).ensure_allocated()
+        self.steps: dict[int, _Step] = {}  # by address of the instruction
+
+    def _step(self, pc: int) -> _Step:
+        if pc not in self.steps:
+            (program, runtime), inst = emu._decode_at(pc, self.isa)
+            is_barrier = getattr(inst, "op", None) in emu._BARRIER_OPS | emu._BARRIER_SOP1_OPS
+            name = emu._op_name(inst)
+            kind = classify(name) + (" dpp" if exchanges_lanes(inst) else "")
+            inexact = inst.vdst.offset - 256 if re.match(r"V_(RCP|RSQ|SQRT)_(IFLAG_)?F32", name) else None
+            self.steps[pc] = _Step(
+                runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind
+            )
+        return self.steps[pc]
+
+    def run(self, entry: int, grid, block, lds_bytes: int, scratch_bytes: int, rsrc2: int, user_sgprs: list[int], backwards: bool):
+        """Runs every block of the grid and returns the wave instructions executed, by kind."""
+        counts: collections.Counter = collections.Counter()
+        lds = (ctypes.c_uint32 * max(lds_bytes // 4, 1))()
+        scratch = (ctypes.c_uint8 * max(scratch_bytes * self.wave, 1))()
+        shadow = (ctypes.c_uint32 * (256 * self.wave))()
+        garbage = (ctypes.c_uint32 * (255 * self.wave))(*[GARBAGE] * (255 * self.wave))
+        threads = block[0] * block[1] * block[2]
+        starts = range(0, threads, self.wave)
+        for z, y, x in itertools.product(range(grid[2]), range(grid[1]), range(grid[0])):
+            ctypes.memmove(lds, garbage, min(ctypes.sizeof(lds), ctypes.sizeof(garbage)))
+            waves = [
+                emu._init_wave(entry, start, threads, *block, 0, rsrc2, scratch_bytes, self.isa, x, y, z, user_sgprs, self.wave)
+                for start in (reversed(starts) if backwards else starts)
+            ]
+            for wave in waves:
+                ctypes.memmove(wave.vgpr_buf._buf.va_addr + self.wave * 4, garbage, ctypes.sizeof(garbage))  # v1 and up
+            while waves:  # each round takes every wave to its next barrier or its end
+                waves = [w for w in waves if self._to_barrier(w, lds, scratch, shadow, counts)]
+        return counts
+
+    def _to_barrier(self, wave, lds, scratch, shadow, counts) -> bool:
+        registers = wave.vgpr_buf._buf.va_addr
+        buffers = [wave.sgpr_buf._buf.va_addr, registers, self.memory._buf.va_addr, *map(ctypes.addressof, (lds, scratch)),
+                   wave.accvgpr_buf._buf.va_addr]
+        plain = [ctypes.c_uint64(b) for b in buffers]
+        with_shadow = [*plain[:SHADOW], ctypes.c_uint64(ctypes.addressof(shadow))]
+        for _ in range(1_000_000):
+            pc = wave.pc
+            if pc == emu.ENDPGM_PC:
+                return False
+            step = self._step(pc)
+            if step.exchanges:
+                ctypes.memmove(shadow, registers, ctypes.sizeof(shadow))
+            step.execute(*[(with_shadow if step.exchanges else plain)[b] for b in step.buffers])
+            if step.inexact is not None:
+                self._perturb(wave, step.inexact)
+            counts[step.kind] += 1
+            if step.is_barrier:
+                return True
+        raise RuntimeError("a wave ran 1 000 000 instructions without end or barrier")
+
+    def _perturb(self, wave, register: int) -> None:
+        """The emulator's roots and reciprocals are exact; the hardware's may be one off, in either direction."""
+        for lane in range(self.wave):
+            at = register * self.wave + lane
+            bits = wave._vgpr_mv[at]
+            if 0 < bits >> 23 & 0xFF < 0xFE:
+                wave._vgpr_mv[at] = bits + lane % 3 - 1

@@ -1,0 +1,150 @@
+"""What the compilers make of every kernel, asserted on assembly and metadata: no GPU is needed.
+
+The plan: kernels for aligned rows leave room for at least four waves a SIMD, three more than it takes to keep memory busy on
+CDNA (docs/amd.md); those that pick single elements for at least two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+
+import pytest
+import toolchain
+from assembly import Kernel, kernels
+from toolchain import TARGETS, Target
+
+WAVES = {True: 4, False: 2}  # a SIMD, by whether the rows are aligned; max_waves / 2 on RDNA
+NON_TEMPORAL = {"gfx90a": " glc slc", "gfx942": " nt", "gfx950": " nt", "gfx1100": " slc dlc", "gfx1151": " slc dlc"}
+DTYPES = [("float", "float"), *itertools.product(["float16"], ["float16", "float"])]
+DTYPES += itertools.product(["bfloat16"], ["bfloat16", "float"])
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    return TARGETS[request.param]
+
+
+@pytest.fixture
+def code(target: Target) -> list[Kernel]:
+    path = toolchain.all_assemblies()[target.arch]
+    if isinstance(path, toolchain.Missing):
+        pytest.skip(f"{target.arch} needs {path}")
+    if isinstance(path, Exception):
+        raise path
+    return kernels(path)
+
+
+def check(code: list[Kernel], wrong: Callable[[Kernel], object]) -> None:
+    """Fails with the kernels of which `wrong` tells something."""
+    found = {str(kernel): what for kernel in code if (what := wrong(kernel))}
+    assert not found, "\n".join(f"{kernel}: {what}" for kernel, what in list(found.items())[:10])
+
+
+def test_every_instantiation_is_there(code: list[Kernel]) -> None:
+    there = {(k.x, k.weight, k.add, k.scope, k.aligned) for k in code}
+    scopes = ["wave", "block", "stream"]
+    expected = itertools.product(DTYPES, [False, True], scopes, [False, True])
+    wanted = {(x, w, add, scope, aligned) for (x, w), add, scope, aligned in expected if aligned or scope != "block"}
+    assert there == wanted
+    assert len({str(k) for k in code}) == len(code)
+
+
+def test_aligned_rows_move_16_bytes_at_a_time(code: list[Kernel]) -> None:
+    def wrong(k: Kernel) -> object:
+        accesses = k.all(r"global_|flat_|buffer_")
+        if any(line.startswith(("flat_", "buffer_")) for line in accesses if "_inv" not in line):
+            return "not through global instructions"
+        if not k.aligned:
+            return [line for line in accesses if re.search(r"_(dwordx4|b128)", line)]
+        loads, stores = k.all("global_load"), k.all("global_store")
+        narrow = [line for line in loads + stores if not re.search(r"_(dwordx4|b128)", line)]
+        weights = k.vectors * (2 if k.x != "float" and k.weight == "float" else 1)
+        enough = len(loads) >= k.vectors * (1 + k.add) + weights and len(stores) >= k.vectors * (1 + k.add)
+        return narrow or (not enough and f"{len(loads)} loads, {len(stores)} stores")
+
+    check(code, wrong)
+
+
+def test_what_is_touched_once_is_not_kept_in_caches(code: list[Kernel], target: Target) -> None:
+    def marked(line: str) -> bool:
+        return "th:TH_" in line if target.arch == "gfx1201" else NON_TEMPORAL[target.arch] in line
+
+    def wrong(k: Kernel) -> object:
+        if not k.aligned:
+            return None
+        streamed = [line for line in k.all("global_load") if marked(line)]
+        weights = [line for line in k.all("global_load") if not marked(line)]
+        kept = [line for line in k.all("global_store") if not marked(line)]
+        if target.compiler == "hipcc" and not streamed:
+            return kept  # clang 15 loses the mark on its way through the choice between two paths
+        return kept or ("no weight is kept" if not weights else len(streamed) < k.vectors and "x is kept")
+
+    check(code, wrong)
+
+
+def test_lanes_exchange_in_registers(code: list[Kernel], target: Target) -> None:
+    def wrong(k: Kernel) -> object:
+        through_lds = k.all(r"ds_\w*(permute|swizzle)")
+        steps = sum("quad_perm" in line or "mirror" in line for line in k.all(r"v_add_f32_dpp|v_mov_b32_dpp|v_add_f32_e64_dpp"))
+        rows = k.all("v_readlane_b32") if target.wave == 64 else k.all("v_permlanex16_b32")
+        if through_lds or steps < 4 or not rows:
+            return through_lds or f"{steps} steps inside rows, {len(rows)} between rows"
+        lds = k.all("ds_")
+        return lds if k.scope == "wave" else not k.all("ds_(write|store)_b32") and "no partial sum is stored"
+
+    check(code, wrong)
+
+
+def test_nothing_spills_or_is_called(code: list[Kernel]) -> None:
+    zero = ["private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count", "uses_dynamic_stack"]
+    check(code, lambda k: [n for n in zero if k.numbers.get(n)] or k.all(r"scratch_|s_swappc|s_call|.*@(gotpcrel|rel)32"))
+
+
+def test_enough_waves_fit(code: list[Kernel], target: Target) -> None:
+    def wrong(k: Kernel) -> object:
+        registers = k.numbers["vgpr_count"]
+        planned = WAVES[k.aligned] if target.wave == 64 else target.max_waves // 2
+        return target.waves(registers) < planned and f"{registers} registers: {target.waves(registers)} waves, not {planned}"
+
+    check(code, wrong)
+
+
+def test_bfloat16_is_rounded_by_the_hardware_where_it_can(code: list[Kernel], target: Target) -> None:
+    def wrong(k: Kernel) -> object:
+        hardware, by_hand = k.all("v_cvt_pk_bf16_f32"), k.all("v_add3_u32 .*0x7fff|v_cmp_o_f32")
+        if target.arch == "gfx950" and k.x == "bfloat16":
+            return by_hand or len(hardware) < 4 * k.vectors and f"{len(hardware)} conversions"
+        return hardware
+
+    check(code, wrong)
+
+
+def test_cdna_computes_pairs(code: list[Kernel], target: Target) -> None:
+    if target.wave != 64:
+        pytest.skip("RDNA has no packed float32")
+    halves = [k for k in code if k.aligned and k.x != "float"]
+    check(halves, lambda k: len(k.all("v_pk_fma_f32")) < 4 * k.vectors and "squares are computed one by one")
+    bf16 = [k for k in halves if k.x == "bfloat16"]
+    check(bf16, lambda k: len(k.all("v_pk_mul_f32")) < 8 * k.vectors and "outputs are computed one by one")
+
+
+def test_root_and_division_are_correctly_rounded(code: list[Kernel]) -> None:
+    """The hardware's are good to one unit in the last place: the root's neighbours must be tried, the quotient fixed up."""
+
+    def wrong(k: Kernel) -> object:
+        text = "\n".join(k.lines)
+        roots = re.findall(r"v_sqrt_f32_e\d+ (v\d+),", text)
+        tried = [re.search(rf"v_add_(nc_)?u32_e\d+ v\d+, {step}, {roots[0]}\b", text) for step in (-1, 1) if roots]
+        return not (len(roots) == 1 and all(tried) and k.all("v_div_fixup_f32")) and f"{len(roots)} roots, {tried}"
+
+    check(code, wrong)
+
+
+def test_subnormals_are_kept(code: list[Kernel]) -> None:
+    check(code, lambda k: {k.numbers["float_denorm_mode_32"], k.numbers["float_denorm_mode_16_64"]} != {3} and "flushed")
+
+
+def test_waves_are_as_wide_as_planned(code: list[Kernel], target: Target) -> None:
+    check(code, lambda k: k.numbers["wavefront_size"] != target.wave and k.numbers["wavefront_size"])

@@ -1,0 +1,185 @@
+"""The compilers that reach AMD GPUs without ROCm, and what they make of csrc/hip/rms_norm.hip.
+
+Debian's hipcc 5.2.3 stops at gfx90a. Its headers and device libraries serve clang-19 and ziglang's clang 22 for newer GPUs: all
+that the libraries lack for those is one constant, the ISA version, generated here. Outputs stay in build/amdgpu, by a hash of
+the sources and the command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc/hip/rms_norm.hip"
+BUILD = ROOT / "build/amdgpu"
+BITCODE = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")  # Debian's rocm-device-libs
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-mcumode"]  # setup.py's
+HIP_5 = ["--rocm-path=/usr", "--hip-version=5.2.3", "-mcode-object-version=5", "-D__HIP_PLATFORM_AMD__"]
+
+
+class Missing(Exception):
+    """What to install to go on."""
+
+
+@dataclass(frozen=True)
+class Target:
+    arch: str
+    isa_version: int  # as the device libraries count: 9402 is gfx942
+    compiler: str  # a key of COMPILERS
+    wave: int
+    registers: int  # vector registers a SIMD has for each lane
+    granule: int  # in which they are allocated
+    max_waves: int  # a SIMD holds
+
+    def waves(self, registers: int) -> int:
+        """How many waves a SIMD holds whose kernel needs that many registers."""
+        allocated = -(-max(registers, 1) // self.granule) * self.granule
+        return min(self.max_waves, self.registers // allocated)
+
+
+TARGETS = {
+    t.arch: t
+    for t in (
+        Target("gfx90a", 9010, "hipcc", 64, 512, 8, 8),
+        Target("gfx942", 9402, "clang", 64, 512, 8, 8),
+        Target("gfx950", 9500, "zig", 64, 512, 8, 8),
+        Target("gfx1100", 11000, "clang", 32, 1536, 24, 16),
+        Target("gfx1151", 11501, "clang", 32, 1536, 24, 16),
+        Target("gfx1201", 12001, "clang", 32, 1536, 24, 16),
+    )
+}
+
+
+def need(*tools: str, install: str) -> None:
+    if missing := [t for t in tools if not (shutil.which(t) or Path(t).exists())]:
+        raise Missing(f"{', '.join(missing)}: {install}")
+
+
+def device_libraries() -> Path:
+    """ROCm's device libraries for every target."""
+    need("llvm-as-15", install="apt-get install llvm-15")
+    folder = BUILD / "devlib"
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in BITCODE.glob("*.bc"):
+        if not (folder / library.name).exists():
+            (folder / library.name).symlink_to(library)
+    for target in TARGETS.values():
+        out = folder / f"oclc_isa_version_{target.arch[3:]}.bc"
+        if not out.exists():
+            kind = "linkonce_odr hidden local_unnamed_addr addrspace(4) constant i32"
+            text = f"@__oclc_ISA_version = {kind} {target.isa_version}\n"
+            subprocess.run(["llvm-as-15", "-o", out, "-"], input=text.encode(), check=True)
+    return folder
+
+
+def hipcc() -> list[str]:
+    need("hipcc", "/usr/include/hip/hip_runtime.h", install="apt-get install hipcc libamdhip64-dev")
+    return ["hipcc", *FLAGS]
+
+
+def clang() -> list[str]:
+    need("clang++-19", "lld-19", install="apt-get install clang-19 lld-19 libclang-rt-19-dev clang-tools-19")
+    need("/usr/include/hip/hip_runtime.h", str(BITCODE / "ockl.bc"), install="apt-get install hipcc libamdhip64-dev")
+    libraries = f"--rocm-device-lib-path={device_libraries()}"
+    return ["clang++-19", "-x", "hip", *FLAGS, *HIP_5, libraries, "-Wno-linker-warnings"]
+
+
+def zig() -> list[str]:
+    if not importlib.util.find_spec("ziglang"):
+        raise Missing("ziglang: pip install ziglang")
+    resources = next((p.parents[1] for p in Path("/usr/lib").glob("**/include/__clang_hip_runtime_wrapper.h")), None)
+    if not resources:  # ziglang leaves HIP's wrapper headers out
+        raise Missing("__clang_hip_runtime_wrapper.h: apt-get install hipcc libamdhip64-dev")
+    libraries = f"--rocm-device-lib-path={device_libraries()}"
+    macros = "-D__AMDGCN_WAVEFRONT_SIZE=64"  # HIP 5's headers want it, clang 22 has dropped it
+    resources_flags = ["-resource-dir", str(resources), macros]
+    return [sys.executable, "-m", "ziglang", "clang", "-x", "hip", *FLAGS, *HIP_5, libraries, *resources_flags,
+            "-Wno-linker-warnings"]  # fmt: skip
+
+
+COMPILERS = {"hipcc": hipcc, "clang": clang, "zig": zig}
+
+
+@cache
+def sources_hash() -> str:
+    files = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".hip", ".cpp"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
+
+def build(name: str, command: list[str], inputs: str) -> Path:
+    """Runs the command, plus `-o <result>`, unless build/amdgpu has its result already."""
+    key = hashlib.sha256("\0".join([*command, inputs]).encode()).hexdigest()[:16]
+    out = BUILD / key / name
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name("partial-" + out.name)
+        environment = {**os.environ, "HIP_PLATFORM": "amd"}
+        done = subprocess.run([*command, "-o", str(partial)], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        partial.rename(out)
+    return out
+
+
+def assembly(arch: str) -> Path:
+    target = TARGETS[arch]
+    device = ["--offload-device-only", f"--offload-arch={arch}", str(SOURCE)]
+    return build(f"{arch}.s", [*COMPILERS[target.compiler](), *device, "-S"], sources_hash())
+
+
+@cache
+def all_assemblies() -> dict[str, Path | Exception]:
+    """Of every target, two at a time; an exception where there is none."""
+
+    def attempt(arch: str) -> Path | Exception:
+        try:
+            return assembly(arch)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(TARGETS, pool.map(attempt, TARGETS)))
+
+
+def shared_library(name: str, command: list[str], sources: list[Path], inputs: str) -> Path:
+    """A library of C++ sources, and of what `command` makes of the HIP source; its HIP symbols stay undefined."""
+    link = ["g++", "-shared", "-fPIC", "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    objects = [build(f"{name}.o", [*command, "-c", str(SOURCE)], inputs)] if command else []
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cpp'}"]
+    return build(f"lib{name}.so", [*link, *includes, *map(str, [*sources, *objects])], inputs)
+
+
+def hip_library(compiler: str, arches: list[str]) -> Path:
+    """The HIP library without PyTorch, as setup.py builds it but for its visible symbols."""
+    offload = [f"--offload-arch={arch}" for arch in arches]
+    host = sorted((ROOT / "csrc").glob("*.cpp"))
+    return shared_library(f"hip_{compiler}", [*COMPILERS[compiler](), *offload], host, sources_hash())
+
+
+def cases_library() -> Path:
+    """The C++ tests' cases and the kernels compiled for the host, for cases.cpp."""
+    parts = "cases operand reference runner host_target emulated_kernels emulated_machine".split()
+    tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts]
+    inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()
+    here = Path(__file__).with_name("cases.cpp")
+    host = sorted((ROOT / "csrc").glob("*.cpp"))
+    return shared_library("cases", [], [here, *tests, *host], inputs + here.read_text())
+
+
+def code_object(arch: str) -> Path:
+    """What the loader takes, out of `assembly`: for a GPU that no compiler here can put into a library."""
+    need("ld.lld-19", install="apt-get install lld-19")
+    source = assembly(arch)
+    zig_clang = [sys.executable, "-m", "ziglang", "clang"]
+    assemble = [*zig_clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c", str(source)]
+    object = build(f"{arch}.o", assemble, source.read_text())
+    return build(f"{arch}.hsaco", ["ld.lld-19", "-shared", str(object)], source.read_text())

@@ -1,0 +1,76 @@
+// The calls that every device's kernels are tried on. Knows nothing of GoogleTest or of any device.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "gemma_norm.h"
+
+namespace gemma_norm {
+
+// Which operands there are, and whose memory the results take.
+enum class Operands {
+  kPlain,         // out = norm(x)
+  kInPlace,       // x = norm(x)
+  kAdd,           // residual_out = x + residual, out = norm(residual_out)
+  kAddPost,       // the same with post_residual_addition
+  kFused,         // the sum to residual's memory, its norm to x's
+  kFusedPost,
+  kFusedCrossed,  // the sum to x's memory, its norm to residual's
+};
+inline bool has_residual(Operands o) { return o >= Operands::kAdd; }
+inline bool has_post(Operands o) { return o == Operands::kAddPost || o == Operands::kFusedPost; }
+
+// What x and the weight may be.
+constexpr DType kDTypePairs[][2] = {{DType::kFloat32, DType::kFloat32},
+                                    {DType::kFloat16, DType::kFloat16},
+                                    {DType::kFloat16, DType::kFloat32},
+                                    {DType::kBFloat16, DType::kBFloat16},
+                                    {DType::kBFloat16, DType::kFloat32}};
+
+// How the rows lie in memory. Every operand has its own padding.
+struct Rows {
+  const char* name;
+  std::vector<int64_t> sizes;  // the leading dimensions
+  std::vector<int> order;      // of the leading dimensions in memory, outermost first; those not named have stride 0 in inputs
+  int padding;                 // the number of dimensions, from the innermost, that have a gap before the next index
+};
+
+enum class Alignment {
+  kWhole,     // every base and every stride is a multiple of 64 bytes, gaps included
+  kOffBase,   // one operand's base is an odd number of elements off
+  kOffStride, // gaps are an odd number of elements
+  kAtEnd,     // every operand ends where its guard page begins, whatever alignment that gives
+};
+
+enum class Values { kNormal, kWide, kSubnormal, kHuge, kZeros, kNan, kInfinity, kSpecialWeight };
+
+struct Case {
+  DType dtype, weight_dtype;
+  Operands operands;
+  bool gemma;
+  int64_t hidden;
+  Rows rows;
+  Alignment alignment;
+  Values values;
+  double eps;
+  uint32_t seed;  // of the values, and of all that a device may vary without changing the result
+
+  int64_t row_count() const;
+};
+
+// "bfloat16 x, float32 weight, fused, gemma, [3, 2, 2048] slice, ...".
+std::string describe(const Case& c);
+
+// Every dtype pair, operands and gemma at every hidden size where the plan changes and those models use; the rest at random.
+std::vector<Case> all_cases();
+
+// The same data as one contiguous, aligned block of rows, the sum already made: what `c` must equal bit for bit.
+Case plain_case(const Case& c, int64_t rows);
+
+// The hidden sizes around which the plan for `dtype` takes another kernel, each with its neighbours.
+std::vector<int64_t> plan_edges(DType dtype);
+
+const char* dtype_name(DType dtype);
+
+}  // namespace gemma_norm

@@ -1,0 +1,45 @@
+// The kernels, compiled for the host by its own compiler, and their entry of the C interface.
+#include "cases.h"
+#include "emulated_machine.h"
+#include "kernels/dispatch.cuh"
+
+namespace gemma_norm::kernels {
+// What GEMMA_NORM_SHARED declares.
+Words partials[kMaxWaves / 4];
+float block_sums[kMaxCluster];
+}
+
+namespace gemma_norm {
+
+std::set<const void*> reachable_kernels(int64_t most_hidden) {
+  std::set<const void*> all;
+  const auto add = [&](auto* kernel) {
+    all.insert(reinterpret_cast<const void*>(kernel));
+    return device::kSuccess;
+  };
+  for (const auto& [x, weight] : kDTypePairs)
+    for (const int32_t max_cluster : {1, kernels::kMaxCluster})
+      for (int64_t hidden = 1; hidden <= most_hidden; ++hidden) {
+        const LaunchPlan plan = make_plan(hidden, x, {32, int64_t{1} << 42, false, max_cluster});
+        for (const bool aligned : {false, plan.whole_vectors})
+          kernels::with_dtypes(x, weight, [&](auto x, auto w) {
+            using X = typename decltype(x)::type;
+            using W = typename decltype(w)::type;
+            return kernels::with_bool(aligned, [&](auto aligned) {
+              kernels::with_kernel<X, W, false, decltype(aligned)::value>(plan, add);
+              return kernels::with_kernel<X, W, true, decltype(aligned)::value>(plan, add);
+            });
+          });
+      }
+  return all;
+}
+
+}  // namespace gemma_norm
+
+gemma_norm::Status gemma_norm_emulated(const gemma_norm::NormArgs* args, const gemma_norm::EmulatedGpu* gpu,
+                                       gemma_norm::Message* message) {
+  namespace kernels = gemma_norm::kernels;
+  gemma_norm::device::set_machine(
+      *gpu, {{kernels::partials, sizeof kernels::partials}, {kernels::block_sums, sizeof kernels::block_sums}});
+  return kernels::run(*args, {}, message);
+}

@@ -1,0 +1,99 @@
+// Threads of control that give way to each other by hand, within one thread of the operating system.
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <functional>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace gemma_norm {
+
+// A fiber runs `body` again and again, giving way after each time. A body may never return: drop the fiber then.
+class Fiber {
+ public:
+  explicit Fiber(std::function<void()> body) : body_(std::move(body)) {
+    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) std::abort();
+    stack_ = static_cast<char*>(memory);
+  }
+  ~Fiber() { munmap(stack_, kStackBytes); }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
+  // Runs the fiber from where it gave way until it does so again.
+  void resume() {
+    entering(stack_, kStackBytes);
+    if (started_) {
+      exchange(home_, at_);
+    } else {
+      started_ = true;
+      start();
+    }
+    entered();
+  }
+
+  // Called on the fiber: back to whoever resumed it.
+  void give_way() {
+    entering(home_stack_, home_stack_bytes_);
+    exchange(at_, home_);
+    entered(&home_stack_, &home_stack_bytes_);
+  }
+
+ private:
+  static constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096;
+
+  // The compiler's own setjmp and longjmp: a few instructions, and no system call as in swapcontext. `from` and `to` must not be
+  // left and entered in one function.
+  using Place = void* [5];
+  __attribute__((noinline, no_sanitize("address"))) static void go(Place& to) { __builtin_longjmp(to, 1); }
+  __attribute__((noinline, no_sanitize("address"))) static void exchange(Place& from, Place& to) {
+    if (__builtin_setjmp(from) == 0) go(to);
+  }
+
+  // The first entry, on the new stack.
+  __attribute__((noinline, no_sanitize("address"))) void start() {
+    if (__builtin_setjmp(home_) != 0) return;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack_;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    starting_ = this;
+    makecontext(&context, &Fiber::run, 0);
+    setcontext(&context);
+  }
+  static void run() {
+    Fiber* const self = starting_;
+    self->entered(&self->home_stack_, &self->home_stack_bytes_);
+    for (;;) {
+      self->body_();
+      self->give_way();
+    }
+  }
+
+  // AddressSanitizer wants to know of every change of stack.
+#ifdef __SANITIZE_ADDRESS__
+  static void entering(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
+  static void entered(const void** stack = nullptr, size_t* bytes = nullptr) {
+    __sanitizer_finish_switch_fiber(nullptr, stack, bytes);
+  }
+#else
+  static void entering(const void*, size_t) {}
+  static void entered(const void** = nullptr, size_t* = nullptr) {}
+#endif
+
+  static inline Fiber* starting_ = nullptr;
+  std::function<void()> body_;
+  char* stack_;
+  bool started_ = false;
+  Place at_, home_;
+  const void* home_stack_ = nullptr;
+  size_t home_stack_bytes_ = 0;
+};
+
+}  // namespace gemma_norm

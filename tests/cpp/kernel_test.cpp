@@ -1,0 +1,179 @@
+// Every kernel, through the C interface, on every device that is here.
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <functional>
+#include <set>
+
+#include "emulated_machine.h"
+#include "plan.h"
+#include "runner.h"
+
+namespace gemma_norm {
+namespace {
+
+constexpr int kMaxFailures = 10;  // that are worth reading
+
+char running_case[400];
+
+// A fault is an access beyond an operand: say whose before ending as usual.
+void on_fault(int signal, siginfo_t* info, void*) {
+  char text[600];
+  const int n = std::snprintf(text, sizeof text, "\naccess to %p, outside the operands, in: %s\n", info->si_addr, running_case);
+  if (write(STDERR_FILENO, text, n) < 0) _exit(1);
+  ::signal(signal, SIG_DFL);
+}
+
+class CatchFaults : public testing::Environment {
+  void SetUp() override {
+    static char stack[1 << 16];  // a fiber's own may be what overflowed
+    const stack_t alternative{stack, 0, sizeof stack};
+    sigaltstack(&alternative, nullptr);
+    struct sigaction action {};
+    action.sa_sigaction = &on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+  }
+};
+const auto* const environment = testing::AddGlobalTestEnvironment(new CatchFaults);
+
+// Runs `check(case)` on all cases until there are enough failures.
+template <class Check>
+void for_all_cases(const Check& check) {
+  int failures = 0;
+  for (const Case& c : all_cases()) {
+    std::snprintf(running_case, sizeof running_case, "%s", describe(c).c_str());
+    const std::string error = check(c);
+    if (error.empty()) continue;
+    ADD_FAILURE() << describe(c) << "\n  " << error;
+    ASSERT_LT(++failures, kMaxFailures) << "and so on";
+  }
+}
+
+// The same bits in each case from all these targets.
+void expect_same_bits(const std::vector<Target*>& same, const std::function<bool(const Case&)>& applies) {
+  for_all_cases([&](const Case& c) {
+    if (!applies(c)) return std::string();
+    const Inputs inputs = make_inputs(c);
+    std::string error;
+    const Outputs want = run_case(*same[0], c, inputs, &error);
+    for (size_t i = 1; i < same.size(); ++i) {
+      const Outputs got = run_case(*same[i], c, inputs, &error);
+      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want.sum, got.sum);
+      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want.out, got.out);
+      if (!error.empty()) return same[i]->name() + " is not as " + same[0]->name() + ": " + error;
+    }
+    return error;
+  });
+}
+bool always(const Case&) { return true; }
+
+class Kernels : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    if (const std::string why = target().missing(); !why.empty()) GTEST_SKIP() << target().name() << ": " << why;
+  }
+  Target& target() { return find_target(GetParam()); }
+};
+
+// Does the row go to a cluster of blocks, on a GPU that has them? All else is as on one that has not.
+bool takes_cluster(const Case& c) { return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, 8}).scope == Scope::kCluster; }
+
+TEST_P(Kernels, AreRightInEveryCase) {
+  const bool only_clusters = target().name() == "emulated_clusters";
+  for_all_cases([&](const Case& c) { return only_clusters && !takes_cluster(c) ? "" : check_case(target(), c); });
+}
+
+TEST_P(Kernels, DoNothingWithNoRows) {
+  const int64_t x_sizes[] = {3, 0, 8}, x_strides[] = {8, 8, 1}, hidden[] = {8}, one[] = {1};
+  const Tensor x{nullptr, x_sizes, x_strides, 3, DType::kFloat16, "float16"}, weight{nullptr, hidden, one, 1, DType::kFloat16, "float16"};
+  Message message{};
+  EXPECT_EQ(Status::kOk, target().run({"norm", x, weight, x, nullptr, nullptr, nullptr, 1e-6, true}, 0, &message)) << message.text;
+  EXPECT_EQ(Status::kOk, target().run({"norm", x, weight, x, &x, &x, &x, 1e-6, true}, 0, &message)) << message.text;
+}
+
+TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
+  Case c{DType::kBFloat16, DType::kBFloat16, Operands::kFusedPost, true, 64, {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal, -1, 5};
+  const Inputs inputs = make_inputs(c);
+  std::string error;
+  const Outputs outputs = run_case(target(), c, inputs, &error);
+  EXPECT_EQ("norm: eps must be finite in float32 and at least 0, got -1", error);
+  EXPECT_EQ(inputs.x, outputs.out);
+  EXPECT_EQ(inputs.residual, outputs.sum);
+}
+
+INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", "emulated_clusters", "cpu", "cuda"), [](const auto& info) { return info.param; });
+
+TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
+  expect_same_bits({&find_target("emulated32"), &find_target("emulated64")}, always);
+}
+
+TEST(EmulatedKernels, AreAllReachedByTheCases) {
+  for_all_cases([&](const Case& c) {
+    std::string error;
+    for (const char* name : {"emulated32", "emulated_clusters"})
+      if (name == std::string("emulated32") || takes_cluster(c)) run_case(find_target(name), c, make_inputs(c), &error);
+    return error;
+  });
+  const std::set<const void*> reachable = reachable_kernels(300000), &launched = device::launched_kernels();
+  EXPECT_LE(5u * 2 * 2 * 4, reachable.size()) << "five dtype pairs, plain or not, aligned or not, four scopes at least";
+  EXPECT_EQ(reachable.size(), launched.size());
+  EXPECT_EQ(reachable, launched);
+}
+
+TEST(CpuKernels, HaveTheSameBitsWithEveryInstructionSet) {
+  std::vector<Target*> all;
+  for (const auto& t : targets())
+    if (t->name().rfind("cpu", 0) == 0 && t->missing().empty()) all.push_back(t.get());
+  ASSERT_LE(2u, all.size());
+  expect_same_bits(all, always);
+}
+
+// So much output that the CPU writes around its caches.
+TEST(CpuKernels, TreatManyRowsLikeFew) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+    for (const Operands operands : {Operands::kPlain, Operands::kAddPost}) {
+      const Case c{dtype, dtype, operands, true, 4128, {"rows", {64}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 4};
+      EXPECT_EQ("", check_repeated(find_target("cpu"), c, 80)) << describe(c);
+    }
+}
+
+// The arithmetic is IEEE's on both. (On a GPU without clusters compare with emulated32.)
+TEST(CudaKernels, HaveTheBitsOfTheEmulatedOnes) {
+  Target& cuda = find_target("cuda");
+  if (const std::string why = cuda.missing(); !why.empty()) GTEST_SKIP() << why;
+  expect_same_bits({&find_target("emulated_clusters"), &cuda}, always);
+}
+
+class FarApart : public testing::TestWithParam<const char*> {};
+
+// Offsets beyond 32 bits, in elements and in bytes; the pages between the rows are never touched, hence never there.
+TEST_P(FarApart, RowsAreReached) {
+  constexpr int64_t kHidden = 1000, kStride = (int64_t{1} << 31) + 8, kRows = 3;
+  const Case c{DType::kBFloat16, DType::kBFloat16, Operands::kPlain, true, kHidden, {"rows", {kRows}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 6};
+  const Inputs inputs = make_inputs(c);
+  Target& target = find_target(GetParam());
+  std::string error;
+  const Outputs want = run_case(target, c, inputs, &error);
+  ASSERT_EQ("", error);
+
+  const size_t row_bytes = kHidden * 2, bytes = (kRows - 1) * kStride * 2 + row_bytes;
+  char* const x = static_cast<char*>(target.allocate(bytes, Guard::kBefore));
+  char* const weight = static_cast<char*>(target.allocate(row_bytes, Guard::kBefore));
+  for (int64_t row = 0; row < kRows; ++row) target.write(x + row * kStride * 2, &inputs.x[row * row_bytes], row_bytes);
+  target.write(weight, inputs.weight.data(), row_bytes);
+  const int64_t sizes[] = {kRows, kHidden}, strides[] = {kStride, 1};
+  const Tensor tensor{x, sizes, strides, 2, c.dtype, "bfloat16"};
+  Message message{};
+  ASSERT_EQ(Status::kOk, target.run({"norm", tensor, {weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"}, tensor, nullptr, nullptr, nullptr, c.eps, true}, 0, &message)) << message.text;
+  Packed got(want.out.size());
+  for (int64_t row = 0; row < kRows; ++row) target.read(&got[row * row_bytes], x + row * kStride * 2, row_bytes);
+  target.free_all();
+  EXPECT_EQ("", compare_bits(c.dtype, kHidden, want.out, got));
+}
+
+INSTANTIATE_TEST_SUITE_P(, FarApart, testing::Values("emulated32", "cpu"), [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace gemma_norm

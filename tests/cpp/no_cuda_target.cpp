@@ -1,0 +1,18 @@
+// Stands in for cuda_target.cpp in a build without nvcc.
+#include "target.h"
+
+namespace gemma_norm {
+namespace {
+
+class NoCudaTarget : public HostTarget {
+ public:
+  std::string name() const override { return "cuda"; }
+  std::string missing() const override { return "built without CUDA (cmake -DGEMMA_NORM_CUDA=ON)"; }
+  Status run(const NormArgs&, uint32_t, Message*) override { return Status::kDeviceError; }
+};
+
+}  // namespace
+
+std::unique_ptr<Target> make_cuda_target() { return std::make_unique<NoCudaTarget>(); }
+
+}  // namespace gemma_norm

@@ -1,0 +1,170 @@
+// What every plan must be, whatever the ladder: of each hidden size up to 20000 and some that are much larger.
+#include "plan.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <vector>
+
+#include "cases.h"
+#include "kernels/row.cuh"
+
+namespace gemma_norm {
+namespace {
+
+constexpr int64_t kNoLimit = int64_t{1} << 42, kHipLimit = (int64_t{1} << 32) - 1;
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+
+const std::vector<int64_t>& hidden_sizes() {
+  static const auto all = [] {
+    std::vector<int64_t> sizes(20000);
+    for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = i + 1;
+    for (const int64_t size : {32768, 32769, 65535, 65536, 65537, 100003, 262143, 262144, 1000000, 16777216, 16777219}) sizes.push_back(size);
+    return sizes;
+  }();
+  return all;
+}
+
+bool is_power_of_two(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+class Plans : public testing::TestWithParam<DeviceFacts> {
+ protected:
+  template <class Check>
+  void for_all(const Check& check) {
+    for (const DType dtype : kDTypes)
+      for (const int64_t hidden : hidden_sizes()) {
+        const LaunchPlan plan = make_plan(hidden, dtype, GetParam());
+        check(plan, hidden, dtype);
+        ASSERT_FALSE(HasFailure()) << hidden << " " << dtype_name(dtype) << ": " << describe(plan, dtype);
+      }
+  }
+};
+
+TEST_P(Plans, FitTheGpu) {
+  const int32_t wave = GetParam().wave_width;
+  for_all([&](const LaunchPlan& plan, int64_t, DType) {
+    EXPECT_EQ(0, plan.block_threads % wave);
+    EXPECT_LE(1, plan.slots);
+    EXPECT_LE(plan.slots, plan.group_threads);
+    switch (plan.scope) {
+      case Scope::kWave:  // lanes exchange in aligned groups of one wave
+        EXPECT_TRUE(is_power_of_two(plan.group_threads));
+        EXPECT_LE(plan.group_threads, wave);
+        EXPECT_EQ(0, plan.block_threads % plan.group_threads);
+        EXPECT_LE(plan.block_threads, kWaveBlockThreads);
+        break;
+      case Scope::kBlock:
+        EXPECT_EQ(plan.group_threads, plan.block_threads);
+        EXPECT_LE(plan.block_threads, kMaxBlockThreads);
+        EXPECT_LT(plan.block_threads - plan.slots, wave) << "a wave with nothing to do";
+        break;
+      case Scope::kCluster:
+        EXPECT_TRUE(is_power_of_two(plan.cluster));
+        EXPECT_EQ(plan.group_threads, plan.cluster * plan.block_threads);
+        EXPECT_LE(plan.block_threads, kMaxBlockThreads);
+        break;
+      case Scope::kStream:
+        EXPECT_EQ(plan.group_threads, plan.block_threads);
+        EXPECT_LE(plan.block_threads, kMaxBlockThreads);
+        EXPECT_EQ(plan.slots, plan.block_threads);
+        break;
+    }
+    EXPECT_LE(plan.cluster, plan.scope == Scope::kCluster ? GetParam().max_cluster : 1);
+  });
+}
+
+// Every element to exactly one slot, by the kernels' own arithmetic.
+TEST_P(Plans, CoverTheRowExactly) {
+  std::vector<char> owners;
+  const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
+    using X = decltype(x);
+    const kernels::Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors};
+    const int step = kernels::item_step(layout);
+    owners.assign(hidden, 0);
+    for (int k = 0; k < plan.vectors; ++k)
+      for (int slot = 0; slot < plan.slots; ++slot)
+        for (int i = 0; i < kernels::kItems<X>; ++i) {
+          const int64_t at = kernels::first_item<false, X, int64_t>(layout, slot, k) + static_cast<int64_t>(i) * step;
+          if (at < hidden) ++owners[at];
+        }
+    EXPECT_EQ(hidden, std::count(owners.begin(), owners.end(), 1));
+  };
+  for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
+    EXPECT_EQ(hidden * size_of(dtype) % kVectorBytes == 0, plan.whole_vectors);
+    const int64_t vectors = int64_t{plan.vectors} * plan.slots, needed = (hidden * size_of(dtype) + kVectorBytes - 1) / kVectorBytes;
+    EXPECT_LE(needed, vectors);
+    EXPECT_LT(vectors - needed, plan.scope == Scope::kStream ? plan.slots : plan.vectors) << "a slot with nothing to do";
+    if (dtype == DType::kFloat32) count(plan, hidden, float{});
+    else if (dtype == DType::kFloat16) count(plan, hidden, float16{});
+  });
+}
+
+// Which slot owns what decides the order of the sum: not the wave width, nor limits, nor which of two dtypes of one size it is.
+// (Clusters do; they are a fact of the GPU.)
+TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
+  for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
+    for (const DeviceFacts& other : {DeviceFacts{32, kNoLimit, false, GetParam().max_cluster}, DeviceFacts{64, kHipLimit, true, GetParam().max_cluster}})
+      for (const DType twin : {dtype, dtype == DType::kFloat16 ? DType::kBFloat16 : dtype}) {
+        const LaunchPlan same = make_plan(hidden, twin, other);
+        EXPECT_EQ(plan.scope, same.scope);
+        EXPECT_EQ(plan.vectors, same.vectors);
+        EXPECT_EQ(plan.slots, same.slots);
+        EXPECT_EQ(plan.whole_vectors, same.whole_vectors);
+      }
+  });
+}
+
+TEST_P(Plans, KeepWithinTheLimitsOfALaunch) {
+  for_all([&](const LaunchPlan& plan, int64_t, DType) {
+    const int64_t blocks = max_blocks(plan, GetParam());
+    EXPECT_LE(1, blocks);
+    EXPECT_LE(blocks * plan.cluster, INT32_MAX);
+    EXPECT_LE(blocks * plan.cluster * plan.block_threads, GetParam().max_threads);
+    const int64_t more = (blocks + 1) * plan.cluster;
+    EXPECT_TRUE(more > INT32_MAX || more * plan.block_threads > GetParam().max_threads) << "more launches than needed";
+  });
+}
+
+constexpr const char* kGpuNames[] = {"hopper", "ampere", "rdna", "cdna"};
+INSTANTIATE_TEST_SUITE_P(, Plans,
+                         testing::Values(DeviceFacts{32, kNoLimit, true, 8}, DeviceFacts{32, kNoLimit, false, 1},
+                                         DeviceFacts{32, kHipLimit, false, 1}, DeviceFacts{64, kHipLimit, false, 1}),
+                         [](const auto& info) { return kGpuNames[info.index]; });
+
+TEST(Ladder, ReachesEveryScope) {
+  const DeviceFacts device{32, kNoLimit, true, 8};
+  for (const DType dtype : kDTypes) {
+    std::set<Scope> scopes;
+    for (const int64_t hidden : hidden_sizes()) scopes.insert(make_plan(hidden, dtype, device).scope);
+    EXPECT_EQ((std::set<Scope>{Scope::kWave, Scope::kBlock, Scope::kCluster, Scope::kStream}), scopes);
+    EXPECT_LE(4u * 5, plan_edges(dtype).size()) << "the cases of kernel_test are made from these";
+  }
+}
+
+// Rows that models have stay in registers: read once.
+TEST(Ladder, HoldsTheRowsOfModelsInRegisters) {
+  for (const int32_t wave : {32, 64})
+    for (const int64_t hidden : {64, 128, 256, 2048, 2560, 4096, 5120, 8192, 16384}) {
+      const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, {wave, kNoLimit, false, 1});
+      EXPECT_NE(Scope::kStream, plan.scope) << hidden;
+      EXPECT_EQ(hidden <= 256, plan.scope == Scope::kWave) << hidden;
+    }
+}
+
+TEST(Plan, PrintsItself) {
+  LaunchPlan plan{};
+  plan.scope = Scope::kBlock;
+  plan.vectors = 2;
+  plan.slots = 250;
+  plan.group_threads = plan.block_threads = 256;
+  plan.whole_vectors = true;
+  EXPECT_EQ("block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread", describe(plan, DType::kBFloat16));
+  plan.scope = Scope::kWave;
+  plan.slots = 13;
+  plan.group_threads = 16;
+  plan.whole_vectors = false;
+  EXPECT_EQ("wave: 13 of 16 threads a row, 16 rows a block, 2 x 4 interleaved elements a thread", describe(plan, DType::kFloat32));
+}
+
+}  // namespace
+}  // namespace gemma_norm

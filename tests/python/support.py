@@ -1,0 +1,75 @@
+"""What the tests share: inputs, layouts with guarded gaps, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from gemma_norm import reference
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SENTINEL = 77.0  # exact in every dtype
+
+Shape = tuple[int, ...]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def make_weight(hidden: int, dtype: torch.dtype, device: str, gemma: bool) -> Tensor:
+    """Near zero where it is zero-centred, so that a missing ``1 +`` leaves next to nothing of the result."""
+    return (randn(hidden, device=device, seed=99) * (0.05 if gemma else 1)).to(dtype)
+
+
+class Placed:
+    """``values`` laid out with given strides in a buffer whose other elements are watched."""
+
+    def __init__(self, values: Tensor, strides: Shape, offset: int = 0) -> None:
+        self.layout = (values.shape, strides, offset)
+        size = offset + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) + 64
+        self.base = torch.full((size,), SENTINEL, dtype=values.dtype, device=values.device)
+        self.view = self.base.as_strided(*self.layout)
+        self.view.copy_(values)
+
+    def assert_gaps_intact(self) -> None:
+        gaps = torch.ones(self.base.shape, dtype=torch.bool, device=self.base.device)
+        gaps.as_strided(*self.layout).fill_(False)
+        assert bool((self.base[gaps] == SENTINEL).all()), "written outside of the tensor"
+
+
+# How [tokens, heads, head_dim] may lie in memory: (strides, offset), all in elements.
+LAYOUTS: dict[str, Callable[[int, int, int], tuple[Shape, int]]] = {
+    "contiguous": lambda t, h, d: ((h * d, d, 1), 0),
+    "offset 1": lambda t, h, d: ((h * d, d, 1), 1),
+    "offset 3": lambda t, h, d: ((h * d, d, 1), 3),
+    "padded rows": lambda t, h, d: ((h * (d + 5), d + 5, 1), 0),
+    "aligned slice of qkv": lambda t, h, d: ((3 * h * d, d, 1), h * d),
+    "q of interleaved q and gate": lambda t, h, d: ((2 * h * d, 2 * d, 1), 0),
+    "two odd strides": lambda t, h, d: ((h * (d + 3) + 11, d + 3, 1), 2),
+    "heads before tokens": lambda t, h, d: ((d, t * d, 1), 0),
+}
+
+
+def place(values: Tensor, layout: str) -> Placed:
+    return Placed(values, *LAYOUTS[layout](*values.shape))
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    differing = int((bits(a) != bits(b)).sum())
+    assert differing == 0, f"{differing} of {a.numel()} elements differ"
+
+
+def assert_right(y: Tensor, s: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> None:
+    """y is rms_norm(s), within the contract."""
+    assert y.dtype == s.dtype and y.shape == s.shape
+    error = reference.ulp_error(y, reference.oracle(s, weight, eps, gemma))
+    limit = reference.max_ulp_error(y.dtype, y.shape[-1])
+    assert error <= limit, f"off by {error:.4f} units in the last place, {limit:.4f} allowed"

@@ -1,0 +1,165 @@
+"""Gradients: the functional operators against PyTorch's own autograd in float64, and what has none."""
+
+from __future__ import annotations
+
+import gemma_norm
+import pytest
+import torch
+from support import assert_same_bits, make_weight, randn
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def exact(s: Tensor, weight: Tensor, gemma: bool) -> Tensor:
+    return s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-6) * (1 + weight if gemma else weight)
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_()
+
+
+def assert_close(gradient: Tensor, want: Tensor) -> None:
+    error = (gradient.double() - want).abs().max() / want.abs().max()
+    assert float(error) < TOLERANCE[gradient.dtype]
+
+
+@pytest.mark.parametrize("shape", [(64,), (33, 96), (3, 5, 40), (2, 1001)])
+def test_rms_norm(device, dtype, gemma, shape):
+    for weight_dtype in {dtype, torch.float32}:
+        x, weight = leaf(randn(*shape, dtype=dtype, device=device)), leaf(randn(shape[-1], device=device, seed=1))
+        weight = leaf(weight.to(weight_dtype))
+        dy = randn(*shape, dtype=dtype, device=device, seed=2)
+        y = gemma_norm.rms_norm(x, weight, gemma=gemma)
+        assert_same_bits(y.detach(), gemma_norm.rms_norm(x.detach(), weight.detach(), gemma=gemma))
+        dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+        assert (dx.dtype, dweight.dtype) == (dtype, weight_dtype) and dweight.shape == weight.shape
+        x64, weight64 = leaf(x.double()), leaf(weight.double())
+        want = torch.autograd.grad(exact(x64, weight64, gemma), (x64, weight64), dy.double())
+        assert_close(dx, want[0])
+        assert_close(dweight, want[1])
+
+
+@pytest.mark.parametrize("through", ["y", "sum", "both"])
+def test_add_rms_norm(device, dtype, gemma, through):
+    """Rounding has the derivative of the identity, so float64 takes the rounded sum as its argument."""
+    inputs = [leaf(randn(17, 120, dtype=dtype, device=device, seed=seed)) for seed in range(3)]
+    weight = leaf(make_weight(120, torch.float32, device, gemma))
+    y, s = gemma_norm.add_rms_norm(*inputs[:2], weight, gemma=gemma, post_residual_addition=inputs[2])
+    assert_same_bits(s.detach(), (inputs[0] + (inputs[1] + inputs[2])).detach())
+    dy, dsum = (randn(17, 120, dtype=dtype, device=device, seed=seed) for seed in (4, 5))
+    s64, weight64 = leaf(s.double()), leaf(weight.double())
+    outputs = {"y": [(y, dy)], "sum": [(s, dsum)], "both": [(y, dy), (s, dsum)]}[through]
+    outputs64 = {"y": exact(s64, weight64, gemma), "sum": s64}
+    want_outputs = [outputs64[name] for name in (["y", "sum"] if through == "both" else [through])]
+    got = torch.autograd.grad([o for o, _ in outputs], (*inputs, weight), [d for _, d in outputs])
+    want = torch.autograd.grad(want_outputs, (s64, weight64), [d.double() for _, d in outputs], allow_unused=True)
+    for gradient in got[:3]:
+        assert gradient.dtype == dtype
+        assert_same_bits(gradient, got[0])
+    assert_close(got[0], want[0])
+    if through == "sum":
+        assert bool((got[3] == 0).all())
+    else:
+        assert_close(got[3], want[1])
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3])
+def test_one_gradient_at_a_time(device, wanted):
+    tensors = [randn(4, 32, device=device, seed=seed) for seed in range(3)]
+    tensors.insert(2, make_weight(32, torch.float32, device, False))  # x, residual, weight, post
+
+    def gradients(required: list[int]) -> list[Tensor]:
+        x, residual, weight, post = (t.clone().requires_grad_(i in required) for i, t in enumerate(tensors))
+        y, s = gemma_norm.add_rms_norm(x, residual, weight, post_residual_addition=post)
+        leaves = [(x, residual, weight, post)[i] for i in required]
+        return list(torch.autograd.grad((y * s).sum(), leaves))
+
+    assert_same_bits(gradients([wanted])[0], gradients([0, 1, 2, 3])[wanted])
+
+
+def test_one_tensor_as_several_arguments(device):
+    x, weight = leaf(randn(4, 32, device=device)), make_weight(32, torch.float32, device, False)
+    y, _ = gemma_norm.add_rms_norm(x, x, weight, post_residual_addition=x)
+    x64 = leaf(x.double())
+    want = torch.autograd.grad(exact(3 * x64, weight.double(), False).sum(), x64)[0]
+    assert_close(torch.autograd.grad(y.sum(), x)[0], want)
+
+
+def test_strided_expanded_and_empty_inputs(device):
+    weight = leaf(make_weight(48, torch.float32, device, False))
+    buffer = leaf(randn(5, 3, 96, device=device))
+    gemma_norm.rms_norm(buffer[:, 1, 24:72], weight).sum().backward()
+    assert bool((buffer.grad[:, 0] == 0).all()) and bool((buffer.grad[:, 1, 24:72] != 0).any())
+    row = leaf(randn(1, 48, device=device))
+    gemma_norm.rms_norm(row.expand(7, 48), weight).sum().backward()
+    assert row.grad.shape == row.shape
+    none = leaf(torch.empty(0, 48, device=device))
+    weight.grad = None
+    gemma_norm.rms_norm(none, weight).sum().backward()
+    assert none.grad.shape == none.shape and bool((weight.grad == 0).all())
+
+
+def test_no_graph_where_none_is_asked_for(device):
+    x, weight = randn(2, 16, device=device), make_weight(16, torch.float32, device, False)
+    assert gemma_norm.rms_norm(x, weight).grad_fn is None
+    with torch.no_grad():
+        assert not gemma_norm.rms_norm(leaf(x), leaf(weight)).requires_grad
+        assert not gemma_norm.add_rms_norm(leaf(x), x, weight)[0].requires_grad
+    with torch.inference_mode():
+        assert gemma_norm.rms_norm(x, weight).is_inference()
+
+
+def test_double_backward_is_refused(device):
+    x, weight = leaf(randn(2, 16, device=device)), make_weight(16, torch.float32, device, False)
+    dx = torch.autograd.grad(gemma_norm.rms_norm(x, weight).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_an_input_changed_before_backward_is_noticed(device):
+    x, weight = leaf(randn(2, 16, device=device)), make_weight(16, torch.float32, device, False)
+    y = gemma_norm.rms_norm(x, weight)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("op", ["fused_add_rms_norm", "out"])
+def test_an_output_written_over_a_saved_tensor_is_noticed(device, op):
+    """The matrix product keeps x for its backward; x itself requires no gradient, so no check of ours can refuse it."""
+    x, weight = randn(4, 16, device=device), make_weight(16, torch.float32, device, False)
+    matrix = leaf(randn(16, 16, device=device))
+    y = x @ matrix
+    if op == "out":
+        gemma_norm.rms_norm(x, weight, out=x)
+    else:
+        gemma_norm.fused_add_rms_norm(x, torch.ones_like(x), weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_torch_func(device):
+    x, weight = randn(3, 24, device=device), make_weight(24, torch.float32, device, False)
+    got = torch.func.grad(lambda x: gemma_norm.rms_norm(x, weight).square().sum())(x)
+    x64 = leaf(x.double())
+    assert_close(got, torch.autograd.grad(exact(x64, weight.double(), False).square().sum(), x64)[0])
+
+
+def test_training_lowers_a_loss(device):
+    """End to end: a zero-centred norm and a linear layer learn a fixed map."""
+    torch.manual_seed(0)
+    x = randn(64, 32, device=device)
+    target = x.flip(-1) * 2
+    net = torch.nn.Sequential(gemma_norm.GemmaRMSNorm(32), torch.nn.Linear(32, 32)).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    losses = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = (net(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+    assert float(net[0].weight.detach().abs().max()) > 0.01

@@ -1,0 +1,146 @@
+"""Every bad argument: an exception that names op, argument, expected and got, and nothing written.
+
+Each case runs on the native operator, on the plain-PyTorch implementation that serves devices without one, and, unless
+it is about memory, on meta tensors: the three must say the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gemma_norm
+import pytest
+import torch
+from bad_arguments import ADD_OPS, BAD, BAD_MEMORY, OPS, SHAPE, Arguments, Bad, good, not_dense
+from gemma_norm import _fallback
+from torch import Tensor, ones
+
+PLAIN = {
+    "rms_norm": _fallback.rms_norm,
+    "rms_norm.out": _fallback.rms_norm_out,
+    "fused_add_rms_norm": _fallback.fused_add_rms_norm,
+    "add_rms_norm": _fallback.add_rms_norm,
+}
+
+
+def native(op: str) -> Callable[..., Any]:
+    packet, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.gemma_norm, packet), overload or "default")
+
+
+def call(kernel: Callable[..., Any], arguments: Arguments) -> Any:
+    arguments = dict(arguments)
+    first = [arguments.pop(name) for name in ("x", "residual", "weight") if name in arguments]
+    return kernel(*first, **arguments)
+
+
+def message(kernel: Callable[..., Any], arguments: Arguments) -> str:
+    """What the exception says; there is one, and no argument has changed by then."""
+    tensors = [t for t in arguments.values() if isinstance(t, Tensor) and t.device.type != "meta"]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(RuntimeError) as caught:
+        call(kernel, arguments)
+    for t, kept in zip(tensors, before, strict=True):
+        assert torch.equal(t.to(torch.complex128), kept.to(torch.complex128)), "something was written"
+    return str(caught.value).partition("\n")[0]
+
+
+def parameters(cases: list[Bad]) -> list[Any]:
+    return [pytest.param(op, bad, id=f"{op}-{bad.name}") for bad in cases for op in bad.ops]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_arguments_are_good(device, op):
+    with torch.device(device):
+        call(native(op), good(op))
+        with warnings.catch_warnings(action="ignore"):
+            call(PLAIN[op], good(op))
+    with torch.device("meta"):
+        call(native(op), good(op))
+
+
+@pytest.mark.parametrize(("op", "bad"), parameters(BAD))
+def test_bad_arguments(device, op, bad):
+    with torch.device(device):
+        expected = f"{op.partition('.')[0]}: {bad.message}"
+        assert message(native(op), good(op) | bad.replace()).lower() == expected.lower()  # Float8, float8
+        assert message(PLAIN[op], good(op) | bad.replace()) == expected
+    with torch.device("meta"):
+        assert message(native(op), good(op) | bad.replace()) == expected
+
+
+@pytest.mark.parametrize(("op", "bad"), parameters(BAD_MEMORY))
+def test_bad_memory(device, op, bad):
+    with torch.device(device):
+        got = message(native(op), good(op) | bad.replace())
+        assert got == f"{op.partition('.')[0]}: {bad.message}"
+        assert message(PLAIN[op], good(op) | bad.replace()) == got
+
+
+@pytest.mark.parametrize("what", not_dense())
+@pytest.mark.parametrize("argument", ["x", "weight", "residual", "post_residual_addition", "out"])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_dense(what, argument):
+    """They reach dispatch keys of their own (SparseCPU, QuantizedCPU, ...), for none of which there is a kernel."""
+    bad = not_dense()[what]()
+    for op in OPS:
+        arguments = good(op)
+        if argument in arguments:
+            got = message_of_bad(op, arguments | {argument: bad})
+            assert got == f"{op.partition('.')[0]}: {argument} must be a dense tensor, got {what}"
+
+
+def message_of_bad(op: str, arguments: Arguments) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call(native(op), arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", ["meta", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_devices_must_match(op, kind):
+    """Without a GPU to mix in, a meta tensor is the other device: it reaches the fake implementation."""
+    device = "cuda:0" if kind == "cuda" else "meta"
+    for argument in [name for name, value in good(op).items() if isinstance(value, Tensor) and name != "x"]:
+        expected = f"{op.partition('.')[0]}: {argument} must be on x's device"
+        arguments = good(op)
+        arguments[argument] = arguments[argument].to(kind)
+        assert message(native(op), arguments) == f"{expected} cpu, got {device}"
+        with torch.device(kind):
+            arguments = good(op)
+        arguments[argument] = ones(arguments[argument].shape)
+        assert message(native(op), arguments) == f"{expected} {device}, got cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("where", ["native", "plain", "meta"])
+def test_gradients_are_not_lost_in_silence(op, where):
+    """The operators record none, so a tensor that requires one is refused, naming the function that records it."""
+    with torch.device("meta" if where == "meta" else "cpu"):
+        for name in [name for name, value in good(op).items() if isinstance(value, Tensor)]:
+            arguments = good(op)
+            arguments[name].requires_grad_()
+            kernel = PLAIN[op] if where == "plain" else native(op)
+            got = message(kernel, arguments)
+            assert got.startswith(f"{op.partition('.')[0]}: {name} must not require grad while grad mode is enabled")
+            call_instead = "add_rms_norm" if op in ADD_OPS else "rms_norm without out" if "out" in op else "rms_norm"
+            assert f"call gemma_norm.{call_instead}, which is differentiable" in got
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+                call(kernel, arguments)
+
+
+def test_the_python_functions_pass_the_messages_on():
+    x, short = ones(SHAPE), ones(15)
+    needs_grad = x.clone().requires_grad_()
+    for function in (gemma_norm.rms_norm, lambda x, w: gemma_norm.add_rms_norm(x, x, w)):
+        for first in (x, needs_grad):
+            with pytest.raises(RuntimeError, match=r"rms_norm: weight must have shape \[16\], got \[15\]"):
+                function(first, short)
+    with pytest.raises(
+        RuntimeError, match=r"^fused_add_rms_norm: residual must have x's shape \[4, 6, 16\], got \[6, 16\]"
+    ):
+        gemma_norm.fused_add_rms_norm(x, x[0], ones(16))
+    with pytest.raises(RuntimeError, match=r"call gemma_norm\.rms_norm without out"):
+        gemma_norm.rms_norm(x, ones(16, requires_grad=True), out=torch.empty(SHAPE))

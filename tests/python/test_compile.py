@@ -1,0 +1,200 @@
+"""Fake tensors, opcheck, torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import shutil
+
+import gemma_norm
+import pytest
+import torch
+from support import assert_right, assert_same_bits, make_weight, randn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+OPS = torch.ops.gemma_norm
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def arguments(device: str, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> tuple[Tensor, ...]:
+    """x (a slice with two strides), residual, weight, post."""
+    x = randn(4, 3, 80, dtype=dtype, device=device)[..., :64]
+    residual, post = (randn(4, 3, 64, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    return tuple(
+        t.requires_grad_(requires_grad) for t in (x, residual, make_weight(64, torch.float32, device, False), post)
+    )
+
+
+@pytest.mark.parametrize("with_post", [False, True])
+def test_opcheck(device, dtype, with_post):
+    x, residual, weight, post = arguments(device, dtype)
+    addition = post if with_post else None
+    torch.library.opcheck(OPS.rms_norm.default, (x, weight, 1e-5, True))
+    torch.library.opcheck(OPS.rms_norm.out, (x, weight), {"out": torch.empty_like(residual)})
+    torch.library.opcheck(OPS.add_rms_norm.default, (x, residual, weight, 1e-6, False, addition))
+    torch.library.opcheck(OPS.fused_add_rms_norm.default, (x.clone(), residual, weight, 1e-6, False, addition))
+
+
+@pytest.mark.parametrize("mode", ["fake", "meta"])
+def test_fake_results_are_like_the_real_ones(device, dtype, mode):
+    def run(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor) -> list[Tensor]:
+        out = torch.empty_like(residual).transpose(0, 1).contiguous().transpose(0, 1)
+        results = [gemma_norm.rms_norm(x, weight), gemma_norm.rms_norm(x, weight, out=out)]
+        results += gemma_norm.add_rms_norm(x, residual, weight, post_residual_addition=post)
+        gemma_norm.fused_add_rms_norm(x, residual, weight)
+        return [*results, x, residual]
+
+    real = arguments(device, dtype)
+    if mode == "meta":
+        got = run(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in real))
+    else:
+        with FakeTensorMode() as fake:
+            got = run(*(fake.from_tensor(t) for t in real))
+    for a, b in zip(got, run(*real), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert a.device == (torch.device("meta") if mode == "meta" else b.device)
+
+
+def test_fake_tensors_record_gradients_through_the_functions(device):
+    with FakeTensorMode():
+        x, residual, weight, post = (torch.empty(2, 8, device=device, requires_grad=True) for _ in range(4))
+        y, s = gemma_norm.add_rms_norm(x, residual, weight[0], post_residual_addition=post)
+        (y * s).sum().backward()
+        assert all(t.grad is not None and t.grad.shape == t.shape for t in (x, residual, weight, post))
+
+
+def inference(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes residual."""
+    y = gemma_norm.rms_norm(x, weight, gemma=True)
+    gemma_norm.fused_add_rms_norm(y, residual, weight, post_residual_addition=post)
+    return gemma_norm.add_rms_norm(y, residual, weight)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_inference(device, dtype, dynamic):
+    """The whole graph, mutation included; the same bits, and the same effect on the argument that is written."""
+    compiled = torch.compile(inference, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    mine, theirs = arguments(device, dtype), arguments(device, dtype)
+    for a, b in zip(compiled(*mine), inference(*theirs), strict=True):
+        assert_same_bits(a, b)
+    assert_same_bits(mine[1], theirs[1])
+
+
+def test_compiled_training(device):
+    def loss(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor) -> Tensor:
+        y = gemma_norm.rms_norm(x, weight, gemma=True)
+        y, s = gemma_norm.add_rms_norm(y, residual, weight, post_residual_addition=post)
+        return (y * s).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = arguments(device, requires_grad=True)
+    got, want = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler: g++")
+def test_inductor(device):
+    def step(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+        y, s = inference(x * 2, residual, weight, post)
+        return y + 1, s
+
+    mine, theirs = arguments(device), arguments(device)
+    compiled = torch.compile(step, fullgraph=True)
+    for a, b in zip(compiled(*mine), step(*theirs), strict=True):
+        assert_same_bits(a, b)
+    assert_same_bits(mine[1], theirs[1])
+
+
+def test_compiled_out(device):
+    compiled = torch.compile(
+        lambda x, weight, out: gemma_norm.rms_norm(x, weight, out=out) + 1,
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=False,
+    )
+    x, residual, weight, _ = arguments(device)
+    out = torch.empty_like(residual)
+    y = compiled(x, weight, out)
+    assert_same_bits(out, gemma_norm.rms_norm(x, weight))
+    assert_same_bits(y, out + 1)
+    with pytest.raises(Exception, match=r"rms_norm: out must have x's shape \[4, 3, 64\], got \[4, 3, 63\]"):
+        compiled(x, weight, torch.empty(4, 3, 63, device=device))
+
+
+def test_a_new_number_of_rows_does_not_compile_again(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, w: gemma_norm.rms_norm(x, w), fullgraph=True, backend=counter, dynamic=True)
+    weight = make_weight(64, torch.float32, device, False)
+    compilations = []
+    for rows in (2, 5, 17, 100):
+        x = randn(rows, 64, device=device)
+        assert_right(compiled(x, weight), x, weight)
+        compilations.append(counter.frame_count)
+    assert compilations[0] >= 1 and len(set(compilations)) == 1
+
+
+def test_eps_may_be_symbolic(device):
+    compiled = torch.compile(
+        lambda x, w, eps: gemma_norm.rms_norm(x, w, eps), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    x, weight = randn(3, 64, device=device), make_weight(64, torch.float32, device, False)
+    for eps in (1e-6, 0.5, 2.0):
+        assert_right(compiled(x, weight, eps), x, weight, eps)
+
+
+@pytest.mark.parametrize("kind", [gemma_norm.RMSNorm, gemma_norm.GemmaRMSNorm])
+def test_compiled_module(device, kind):
+    module = kind(64, device=device)
+    with torch.no_grad():
+        module.weight.copy_(randn(64, device=device) / 2)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    mine, theirs = arguments(device), arguments(device)
+    with torch.no_grad():
+        for a, b in zip(compiled(mine[0], mine[1], mine[3]), module(theirs[0], theirs[1], theirs[3]), strict=True):
+            assert_same_bits(a, b)
+        assert_same_bits(mine[0], theirs[0])  # in place, both
+        assert_same_bits(mine[1], theirs[1])
+    y, s = compiled(*arguments(device)[:2])
+    (y * s).sum().backward()
+    got, module.weight.grad = module.weight.grad, None
+    y, s = module(*arguments(device)[:2])
+    (y * s).sum().backward()
+    torch.testing.assert_close(got, module.weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_export():
+    module = gemma_norm.GemmaRMSNorm(64)
+    x, residual, _, _ = arguments("cpu")
+    rows = torch.export.Dim("rows")
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (x.contiguous(), residual.clone()), dynamic_shapes={"x": {0: rows}, "residual": {0: rows}}
+        )
+        for n in (2, 9):
+            x, residual = randn(n, 3, 64), randn(n, 3, 64, seed=1)
+            want = module(x.clone(), residual.clone())
+            for a, b in zip(program.module()(x, residual), want, strict=True):
+                assert_same_bits(a, b)
+            assert_same_bits(residual, want[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph():
+    x, residual, weight, post = arguments("cuda", torch.bfloat16)
+    buffers = [t.clone() for t in (x.contiguous(), residual)]
+    gemma_norm.fused_add_rms_norm(*buffers, weight, post_residual_addition=post)  # warm
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gemma_norm.fused_add_rms_norm(*buffers, weight, post_residual_addition=post)
+    for seed in (5, 6):
+        x, residual = (randn(4, 3, 64, dtype=torch.bfloat16, device="cuda", seed=seed + n) for n in (0, 10))
+        buffers[0].copy_(x)
+        buffers[1].copy_(residual)
+        graph.replay()
+        want = gemma_norm.add_rms_norm(x, residual, weight, post_residual_addition=post)
+        for a, b in zip(buffers, want, strict=True):
+            assert_same_bits(a, b)

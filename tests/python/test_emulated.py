@@ -1,0 +1,154 @@
+"""The GPU kernels, compiled for the host (csrc/device/emulated.h), on whatever hypothesis can think of."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from gemma_norm import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import Placed, assert_right, assert_same_bits
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}"
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    for tool in ("cmake", "c++"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not on the PATH")
+    pybind11 = pytest.importorskip("pybind11")
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "GEMMA_NORM_CUDA": "OFF",
+        "GEMMA_NORM_TESTS": "ON",
+        "GEMMA_NORM_PYTHON": "ON",
+        "Python3_EXECUTABLE": sys.executable,
+        "PYTHON_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    run("cmake", "-S", str(ROOT), "-B", str(BUILD), *(f"-D{k}={v}" for k, v in options.items()))
+    run("cmake", "--build", str(BUILD), "--target", "gemma_norm_emulated_module", "-j2")
+    sys.path.insert(0, str(BUILD / "tests" / "cpp"))
+    return importlib.import_module("gemma_norm_emulated_module")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+SIZES = st.one_of(
+    st.integers(1, 300),
+    st.sampled_from([511, 512, 513, 1000, 1024, 1025, 4095, 4096, 8192, 8200, 16384, 16388]),
+    st.integers(1, 20000),
+)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Strides with the leading dimensions in any order in memory, a gap after each now and then; and an offset."""
+    strides, extent = [1] * len(shape), shape[-1]
+    for d in draw(st.permutations(range(len(shape) - 1))):
+        strides[d] = extent + draw(st.integers(0, 9))
+        extent += strides[d] * (shape[d] - 1)
+    return tuple(strides), draw(st.integers(0, 9))
+
+
+@st.composite
+def calls(draw: st.DrawFn, hidden: st.SearchStrategy[int] = SIZES, most_dims: int = 4) -> dict[str, Any]:
+    shape = (*draw(st.lists(st.integers(1, 3), max_size=most_dims)), draw(hidden))
+    return {
+        "shape": shape,
+        "layouts": [draw(layouts(shape)) for _ in range(5)],
+        "dtype": draw(st.sampled_from(sorted(FLOATS))),
+        "float32_weight": draw(st.booleans()),
+        "operands": draw(st.sampled_from(["plain", "add", "add post"])),
+        "in_place": draw(st.booleans()),
+        "gemma": draw(st.booleans()),
+        "eps": draw(st.sampled_from([1e-6, 1e-5, 1.0])),
+        "scale": draw(st.sampled_from([1.0, 1e-3, 100.0])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def normalise(emulated: ModuleType, call: dict[str, Any], gpu: Any) -> Tensor:
+    """Runs the call, checks it and returns the norm."""
+    random = torch.Generator().manual_seed(call["seed"])
+    dtype, gemma = FLOATS[call["dtype"]], call["gemma"]
+    weight = torch.randn(call["shape"][-1], generator=random) * (0.05 if gemma else 1)  # near zero: a missing 1 + shows
+    weight = weight if call["float32_weight"] else weight.to(dtype)
+
+    def operand(layout: int) -> Placed:
+        values = torch.randn(call["shape"], generator=random) * call["scale"]
+        return Placed(values.to(dtype), *call["layouts"][layout])
+
+    x, residual, post = operand(0), operand(1), operand(2)
+    out, total = (x, residual) if call["in_place"] else (operand(3), operand(4))
+    adds, adds_post = call["operands"] != "plain", call["operands"] == "add post"
+    post_view = post.view if adds_post else None
+    s = reference.add_rms_norm(x.view, residual.view, weight, post_residual_addition=post_view)[1] if adds else x.view.clone()
+
+    def memory(t: Tensor) -> Any:
+        return emulated.Memory(t.data_ptr(), list(t.shape), list(t.stride()), str(t.dtype).removeprefix("torch."))
+
+    emulated.norm(
+        memory(x.view),
+        memory(weight),
+        memory(out.view),
+        memory(residual.view) if adds else None,
+        memory(post.view) if adds_post else None,
+        memory(total.view) if adds else None,
+        call["eps"],
+        gemma,
+        gpu,
+    )
+    assert_right(out.view, s, weight, call["eps"], gemma)
+    if adds:
+        assert_same_bits(s, total.view)
+    for placed in (x, residual, post, out, total):
+        placed.assert_gaps_intact()
+    return out.view
+
+
+ORDERS = st.integers(0, 5)  # of blocks, waves and lanes
+
+
+@given(call=calls(), order=ORDERS, threads=st.sampled_from([2048, 2**32]))
+@settings(max_examples=150)
+def test_right_and_alike_at_both_wave_widths(
+    emulated: ModuleType, call: dict[str, Any], order: int, threads: int
+) -> None:
+    y32 = normalise(emulated, call, emulated.Gpu(32, max_threads=threads, order=order))
+    y64 = normalise(emulated, call, emulated.Gpu(64, max_threads=threads, order=order))
+    assert_same_bits(y32, y64)
+
+
+@given(call=calls(hidden=st.integers(16385, 140000), most_dims=1), order=ORDERS)
+@settings(max_examples=20)
+def test_right_on_clusters(emulated: ModuleType, call: dict[str, Any], order: int) -> None:
+    normalise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order))
+
+
+def test_a_plan_prints_itself(emulated: ModuleType) -> None:
+    assert emulated.plan(4096, "bfloat16", emulated.Gpu(32)).startswith("block: ")
+    assert emulated.plan(128, "bfloat16", emulated.Gpu(64)).startswith("wave: ")
+
+
+def test_bad_arguments_are_refused(emulated: ModuleType) -> None:
+    x = torch.zeros(2, 8)
+    memory = emulated.Memory(x.data_ptr(), [2, 8], [8, 1], "float32")
+    weight = emulated.Memory(x.data_ptr(), [7], [1], "float32")
+    with pytest.raises(ValueError, match=r"norm: weight must have shape \[8\], got \[7\]"):
+        emulated.norm(memory, weight, memory, None, None, None, 1e-6, False, emulated.Gpu(32))

@@ -1,0 +1,119 @@
+"""Plain PyTorch where no native library serves: right, strict, and said once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gemma_norm
+import pytest
+import torch
+from gemma_norm import _fallback
+from support import LAYOUTS, assert_right, assert_same_bits, make_weight, place, randn
+
+OPS = torch.ops.gemma_norm
+# A kind of device that no library of ours serves: the dispatcher runs what is registered for it, here on CPU tensors.
+ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fallback, "_told", set())
+
+
+def elsewhere(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings(action="ignore"):
+            return op.redispatch(ELSEWHERE, *args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hidden", [1, 100, 4096])
+def test_right_at_any_stride(dtype, gemma, layout, hidden):
+    values = [randn(5, 3, hidden, dtype=dtype, seed=seed) for seed in range(3)]
+    weight = make_weight(hidden, torch.float32, "cpu", gemma)
+    x, residual, out = (place(v, layout) for v in values)
+    y = elsewhere(OPS.rms_norm.default)(x.view, weight, 1e-6, gemma)
+    assert y.is_contiguous()
+    assert_right(y, x.view, weight, gemma=gemma)
+    assert elsewhere(OPS.rms_norm.out)(x.view, weight, 1e-6, gemma, out=out.view) is out.view
+    assert_same_bits(out.view, y)
+    out.assert_gaps_intact()
+    y, s = elsewhere(OPS.add_rms_norm.default)(x.view, residual.view, weight, 1e-6, gemma, values[2])
+    assert y.is_contiguous() and s.is_contiguous()
+    assert_same_bits(s, values[0] + (values[1] + values[2]))
+    assert_right(y, s, weight, gemma=gemma)
+    elsewhere(OPS.fused_add_rms_norm.default)(x.view, residual.view, weight, 1e-6, gemma, values[2])
+    assert_same_bits(x.view, y)
+    assert_same_bits(residual.view, s)
+    x.assert_gaps_intact()
+    residual.assert_gaps_intact()
+
+
+def test_in_place_and_empty():
+    x, weight = randn(3, 20), make_weight(20, torch.float32, "cpu", False)
+    want = gemma_norm.rms_norm(x, weight)
+    elsewhere(OPS.rms_norm.out)(x, weight, out=x)
+    torch.testing.assert_close(x, want)
+    none = torch.empty(0, 20)
+    elsewhere(OPS.fused_add_rms_norm.default)(none, none.clone(), weight)
+    assert elsewhere(OPS.rms_norm.default)(none, weight).shape == (0, 20)
+
+
+def test_said_once_per_device_type():
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    with pytest.warns(UserWarning, match="gemma_norm: plain PyTorch instead of a native kernel on cpu: "):
+        OPS.rms_norm.default.redispatch(ELSEWHERE, x, weight, 1e-6, False)
+    with warnings.catch_warnings(action="error"):
+        OPS.rms_norm.default.redispatch(ELSEWHERE, x, weight, 1e-6, False)
+        OPS.add_rms_norm.default.redispatch(ELSEWHERE, x, x, weight, 1e-6, False, None)
+
+
+def test_a_refused_call_says_nothing_of_devices():
+    with warnings.catch_warnings(action="error"), pytest.raises(RuntimeError, match="rms_norm: weight must have shape"):
+        OPS.rms_norm.default.redispatch(ELSEWHERE, torch.ones(2, 4), torch.ones(3), 1e-6, False)
+
+
+@pytest.mark.parametrize("key", ["CUDA", "XPU", "MPS", "PrivateUse1"])
+def test_every_kind_of_device_is_served(key):
+    for name in ("rms_norm", "rms_norm.out", "fused_add_rms_norm", "add_rms_norm"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"gemma_norm::{name}", key)
+
+
+def test_autograd_is_skipped():
+    """The dispatcher's boxed autograd fallback would cost every call a microsecond or two."""
+    for name in ("rms_norm", "rms_norm.out", "fused_add_rms_norm", "add_rms_norm"):
+        table = torch._C._dispatch_dump_table(f"gemma_norm::{name}").splitlines()
+        lines = [line for line in table if line.startswith(("AutogradCPU", "AutogradCUDA"))]
+        assert len(lines) == 2 and all("fallthrough" in line for line in lines)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_without_its_library(tmp_path: Path):
+    """A package built without the GPU's library: right all the same, and it says so."""
+    import shutil
+
+    target = tmp_path / "gemma_norm"
+    shutil.copytree(Path(gemma_norm.__file__).parent, target, ignore=shutil.ignore_patterns("libgemma_norm_[!c]*"))
+    with (target / "_build_info.py").open("a") as file:
+        file.write("\nBUILD = {'cpu': BUILD['cpu']}\n")
+    code = """
+import torch, warnings, gemma_norm
+from gemma_norm import reference
+x, weight = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16), torch.randn(256, device="cuda")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = gemma_norm.rms_norm(x, weight)
+    gemma_norm.rms_norm(x, weight)
+assert [str(w.message).partition(": the ")[0] for w in caught] == [
+    "gemma_norm: plain PyTorch instead of a native kernel on cuda"], caught
+assert "library was not built" in str(caught[0].message)
+assert reference.ulp_error(y, reference.oracle(x, weight)) <= reference.max_ulp_error(y.dtype, 256)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
