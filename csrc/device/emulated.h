@@ -1,5 +1,6 @@
 // The host plays a GPU, for tests: each thread of a block is a fiber, and the blocks run one after another (those of a cluster take
-// turns). See platform.h for what each name promises. What runs the fibers is tests/cpp/emulated_machine.cpp; no shipped library has any of this in it.
+// turns). See platform.h for what each name promises. What runs the fibers is tests/cpp/emulated_machine.cpp; no shipped library
+// has any of this in it.
 #pragma once
 
 #include <cmath>
@@ -38,8 +39,8 @@ inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
 void store_in_block(float* shared, int rank, float v);
 
-// Ends the launch with an error; the fiber does not go on.
-[[noreturn]] void fail(const char* what);
+// Ends the launch with an error; the fiber does not go on. (AddressSanitizer stumbles over [[noreturn]] on a fiber's stack.)
+void fail(const char* what);
 
 inline int thread_index() { return here.thread; }
 inline int block_threads() { return here.block_threads; }
@@ -118,9 +119,12 @@ void unpack(uint32_t word, float* f) {
 }
 template <class T>
 uint32_t pack(const float* f) {
-  if constexpr (sizeof(T) == 4) return as_bits(f[0]);
-  else if constexpr (std::is_same_v<T, float16>) return float16_bits(f[0]) | float16_bits(f[1]) << 16;
-  else return bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16;
+  if constexpr (sizeof(T) == 4)
+    return as_bits(f[0]);
+  else if constexpr (std::is_same_v<T, float16>)
+    return float16_bits(f[0]) | float16_bits(f[1]) << 16;
+  else
+    return bfloat16_bits(f[0]) | bfloat16_bits(f[1]) << 16;
 }
 
 struct Stream {};
@@ -134,7 +138,8 @@ Error run_grid(const void* kernel, int64_t blocks, int threads, int cluster, con
 
 template <class... Args>
 Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream, const DeviceFacts&, Args... args) {
-  return run_grid(reinterpret_cast<const void*>(kernel), groups * plan.cluster, plan.block_threads, plan.cluster, [&] { kernel(args...); });
+  return run_grid(reinterpret_cast<const void*>(kernel), groups * plan.cluster, plan.block_threads, plan.cluster,
+                  [&] { kernel(args...); });
 }
 
 }  // namespace gemma_norm::device

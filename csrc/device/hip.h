@@ -121,9 +121,10 @@ GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
 }
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
-  const uint16_t low = __builtin_bit_cast(uint16_t, static_cast<_Float16>(f[0]));
-  const uint16_t high = __builtin_bit_cast(uint16_t, static_cast<_Float16>(f[1]));
-  return low | static_cast<uint32_t>(high) << 16;
+  Float2 value = {f[0], f[1]};
+  // Compilers would make one v_fma_mixlo_f16 of a product and its rounding. It adds +0, so a zero's sign would be lost.
+  asm("" : "+v"(value));
+  return __builtin_bit_cast(uint32_t, __builtin_convertvector(value, _Float16 __attribute__((ext_vector_type(2)))));
 }
 
 template <class... Pointers>
