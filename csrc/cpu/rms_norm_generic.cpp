@@ -35,7 +35,7 @@ void narrow(float f, float* to) { *to = f; }
 
 void narrow(float f, BFloat16* to) {
   const uint32_t u = to_bits(f);
-  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // without a payload below, NaN stays NaN
+  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // a NaN without a payload below stays one
 }
 
 void narrow(float f, Float16* to) {

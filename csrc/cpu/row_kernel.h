@@ -54,10 +54,7 @@ constexpr int64_t kBufferElements = 16384;
 
 // Outputs from here on are written around the caches: they leave the caches before anybody reads them, and an ordinary store
 // would first read from memory what it overwrites.
-#ifndef GN_STREAM
-#define GN_STREAM (int64_t{16} << 20)
-#endif
-constexpr int64_t kStreamBytes = GN_STREAM;
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 template <class T>
 void copy(T* to, const T* from, int64_t count) {

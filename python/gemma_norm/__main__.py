@@ -14,7 +14,7 @@ from . import __version__, _checkup, _speed, backends
 from ._checks import dtype_name
 from ._screen import Screen
 
-COMPILE_SECONDS = 40
+COMPILE_SECONDS = 35
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ Sizes may be symbolic: torch._check turns conditions on them into guards or into
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,9 +120,9 @@ def _extent(a: Tensor) -> tuple[int, int]:
 
 def _row_starts(a: Tensor) -> Tensor:
     """The address of every row's first byte, sorted."""
-    starts = torch.tensor([a.data_ptr()])
+    starts = torch.tensor([a.data_ptr()], device="cpu")
     for n, stride in zip(a.shape[:-1], a.stride()[:-1], strict=True):
-        starts = (starts[:, None] + torch.arange(n) * (stride * a.element_size())).flatten()
+        starts = (starts[:, None] + torch.arange(n, device="cpu") * (stride * a.element_size())).flatten()
     return starts.sort().values
 
 
@@ -143,4 +144,5 @@ def _check_rows(op: str, name: str, t: Tensor) -> None:
 
 
 def _require(condition: bool | torch.SymBool, message: str) -> None:
-    torch._check(condition, lambda: message)
+    check: Any = torch._check  # not typed
+    check(condition, lambda: message)

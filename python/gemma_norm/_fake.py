@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_arguments
+from ._library import operator_implementations
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> Tensor:
@@ -49,7 +50,7 @@ def _add_rms_norm(
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_library = torch.library.Library("gemma_norm", "IMPL")
+_library = operator_implementations()
 _library.impl("rms_norm.out", _rms_norm_out_functional, "Functionalize")
 torch.library.register_fake("gemma_norm::rms_norm", _rms_norm, lib=_library)
 torch.library.register_fake("gemma_norm::rms_norm.out", _rms_norm_out, lib=_library)

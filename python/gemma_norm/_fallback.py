@@ -17,7 +17,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 from . import reference
 from ._checks import check_arguments, check_memory, layout_name
-from ._library import why_not_native
+from ._library import operator_implementations, why_not_native
 
 _told: set[str] = set()
 
@@ -83,8 +83,8 @@ def _refuse_nested(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dic
     raise AssertionError("no argument is nested")
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("gemma_norm", "IMPL")
+def _register() -> Any:
+    library = operator_implementations()
     kernels: dict[str, Callable[..., Any]] = {
         "rms_norm": rms_norm,
         "rms_norm.out": rms_norm_out,

@@ -22,6 +22,7 @@ BUILD = cast("dict[str, dict[str, Any]]", _build_info.BUILD)
 MINIMUM_TORCH = (2, 10)
 LIBRARY_DIR = Path(__file__).parent / "lib"
 BACKENDS = ("cpu", "cuda", "hip")
+_torch: Any = torch  # not all of it is typed
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ def load() -> None:
             _load(name)
 
 
+def operator_implementations() -> Any:
+    """A torch.library.Library, which adds implementations to the operators for as long as it lives."""
+    return _torch.library.Library("gemma_norm", "IMPL")
+
+
 _loaded: set[str] = set()
 
 
@@ -113,7 +119,7 @@ def _load(name: str) -> None:
     if damage := _damage(path):
         raise ImportError(f"gemma_norm: the {name} library is damaged: {path}: {damage}; reinstall gemma_norm")
     try:
-        torch.ops.load_library(str(path))
+        _torch.ops.load_library(str(path))
     except OSError as error:
         said = error.__cause__ or error  # the loader; PyTorch wraps it
         raise ImportError(f"gemma_norm: the {name} library does not load: {path} ({built}): {said}") from error

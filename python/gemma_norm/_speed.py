@@ -96,7 +96,7 @@ def _calls(shape: tuple[int, ...], device: str, add: bool, compiled: Callable[..
 
 
 def _time(call: Call, device: str) -> float:
-    """Microseconds a call, back to back: the median of five batches."""
+    """Microseconds a call, back to back: the best of a few batches, which other work disturbs least."""
     wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def batch(calls: int) -> float:
@@ -108,9 +108,12 @@ def _time(call: Call, device: str) -> float:
         return (time.perf_counter() - start) / calls
 
     with torch.no_grad():
-        batch(3)
-        calls = max(1, min(10_000, int(SECONDS_A_CELL / 5 / batch(2))))
-        return sorted(batch(calls) for _ in range(5))[2] * 1e6
+        batch(1)  # compiles
+        best = batch(2)
+        end = time.perf_counter() + SECONDS_A_CELL
+        while time.perf_counter() < end:
+            best = min(best, batch(max(1, min(2_000, int(SECONDS_A_CELL / 10 / best)))))
+        return best * 1e6
 
 
 def _summary(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
+from . import ops, reference, routing
 
 Output = Tensor | tuple[Tensor, Tensor]
 
@@ -24,6 +24,8 @@ class RMSNorm(nn.Module):
         hidden_size: size of the last dimension of the inputs.
         eps: added to the mean of squares.
         device, dtype: of the weight, which may be float32 with 16-bit inputs and is read anew in every call.
+        backend: what :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`: "auto" or, to force one,
+            "native", "aiter", "vllm" or "torch". Other devices have one backend.
     """
 
     gemma: ClassVar[bool] = False
@@ -36,8 +38,10 @@ class RMSNorm(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
+        self.backend = routing.checked(backend)
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
@@ -85,9 +89,15 @@ class RMSNorm(nn.Module):
         ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
         return x, residual
 
-    # One method a device, as in SGLang and vLLM, for subclasses to replace. The operators' own dispatch serves all
-    # three, and through forward_cpu meta tensors and devices on plain PyTorch as well.
-    forward_cuda = forward_hip = forward_cpu = _forward_op
+    # One method a device, as in SGLang and vLLM, for subclasses to replace. The operators' own dispatch serves these
+    # two, and through forward_cpu meta tensors and devices on plain PyTorch as well.
+    forward_cuda = forward_cpu = _forward_op
+
+    def forward_hip(
+        self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
+    ) -> Output:
+        """Our HIP kernels, or those of another package where ours are absent, see :mod:`gemma_norm.routing`."""
+        return routing.forward(self, x, residual, post_residual_addition)
 
     def _refuse_lone(self, post_residual_addition: Tensor | None) -> None:
         if post_residual_addition is not None:

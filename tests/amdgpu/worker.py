@@ -24,8 +24,9 @@ def main(arch: str, library: str, code_object: str, cases_library: str, shard: s
         print(json.dumps({"begin": index, "case": cases.describe_case(ctypes.c_int64(index)).decode()}), flush=True)
         bits = ctypes.c_uint64()
         error = cases.check_case(entry, ctypes.c_int64(index), ctypes.byref(bits)).decode()
-        print(json.dumps({"end": index, "error": error, "bits": bits.value}), flush=True)
+        perturbed = sum(launch["perturbed"] for launch in hipemu.launches)
         hipemu.launches.clear()
+        print(json.dumps({"end": index, "error": error, "bits": bits.value, "perturbed": perturbed}), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ const std::vector<Rows> kRows = {
     {"rows", {3}, {0}, 0},
     {"padded rows", {5}, {0}, 1},
     {"expanded rows", {4}, {}, 0},
-    {"slice", {3, 2}, {0, 1}, 2},                // q or k of [tokens, heads, head_dim + gate]
-    {"transposed slice", {2, 3}, {1, 0}, 2},     // [heads, tokens] of the same
+    {"slice", {3, 2}, {0, 1}, 2},             // q or k of [tokens, heads, head_dim + gate]
+    {"transposed slice", {2, 3}, {1, 0}, 2},  // [heads, tokens] of the same
     {"expanded slice", {2, 3}, {1}, 1},
     {"three strides", {2, 1, 2, 2}, {2, 0, 3, 1}, 3},
     {"four strides", {2, 2, 2, 2}, {1, 3, 0, 2}, 4},  // more than a kernel takes: several launches
@@ -25,9 +25,10 @@ const std::vector<Rows> kRows = {
 constexpr int64_t kManyRowsHidden = 600;  // larger rows come in smaller numbers
 constexpr int64_t kFewCasesHidden = 20000;
 
-const int64_t kHidden[] = {1,   2,   3,   5,    7,    8,    9,    15,   16,   17,   31,   33,   63,   64,   65,    80,    96,    127,  128,
-                           129, 192, 255, 256,  257,  511,  513,  576,  768,  1000, 1152, 1536, 2048, 2560, 2816,  3584,  3840,  4095, 4096,
-                           4097, 5120, 5376, 6144, 7168, 8192, 12288, 16384, 18432, 65535, 131072, 262144, 262147};
+const int64_t kHidden[] = {1,    2,    3,    5,    7,    8,     9,     15,    16,    17,     31,     33,    63,
+                           64,   65,   80,   96,   127,  128,   129,   192,   255,   256,    257,    511,   513,
+                           576,  768,  1000, 1152, 1536, 2048,  2560,  2816,  3584,  3840,   4095,   4096,  4097,
+                           5120, 5376, 6144, 7168, 8192, 12288, 16384, 18432, 65535, 131072, 262144, 262147};
 
 }  // namespace
 
@@ -73,8 +74,9 @@ std::vector<int64_t> plan_edges(DType dtype) {
 
 std::vector<Case> all_cases() {
   constexpr double kEps[] = {1e-6, 1e-6, 1e-5, 1.0, 0.0};
-  constexpr Values kValues[] = {Values::kNormal,    Values::kNormal, Values::kNormal, Values::kNormal, Values::kNormal,   Values::kWide,
-                                Values::kSubnormal, Values::kHuge,   Values::kZeros,  Values::kNan,    Values::kInfinity, Values::kSpecialWeight};
+  constexpr Values kValues[] = {Values::kNormal, Values::kNormal, Values::kNormal,    Values::kNormal,
+                                Values::kNormal, Values::kWide,   Values::kSubnormal, Values::kHuge,
+                                Values::kZeros,  Values::kNan,    Values::kInfinity,  Values::kSpecialWeight};
   std::mt19937 random(1);  // its numbers are the same everywhere, unlike those of std's distributions
   const auto pick = [&](const auto& list) { return list[random() % std::size(list)]; };
 
@@ -85,7 +87,8 @@ std::vector<Case> all_cases() {
     for (const int64_t hidden : sizes)
       for (int operands = 0; operands <= static_cast<int>(Operands::kFusedCrossed); ++operands)
         for (const bool gemma : {false, true}) {
-          Case c{dtype, weight_dtype, static_cast<Operands>(operands), gemma, hidden, {}, {}, {}, {}, static_cast<uint32_t>(random())};
+          Case c{dtype, weight_dtype, static_cast<Operands>(operands), gemma, hidden, {}, {},
+                 {},    {},           static_cast<uint32_t>(random())};
           do c.rows = pick(kRows);
           while (c.row_count() * hidden > std::max<int64_t>(37 * kManyRowsHidden, 3 * hidden));
           const bool large = hidden > kFewCasesHidden;

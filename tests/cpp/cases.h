@@ -10,11 +10,11 @@ namespace gemma_norm {
 
 // Which operands there are, and whose memory the results take.
 enum class Operands {
-  kPlain,         // out = norm(x)
-  kInPlace,       // x = norm(x)
-  kAdd,           // residual_out = x + residual, out = norm(residual_out)
-  kAddPost,       // the same with post_residual_addition
-  kFused,         // the sum to residual's memory, its norm to x's
+  kPlain,    // out = norm(x)
+  kInPlace,  // x = norm(x)
+  kAdd,      // residual_out = x + residual, out = norm(residual_out)
+  kAddPost,  // the same with post_residual_addition
+  kFused,    // the sum to residual's memory, its norm to x's
   kFusedPost,
   kFusedCrossed,  // the sum to x's memory, its norm to residual's
 };
@@ -37,10 +37,10 @@ struct Rows {
 };
 
 enum class Alignment {
-  kWhole,     // every base and every stride is a multiple of 64 bytes, gaps included
-  kOffBase,   // one operand's base is an odd number of elements off
-  kOffStride, // gaps are an odd number of elements
-  kAtEnd,     // every operand ends where its guard page begins, whatever alignment that gives
+  kWhole,      // every base and every stride is a multiple of 64 bytes, gaps included
+  kOffBase,    // one operand's base is an odd number of elements off
+  kOffStride,  // gaps are an odd number of elements
+  kAtEnd,      // every operand ends where its guard page begins, whatever alignment that gives
 };
 
 enum class Values { kNormal, kWide, kSubnormal, kHuge, kZeros, kNan, kInfinity, kSpecialWeight };

@@ -20,7 +20,8 @@ struct Operand {
   const char* dtype_name = "bfloat16";
 
   Tensor tensor() const {
-    return {reinterpret_cast<void*>(first * 2), sizes.data(), strides.data(), static_cast<int32_t>(sizes.size()), dtype, dtype_name};
+    return {reinterpret_cast<void*>(first * 2), sizes.data(), strides.data(),
+            static_cast<int32_t>(sizes.size()), dtype,        dtype_name};
   }
 };
 
@@ -43,8 +44,9 @@ struct Call {
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
     const auto tensor = [](const std::optional<Operand>& o) { return o ? o->tensor() : Tensor{}; };
     const Tensor r = tensor(residual), p = tensor(post), s = tensor(sum);
-    const NormArgs args{"op", x.tensor(), weight.tensor(), out.tensor(), residual ? &r : nullptr, post ? &p : nullptr, sum ? &s : nullptr,
-                        eps, false};
+    const NormArgs args{
+        "op", x.tensor(), weight.tensor(), out.tensor(), residual ? &r : nullptr, post ? &p : nullptr, sum ? &s : nullptr,
+        eps,  false};
     return gemma_norm::check(args, params, slices, message);
   }
 };
@@ -113,7 +115,8 @@ TEST(Check, RefusesDtypes) {
       {[&](Call& c) { other(c.x); }, "op: x must have dtype float32, float16 or bfloat16, got int32"},
       {[&](Call& c) { float16(c.weight); }, "op: weight must have dtype bfloat16 (x's) or float32, got float16"},
       {[&](Call& c) { other(c.weight); }, "op: weight must have dtype bfloat16 (x's) or float32, got int32"},
-      {[&](Call& c) { c.x.dtype = DType::kFloat32, c.x.dtype_name = "float32"; }, "op: weight must have dtype float32, got bfloat16"},
+      {[&](Call& c) { c.x.dtype = DType::kFloat32, c.x.dtype_name = "float32"; },
+       "op: weight must have dtype float32, got bfloat16"},
       {[&](Call& c) { float16(c.out); }, "op: out must have x's dtype bfloat16, got float16"},
       {[&](Call& c) { float16(*c.add().residual); }, "op: residual must have x's dtype bfloat16, got float16"},
       {[&](Call& c) { float16(*c.add().sum); }, "op: residual_out must have x's dtype bfloat16, got float16"},
@@ -136,7 +139,8 @@ TEST(Check, RefusesEpsAndMissingOperands) {
 TEST(Check, RefusesOverlapOfWhatIsWritten) {
   expect_refusals({
       {[](Call& c) { c.out.first = c.x.first + 1; }, "op: out must be x's memory exactly or not overlap it, got a partial overlap"},
-      {[](Call& c) { c.out.first = c.weight.first - 31; }, "op: out is written and must not overlap weight, got overlapping memory"},
+      {[](Call& c) { c.out.first = c.weight.first - 31; },
+       "op: out is written and must not overlap weight, got overlapping memory"},
       {[](Call& c) { c.out.strides[0] = 0; }, "op: out is written and must not overlap itself, got a tensor with shared elements"},
       {[](Call& c) { c.out = c.x, c.out.strides[0] = c.x.strides[0] = 0; },
        "op: x is written and must not overlap itself, got a tensor with shared elements"},
@@ -206,7 +210,8 @@ TEST(Rows, AreThoseOfTheTensors) {
       o->sizes = sizes;
       o->strides.assign(sizes.size(), 1);
       int64_t extent = 8;
-      for (size_t d = sizes.size() - 1; d-- > 0; extent *= sizes[d]) o->strides[d] = extent += style == 0 ? 0 : style == 1 ? 8 : 8 * upto(1);
+      for (size_t d = sizes.size() - 1; d-- > 0; extent *= sizes[d])
+        o->strides[d] = extent += style == 0 ? 0 : style == 1 ? 8 : 8 * upto(1);
       address += extent + 8;
     }
     RowParams params;

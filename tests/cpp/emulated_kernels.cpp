@@ -7,7 +7,7 @@ namespace gemma_norm::kernels {
 // What GEMMA_NORM_SHARED declares.
 Words partials[kMaxWaves / 4];
 float block_sums[kMaxCluster];
-}
+}  // namespace gemma_norm::kernels
 
 namespace gemma_norm {
 

@@ -132,8 +132,8 @@ class Machine {
   // Of the `threads` (0: a block's) from `begin`.
   int count(State state, int begin, int threads = 0) const {
     const auto first = threads_.begin() + begin;
-    return static_cast<int>(std::count_if(first, first + (threads ? threads : here.block_threads),
-                                          [=](const Thread& t) { return t.state == state; }));
+    return static_cast<int>(
+        std::count_if(first, first + (threads ? threads : here.block_threads), [=](const Thread& t) { return t.state == state; }));
   }
   void change(State from, State to, int begin, int threads) {
     for (int i = begin; i < begin + threads; ++i)
@@ -195,8 +195,10 @@ class Machine {
         if (!error_.empty()) return;
       }
       const int at_barrier = count(State::kAtBarrier, begin);
-      if (at_barrier == threads) change(State::kAtBarrier, State::kReady, begin, threads);
-      else if (at_barrier > 0) return diverged(begin, threads);
+      if (at_barrier == threads)
+        change(State::kAtBarrier, State::kReady, begin, threads);
+      else if (at_barrier > 0)
+        return diverged(begin, threads);
     }
     for (size_t i = 0; i < shared.size(); ++i) std::memcpy(block.shared[i].data(), shared[i].data, shared[i].size);
   }

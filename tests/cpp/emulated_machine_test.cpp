@@ -76,9 +76,7 @@ TEST_P(EmulatedMachine, SaysWhenThreadsOfABlockDiverge) {
   });
   EXPECT_TRUE(says("1 wait at a barrier", exchanging));
 
-  const device::Error distances = launch(GetParam(), 2, 128, [] {
-    device::value_of_lane(device::thread_index() % 2 ? 1 : 2, 0);
-  });
+  const device::Error distances = launch(GetParam(), 2, 128, [] { device::value_of_lane(device::thread_index() % 2 ? 1 : 2, 0); });
   EXPECT_STREQ("lanes of one wave exchange over different distances", distances);
 
   EXPECT_STREQ(nullptr, launch(GetParam(), 2, 128, [] { device::block_barrier(); })) << "the next launch starts afresh";
@@ -137,24 +135,24 @@ TEST_P(EmulatedCluster, SaysWhenBlocksDoNotWaitForEachOther) {
   const auto store = [] { device::store_in_block(shared_value, (device::cluster_rank() + 1) % 4, 1); };
   EXPECT_TRUE(says("a store into a block of the cluster that has not started", launch_clusters(store)));
   EXPECT_TRUE(says("a store into a block of the cluster that may have ended", launch_clusters([&] {
-                device::cluster_arrive();
-                device::cluster_wait();
-                store();
-              })));
+                     device::cluster_arrive();
+                     device::cluster_wait();
+                     store();
+                   })));
   EXPECT_TRUE(says("a wait for the cluster without having arrived", launch_clusters([] { device::cluster_wait(); })));
   EXPECT_TRUE(says("192 for the cluster, 0 for other lanes, and 64 have returned", launch_clusters([] {
-                if (device::cluster_rank() == 3) return;
-                device::cluster_arrive();
-                device::cluster_wait();
-              })));
+                     if (device::cluster_rank() == 3) return;
+                     device::cluster_arrive();
+                     device::cluster_wait();
+                   })));
   EXPECT_TRUE(says("a cluster of 16 blocks", launch({32, kPlenty, 8, 0}, 16, 64, store, 16)));
 }
 
 INSTANTIATE_TEST_SUITE_P(, EmulatedCluster, testing::Range(0, 4));
 
 INSTANTIATE_TEST_SUITE_P(, EmulatedMachine,
-                         testing::Values(EmulatedGpu{32, kPlenty, 8, 0}, EmulatedGpu{64, kPlenty, 1, 0}, EmulatedGpu{32, kPlenty, 8, 1},
-                                         EmulatedGpu{64, kPlenty, 1, 2}),
+                         testing::Values(EmulatedGpu{32, kPlenty, 8, 0}, EmulatedGpu{64, kPlenty, 1, 0},
+                                         EmulatedGpu{32, kPlenty, 8, 1}, EmulatedGpu{64, kPlenty, 1, 2}),
                          [](const auto& info) {
                            return "wave" + std::to_string(info.param.wave_width) + (info.param.order ? "shuffled" : "");
                          });

@@ -29,17 +29,14 @@ struct Memory {
   std::string dtype;
 
   Tensor tensor() const {
-    return {reinterpret_cast<void*>(address),
-            sizes.data(),
-            strides.data(),
-            static_cast<int32_t>(sizes.size()),
-            dtype_of(dtype),
-            dtype.c_str()};
+    return {reinterpret_cast<void*>(address),   sizes.data(),    strides.data(),
+            static_cast<int32_t>(sizes.size()), dtype_of(dtype), dtype.c_str()};
   }
 };
 
 void norm(const Memory& x, const Memory& weight, const Memory& out, const std::optional<Memory>& residual,
-          const std::optional<Memory>& post, const std::optional<Memory>& residual_out, double eps, bool gemma, const EmulatedGpu& gpu) {
+          const std::optional<Memory>& post, const std::optional<Memory>& residual_out, double eps, bool gemma,
+          const EmulatedGpu& gpu) {
   const auto tensor = [](const std::optional<Memory>& memory) { return memory ? std::optional(memory->tensor()) : std::nullopt; };
   const auto pointer = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
   const auto r = tensor(residual), p = tensor(post), s = tensor(residual_out);
@@ -63,7 +60,8 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
       .def(py::init<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string>(), py::arg("address"), py::arg("sizes"),
            py::arg("strides"), py::arg("dtype"));
   py::class_<EmulatedGpu>(m, "Gpu").def(py::init<int32_t, int64_t, int32_t, uint32_t>(), py::arg("wave_width"),
-                                        py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1, py::arg("order") = 0);
+                                        py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1,
+                                        py::arg("order") = 0);
   m.def("norm", &norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("residual"), py::arg("post_residual_addition"),
         py::arg("residual_out"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"));
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), "How a row is laid over threads, in words.");

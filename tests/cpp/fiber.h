@@ -8,6 +8,7 @@
 #include <functional>
 
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -21,7 +22,10 @@ class Fiber {
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) std::abort();
     stack_ = static_cast<char*>(memory);
   }
-  ~Fiber() { munmap(stack_, kStackBytes); }
+  ~Fiber() {
+    forget(stack_, kStackBytes);
+    munmap(stack_, kStackBytes);
+  }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
@@ -76,13 +80,15 @@ class Fiber {
     }
   }
 
-  // AddressSanitizer wants to know of every change of stack.
+  // AddressSanitizer wants to know of every change of stack, and when what a body had there is gone.
 #ifdef __SANITIZE_ADDRESS__
+  static void forget(const void* stack, size_t bytes) { __asan_unpoison_memory_region(stack, bytes); }
   static void entering(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
   static void entered(const void** stack = nullptr, size_t* bytes = nullptr) {
     __sanitizer_finish_switch_fiber(nullptr, stack, bytes);
   }
 #else
+  static void forget(const void*, size_t) {}
   static void entering(const void*, size_t) {}
   static void entered(const void** = nullptr, size_t* = nullptr) {}
 #endif

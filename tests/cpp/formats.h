@@ -13,7 +13,7 @@
 namespace gemma_norm {
 
 struct Format {
-  int precision;         // bits of the significand, the hidden one included
+  int precision;        // bits of the significand, the hidden one included
   int least, greatest;  // exponents of the smallest normal number and of the largest
 };
 inline Format format(DType dtype) {

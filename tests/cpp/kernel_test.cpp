@@ -30,7 +30,7 @@ class CatchFaults : public testing::Environment {
     static char stack[1 << 16];  // a fiber's own may be what overflowed
     const stack_t alternative{stack, 0, sizeof stack};
     sigaltstack(&alternative, nullptr);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = &on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, nullptr);
@@ -87,14 +87,16 @@ TEST_P(Kernels, AreRightInEveryCase) {
 
 TEST_P(Kernels, DoNothingWithNoRows) {
   const int64_t x_sizes[] = {3, 0, 8}, x_strides[] = {8, 8, 1}, hidden[] = {8}, one[] = {1};
-  const Tensor x{nullptr, x_sizes, x_strides, 3, DType::kFloat16, "float16"}, weight{nullptr, hidden, one, 1, DType::kFloat16, "float16"};
+  const Tensor x{nullptr, x_sizes, x_strides, 3, DType::kFloat16, "float16"},
+      weight{nullptr, hidden, one, 1, DType::kFloat16, "float16"};
   Message message{};
   EXPECT_EQ(Status::kOk, target().run({"norm", x, weight, x, nullptr, nullptr, nullptr, 1e-6, true}, 0, &message)) << message.text;
   EXPECT_EQ(Status::kOk, target().run({"norm", x, weight, x, &x, &x, &x, 1e-6, true}, 0, &message)) << message.text;
 }
 
 TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
-  Case c{DType::kBFloat16, DType::kBFloat16, Operands::kFusedPost, true, 64, {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal, -1, 5};
+  Case c{DType::kBFloat16,      DType::kBFloat16,  Operands::kFusedPost, true, 64,
+         {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal,      -1,   5};
   const Inputs inputs = make_inputs(c);
   std::string error;
   const Outputs outputs = run_case(target(), c, inputs, &error);
@@ -103,7 +105,8 @@ TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
   EXPECT_EQ(inputs.residual, outputs.sum);
 }
 
-INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", "emulated_clusters", "cpu", "cuda"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", "emulated_clusters", "cpu", "cuda"),
+                         [](const auto& info) { return info.param; });
 
 TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
   expect_same_bits({&find_target("emulated32"), &find_target("emulated64")}, always);
@@ -151,7 +154,8 @@ class FarApart : public testing::TestWithParam<const char*> {};
 // Offsets beyond 32 bits, in elements and in bytes; the pages between the rows are never touched, hence never there.
 TEST_P(FarApart, RowsAreReached) {
   constexpr int64_t kHidden = 1000, kStride = (int64_t{1} << 31) + 8, kRows = 3;
-  const Case c{DType::kBFloat16, DType::kBFloat16, Operands::kPlain, true, kHidden, {"rows", {kRows}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 6};
+  const Case c{DType::kBFloat16,          DType::kBFloat16,  Operands::kPlain, true, kHidden,
+               {"rows", {kRows}, {0}, 0}, Alignment::kWhole, Values::kNormal,  1e-6, 6};
   const Inputs inputs = make_inputs(c);
   Target& target = find_target(GetParam());
   std::string error;
@@ -166,7 +170,17 @@ TEST_P(FarApart, RowsAreReached) {
   const int64_t sizes[] = {kRows, kHidden}, strides[] = {kStride, 1};
   const Tensor tensor{x, sizes, strides, 2, c.dtype, "bfloat16"};
   Message message{};
-  ASSERT_EQ(Status::kOk, target.run({"norm", tensor, {weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"}, tensor, nullptr, nullptr, nullptr, c.eps, true}, 0, &message)) << message.text;
+  ASSERT_EQ(Status::kOk, target.run({"norm",
+                                     tensor,
+                                     {weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"},
+                                     tensor,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     c.eps,
+                                     true},
+                                    0, &message))
+      << message.text;
   Packed got(want.out.size());
   for (int64_t row = 0; row < kRows; ++row) target.read(&got[row * row_bytes], x + row * kStride * 2, row_bytes);
   target.free_all();

@@ -78,8 +78,8 @@ bool Operand::receive(Target& target, bool written) {
 }
 
 Tensor Operand::tensor() const {
-  return {static_cast<uint8_t*>(memory_) + first_, sizes_.data(), strides_.data(), static_cast<int32_t>(sizes_.size()), dtype_,
-          dtype_name(dtype_)};
+  return {static_cast<uint8_t*>(memory_) + first_, sizes_.data(), strides_.data(),
+          static_cast<int32_t>(sizes_.size()),     dtype_,        dtype_name(dtype_)};
 }
 
 }  // namespace gemma_norm

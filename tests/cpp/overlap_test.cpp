@@ -44,7 +44,8 @@ struct Strided {
   }
 
   std::string text() const {
-    std::string text = "from byte " + std::to_string(first) + ", elements of " + std::to_string(size_of(dtype)) + ", (size, stride):";
+    std::string text =
+        "from byte " + std::to_string(first) + ", elements of " + std::to_string(size_of(dtype)) + ", (size, stride):";
     for (size_t d = 0; d < sizes.size(); ++d) text += " (" + std::to_string(sizes[d]) + ", " + std::to_string(strides[d]) + ")";
     return text;
   }

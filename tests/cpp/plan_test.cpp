@@ -19,7 +19,8 @@ const std::vector<int64_t>& hidden_sizes() {
   static const auto all = [] {
     std::vector<int64_t> sizes(20000);
     for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = i + 1;
-    for (const int64_t size : {32768, 32769, 65535, 65536, 65537, 100003, 262143, 262144, 1000000, 16777216, 16777219}) sizes.push_back(size);
+    for (const int64_t size : {32768, 32769, 65535, 65536, 65537, 100003, 262143, 262144, 1000000, 16777216, 16777219})
+      sizes.push_back(size);
     return sizes;
   }();
   return all;
@@ -91,11 +92,14 @@ TEST_P(Plans, CoverTheRowExactly) {
   };
   for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
     EXPECT_EQ(hidden * size_of(dtype) % kVectorBytes == 0, plan.whole_vectors);
-    const int64_t vectors = int64_t{plan.vectors} * plan.slots, needed = (hidden * size_of(dtype) + kVectorBytes - 1) / kVectorBytes;
+    const int64_t vectors = int64_t{plan.vectors} * plan.slots,
+                  needed = (hidden * size_of(dtype) + kVectorBytes - 1) / kVectorBytes;
     EXPECT_LE(needed, vectors);
     EXPECT_LT(vectors - needed, plan.scope == Scope::kStream ? plan.slots : plan.vectors) << "a slot with nothing to do";
-    if (dtype == DType::kFloat32) count(plan, hidden, float{});
-    else if (dtype == DType::kFloat16) count(plan, hidden, float16{});
+    if (dtype == DType::kFloat32)
+      count(plan, hidden, float{});
+    else if (dtype == DType::kFloat16)
+      count(plan, hidden, float16{});
   });
 }
 
@@ -103,7 +107,8 @@ TEST_P(Plans, CoverTheRowExactly) {
 // (Clusters do; they are a fact of the GPU.)
 TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
-    for (const DeviceFacts& other : {DeviceFacts{32, kNoLimit, false, GetParam().max_cluster}, DeviceFacts{64, kHipLimit, true, GetParam().max_cluster}})
+    for (const DeviceFacts& other :
+         {DeviceFacts{32, kNoLimit, false, GetParam().max_cluster}, DeviceFacts{64, kHipLimit, true, GetParam().max_cluster}})
       for (const DType twin : {dtype, dtype == DType::kFloat16 ? DType::kBFloat16 : dtype}) {
         const LaunchPlan same = make_plan(hidden, twin, other);
         EXPECT_EQ(plan.scope, same.scope);
@@ -158,7 +163,8 @@ TEST(Plan, PrintsItself) {
   plan.slots = 250;
   plan.group_threads = plan.block_threads = 256;
   plan.whole_vectors = true;
-  EXPECT_EQ("block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread", describe(plan, DType::kBFloat16));
+  EXPECT_EQ("block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread",
+            describe(plan, DType::kBFloat16));
   plan.scope = Scope::kWave;
   plan.slots = 13;
   plan.group_threads = 16;

@@ -35,9 +35,9 @@ std::vector<double> values_of(DType dtype, const Packed& elements) {
   return values;
 }
 
-// Half a unit in the last place for the one rounding; some of float32's for the operations before; and half of the relative error of
-// the sum of squares, which grows with the number of terms that a lane adds up: squares of 16-bit numbers lie on a coarse grid, so
-// that their roundings need not cancel.
+// Half a unit in the last place for the one rounding; some of float32's for the operations before; and half of the relative error
+// of the sum of squares, which grows with the number of terms that a lane adds up: squares of 16-bit numbers lie on a coarse grid,
+// so that their roundings need not cancel.
 double tolerance(DType dtype, int64_t hidden, double want) {
   const double float32_units = 4 + hidden / 2048.0;
   return ulp(dtype, want) * (0.5 + float32_units * power(format(dtype).precision - format(DType::kFloat32).precision));

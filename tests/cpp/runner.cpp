@@ -83,7 +83,8 @@ class Generator {
 
 Packed reversed(const Packed& rows, size_t row_bytes) {
   Packed result;
-  for (size_t at = rows.size(); at > 0; at -= row_bytes) result.insert(result.end(), &rows[at - row_bytes], &rows[at - row_bytes] + row_bytes);
+  for (size_t at = rows.size(); at > 0; at -= row_bytes)
+    result.insert(result.end(), &rows[at - row_bytes], &rows[at - row_bytes] + row_bytes);
   return result;
 }
 

@@ -11,7 +11,8 @@ namespace {
 
 class EmulatedTarget : public HostTarget {
  public:
-  EmulatedTarget(const char* name, int wave_width, int max_cluster) : name_(name), wave_width_(wave_width), max_cluster_(max_cluster) {}
+  EmulatedTarget(const char* name, int wave_width, int max_cluster)
+      : name_(name), wave_width_(wave_width), max_cluster_(max_cluster) {}
   std::string name() const override { return name_; }
   Status run(const NormArgs& args, uint32_t seed, Message* message) override {
     // Half of the runs on a GPU so small that it takes several launches.
@@ -49,14 +50,13 @@ class IsaTarget : public HostTarget {
  public:
   explicit IsaTarget(Isa isa) : isa_(isa) {}
   std::string name() const override { return std::string("cpu_") + isa_name(isa_); }
-  std::string missing() const override {
-    return isa_supported(isa_) ? "" : std::string("this processor has no ") + isa_name(isa_);
-  }
+  std::string missing() const override { return isa_supported(isa_) ? "" : std::string("this processor has no ") + isa_name(isa_); }
   Status run(const NormArgs& args, uint32_t, Message* message) override {
     RowParams params;
     RowSlices slices;
     const Status status = check(args, &params, &slices, message);
-    for (int64_t i = 0; status == Status::kOk && i < slices.count; ++i) cpu_rows(isa_, select_slice(params, slices, i), 0, params.rows);
+    for (int64_t i = 0; status == Status::kOk && i < slices.count; ++i)
+      cpu_rows(isa_, select_slice(params, slices, i), 0, params.rows);
     return status;
   }
 

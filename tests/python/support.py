@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from gemma_norm import reference
@@ -12,6 +14,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SENTINEL = 77.0  # exact in every dtype
 
 Shape = tuple[int, ...]
+
+
+@contextmanager
+def warnings_are(action: str) -> Iterator[None]:
+    """warnings.catch_warnings(action=...), which Python 3.10 lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)  # type: ignore[arg-type]
+        yield
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:

@@ -6,7 +6,6 @@ it is about memory, on meta tensors: the three must say the same.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from bad_arguments import ADD_OPS, BAD, BAD_MEMORY, OPS, SHAPE, Arguments, Bad, good, not_dense
 from gemma_norm import _fallback
+from support import warnings_are
 from torch import Tensor, ones
 
 PLAIN = {
@@ -55,7 +55,7 @@ def parameters(cases: list[Bad]) -> list[Any]:
 def test_the_good_arguments_are_good(device, op):
     with torch.device(device):
         call(native(op), good(op))
-        with warnings.catch_warnings(action="ignore"):
+        with warnings_are("ignore"):
             call(PLAIN[op], good(op))
     with torch.device("meta"):
         call(native(op), good(op))
@@ -127,7 +127,7 @@ def test_gradients_are_not_lost_in_silence(op, where):
             assert got.startswith(f"{op.partition('.')[0]}: {name} must not require grad while grad mode is enabled")
             call_instead = "add_rms_norm" if op in ADD_OPS else "rms_norm without out" if "out" in op else "rms_norm"
             assert f"call gemma_norm.{call_instead}, which is differentiable" in got
-            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            with torch.no_grad(), warnings_are("ignore"):
                 call(kernel, arguments)
 
 

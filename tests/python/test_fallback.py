@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import gemma_norm
 import pytest
 import torch
 from gemma_norm import _fallback
-from support import LAYOUTS, assert_right, assert_same_bits, make_weight, place, randn
+from support import LAYOUTS, assert_right, assert_same_bits, make_weight, place, randn, warnings_are
 
 OPS = torch.ops.gemma_norm
 # A kind of device that no library of ours serves: the dispatcher runs what is registered for it, here on CPU tensors.
@@ -27,7 +28,7 @@ def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def elsewhere(op: torch._ops.OpOverload) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings_are("ignore"):
             return op.redispatch(ELSEWHERE, *args, **kwargs)
 
     return call
@@ -70,13 +71,13 @@ def test_said_once_per_device_type():
     x, weight = torch.ones(2, 4), torch.ones(4)
     with pytest.warns(UserWarning, match="gemma_norm: plain PyTorch instead of a native kernel on cpu: "):
         OPS.rms_norm.default.redispatch(ELSEWHERE, x, weight, 1e-6, False)
-    with warnings.catch_warnings(action="error"):
+    with warnings_are("error"):
         OPS.rms_norm.default.redispatch(ELSEWHERE, x, weight, 1e-6, False)
         OPS.add_rms_norm.default.redispatch(ELSEWHERE, x, x, weight, 1e-6, False, None)
 
 
 def test_a_refused_call_says_nothing_of_devices():
-    with warnings.catch_warnings(action="error"), pytest.raises(RuntimeError, match="rms_norm: weight must have shape"):
+    with warnings_are("error"), pytest.raises(RuntimeError, match="rms_norm: weight must have shape"):
         OPS.rms_norm.default.redispatch(ELSEWHERE, torch.ones(2, 4), torch.ones(3), 1e-6, False)
 
 
@@ -87,7 +88,7 @@ def test_every_kind_of_device_is_served(key):
 
 
 def test_autograd_is_skipped():
-    """The dispatcher's boxed autograd fallback would cost every call a microsecond or two."""
+    """The dispatcher's boxed autograd fallback costs every call up to 0.3 us, and records nothing either."""
     for name in ("rms_norm", "rms_norm.out", "fused_add_rms_norm", "add_rms_norm"):
         table = torch._C._dispatch_dump_table(f"gemma_norm::{name}").splitlines()
         lines = [line for line in table if line.startswith(("AutogradCPU", "AutogradCUDA"))]
@@ -97,8 +98,6 @@ def test_autograd_is_skipped():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_without_its_library(tmp_path: Path):
     """A package built without the GPU's library: right all the same, and it says so."""
-    import shutil
-
     target = tmp_path / "gemma_norm"
     shutil.copytree(Path(gemma_norm.__file__).parent, target, ignore=shutil.ignore_patterns("libgemma_norm_[!c]*"))
     with (target / "_build_info.py").open("a") as file:
@@ -116,4 +115,6 @@ assert [str(w.message).partition(": the ")[0] for w in caught] == [
 assert "library was not built" in str(caught[0].message)
 assert reference.ulp_error(y, reference.oracle(x, weight)) <= reference.max_ulp_error(y.dtype, 256)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True
+    )

@@ -68,7 +68,7 @@ def test_hidden_not_a_multiple_of_8_leaves_the_next_row_alone(device, dtype, hid
 def test_strided_q_and_k(device, dtype):
     """sgl-project/sglang#23974 (fault on gfx942), vllm-project/vllm#24247 (silent corruption): 3-D q, k slices.
 
-    Both kernels took the row stride to be hidden, or flattened [tokens, heads] although the two strides do not collapse.
+    Both kernels took the row stride to be hidden, or flattened [tokens, heads] though the two strides do not collapse.
     """
     tokens, heads, size = 9, 4, 128
     qkv = randn(tokens, 3 * heads * size, dtype=dtype, device=device)

@@ -75,7 +75,10 @@ class CodeObject:
                 self.base + at + descriptor.kernel_code_entry_byte_offset, grid, block, lds, scratch,
                 descriptor.compute_pgm_rsrc2, user_sgprs, backwards(),
             )  # fmt: skip
-        launches.append(dict(kernel=name, grid=tuple(grid), block=tuple(block), lds=lds, scratch=scratch, instructions=dict(counts)))
+        launches.append(
+            dict(kernel=name, grid=tuple(grid), block=tuple(block), lds=lds, scratch=scratch,
+                 instructions=dict(counts), perturbed=self.machine.perturbed)
+        )  # fmt: skip
 
     @staticmethod
     def _kernarg(meta: dict, grid, block, args, dynamic_lds: int):

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import inspect
 import itertools
+import math
 import os
 import re
+import struct
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,6 +28,13 @@ from tinygrad.uop.ops import Ops, UOp  # noqa: E402
 
 GARBAGE = 0x7FC0_DEAD  # a NaN, and a wild index
 SHADOW = 5  # the slot of a kernel's buffers in which an exchange between lanes finds the registers as they were before it
+
+
+INEXACT = {  # the instructions that are; those that integer division takes are too
+    "V_RCP_F32_E32": lambda x: 1 / x,
+    "V_RCP_IFLAG_F32_E32": lambda x: 1 / x,
+    "V_SQRT_F32_E32": math.sqrt,
+}
 
 
 def exchanges_lanes(inst) -> bool:
@@ -49,8 +59,19 @@ def _read_from_shadow(handler):
     return compile_instruction
 
 
+def _without_halves(function):
+    """On RDNA, v128 to v255 of a 16-bit operand name upper halves of v0 to v127. The emulator thinks so of CDNA too."""
+    source, replaced = re.subn(r"bits\['\w+'\] == 16", r"(ctx.wave_size == 32 and \g<0>)", inspect.getsource(function))
+    if not replaced:
+        raise NotImplementedError("another version of tinygrad")
+    exec(compile(source, emu.__file__, "exec"), emu.__dict__)
+    return emu.__dict__[function.__name__]
+
+
+_without_halves(emu._load_vsrc0)
+_vop12, _vop12_right = emu._compile_vop12, _without_halves(emu._compile_vop12)
 for _kind, _handler in list(emu._INST_HANDLERS.items()):
-    emu._INST_HANDLERS[_kind] = _read_from_shadow(_handler)
+    emu._INST_HANDLERS[_kind] = _read_from_shadow(_vop12_right if _handler is _vop12 else _handler)
 
 
 class _Step(NamedTuple):
@@ -58,7 +79,7 @@ class _Step(NamedTuple):
     buffers: list[int]
     is_barrier: bool
     exchanges: bool
-    inexact: int | None  # the register that takes a result good to one unit in the last place only
+    inexact: tuple | None  # a function, its operand's and its result's register: good to one unit in the last place only
     kind: str
 
 
@@ -82,6 +103,7 @@ class Machine:
         self.isa, self.wave = isa, emu._wave_size(isa)
         self.memory = Buffer("CPU", 1 << 40, emu.dtypes.uint32, options=BufferSpec(external_ptr=0)).ensure_allocated()
         self.steps: dict[int, _Step] = {}  # by address of the instruction
+        self.perturbed = 0  # results in the latest run
 
     def _step(self, pc: int) -> _Step:
         if pc not in self.steps:
@@ -89,7 +111,7 @@ class Machine:
             is_barrier = getattr(inst, "op", None) in emu._BARRIER_OPS | emu._BARRIER_SOP1_OPS
             name = emu._op_name(inst)
             kind = classify(name) + (" dpp" if exchanges_lanes(inst) else "")
-            inexact = inst.vdst.offset - 256 if re.match(r"V_(RCP|RSQ|SQRT)_(IFLAG_)?F32", name) else None
+            inexact = INEXACT.get(name) and (INEXACT[name], inst.src0.offset - 256, inst.vdst.offset - 256)
             self.steps[pc] = _Step(
                 runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind
             )
@@ -98,6 +120,7 @@ class Machine:
     def run(self, entry: int, grid, block, lds_bytes: int, scratch_bytes: int, rsrc2: int, user_sgprs: list[int], backwards: bool):
         """Runs every block of the grid and returns the wave instructions executed, by kind."""
         counts: collections.Counter = collections.Counter()
+        self.perturbed = 0
         lds = (ctypes.c_uint32 * max(lds_bytes // 4, 1))()
         scratch = (ctypes.c_uint8 * max(scratch_bytes * self.wave, 1))()
         shadow = (ctypes.c_uint32 * (256 * self.wave))()
@@ -129,18 +152,26 @@ class Machine:
             step = self._step(pc)
             if step.exchanges:
                 ctypes.memmove(shadow, registers, ctypes.sizeof(shadow))
+            operands = self._operands(wave, step.inexact) if step.inexact else []
             step.execute(*[(with_shadow if step.exchanges else plain)[b] for b in step.buffers])
-            if step.inexact is not None:
-                self._perturb(wave, step.inexact)
+            for lane, operand in operands:
+                self._perturb(wave, step.inexact, lane, operand)
             counts[step.kind] += 1
             if step.is_barrier:
                 return True
         raise RuntimeError("a wave ran 1 000 000 instructions without end or barrier")
 
-    def _perturb(self, wave, register: int) -> None:
-        """The emulator's roots and reciprocals are exact; the hardware's may be one off, in either direction."""
-        for lane in range(self.wave):
-            at = register * self.wave + lane
-            bits = wave._vgpr_mv[at]
-            if 0 < bits >> 23 & 0xFF < 0xFE:
-                wave._vgpr_mv[at] = bits + lane % 3 - 1
+    def _operands(self, wave, inexact: tuple) -> list[tuple[int, int]]:
+        """Of every other active lane."""
+        mask = wave._read_sgpr(emu.EXEC_LO.offset) | wave._read_sgpr(emu.EXEC_LO.offset + 1) << 32
+        return [(lane, wave._read_vgpr(inexact[1], lane)) for lane in range(0, self.wave, 2) if mask >> lane & 1]
+
+    def _perturb(self, wave, inexact: tuple, lane: int, operand: int) -> None:
+        """The emulator's result is the nearest number. The hardware's may be the one on the other side of the exact value."""
+        function, _, register = inexact
+        bits = wave._read_vgpr(register, lane)
+        value, result = (struct.unpack("<f", struct.pack("<I", b))[0] for b in (operand, bits))
+        if not 0 < bits >> 23 & 0xFF < 0xFE or not 0 < value < math.inf or function(value) == result:
+            return
+        wave._write_vgpr(register, lane, bits + (1 if function(value) > result else -1))
+        self.perturbed += 1

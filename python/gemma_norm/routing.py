@@ -1,0 +1,200 @@
+"""Which kernels serve ``forward_hip``: our HIP library, else aiter's, else vLLM's, else plain PyTorch.
+
+A module's ``backend``, or else the environment variable GEMMA_NORM_BACKEND (read when a kind of call first occurs),
+forces "native", "aiter", "vllm" or "torch"; RuntimeError says why it cannot be had. "auto" takes the first that need
+not round the weight: no peer for a float32 weight with 16-bit x, nor one that would have to be given ``1 + weight`` in
+16 bits. aiter has a ``gemma_norm`` flag since its #3872; vLLM has none, hence serves ``gemma=True`` only in float32.
+Forced, that is done, with a warning, and anew in every call, for a kept ``1 + weight`` goes stale. How peers round
+inside their kernels is beyond us. They record no gradient: ours run while grad mode is on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._checks import DTYPES, check_arguments, check_memory, dtype_name, overlap
+
+if TYPE_CHECKING:
+    from .module import Output, RMSNorm
+
+VARIABLE = "GEMMA_NORM_BACKEND"
+BACKENDS = ("auto", "native", "aiter", "vllm", "torch")
+_log = logging.getLogger("gemma_norm")
+_ops: Any = torch.ops  # not typed
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another package's kernels, for contiguous [rows, hidden] and a weight of the same dtype."""
+
+    rms_norm: Callable[[Tensor, Tensor, float, bool], Tensor]  # (x, weight, eps, gemma) -> y
+    add: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]  # -> (y, s): new, or x and residual
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    multiple: int = 1  # of which hidden must be one
+    gemma_up_to: int = 0  # the largest hidden for which it heeds gemma, 0 for none
+
+    def objection(
+        self, dtype: torch.dtype, weight_dtype: torch.dtype, hidden: int, gemma: bool, huge: bool
+    ) -> tuple[bool, str]:
+        """Whether it cannot be used even if forced, and why, or why it should not; "" for neither."""
+        if dtype not in self.dtypes:
+            return True, f"no kernel for {dtype_name(dtype)}"
+        if hidden % self.multiple or huge:
+            what = "32-bit offsets, and x has 2^31 elements or more"
+            return True, what if huge else f"writes beyond rows that are no multiple of {self.multiple} long"
+        if gemma and hidden > self.gemma_up_to:
+            what = "no gemma_norm flag" + (f" beyond hidden {self.gemma_up_to}" if self.gemma_up_to else "")
+            exact = dtype == torch.float32
+            return False, "" if exact else f"{what}: 1 + weight would be rounded to {dtype_name(dtype)}"
+        return False, "" if weight_dtype == dtype else f"the float32 weight would be rounded to {dtype_name(dtype)}"
+
+
+PLAIN = Peer(reference.rms_norm, reference.add_rms_norm, gemma_up_to=2**63)  # takes weights of any dtype
+
+
+def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | None) -> Output:
+    weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
+    hidden = weight.shape[-1]
+    peer = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, x.numel() >= 2**31)
+    if peer is None or x.numel() == 0 or (residual is None and post is not None):
+        return module._forward_op(x, residual, post)
+    if recording:
+        return module.forward_native(x, residual, post)
+    check_arguments("rms_norm" if residual is None else "fused_add_rms_norm", x, weight, eps, residual, post)
+    flag = gemma and hidden <= peer.gemma_up_to
+    w = weight if peer is PLAIN else (1 + weight.float() if gemma and not flag else weight).to(x.dtype)
+    x_rows = x.reshape(-1, hidden).contiguous()
+    if residual is None:
+        return peer.rms_norm(x_rows, w, eps, flag).view(x.shape)
+    if not (x.is_contiguous() and residual.is_contiguous()) or overlap(x, residual):
+        check_memory("fused_add_rms_norm", {"x": x, "residual": residual}, {"x": x, "residual": residual}, weight)
+    total = residual if post is None else residual + post
+    r_rows = total.reshape(-1, hidden).contiguous()
+    y, s = peer.add(x_rows, r_rows, w, eps, flag)
+    if y is not x_rows or not x.is_contiguous():
+        x.copy_(y.view(x.shape))
+    if s is not r_rows or total is not residual or not residual.is_contiguous():
+        residual.copy_(s.view(x.shape))
+    return x, residual
+
+
+@functools.cache
+def choose(backend: str, recording: bool, *call: Any) -> Peer | None:
+    """What serves :meth:`Peer.objection`'s ``call``, None for torch.ops.gemma_norm. Logged once, with the reasons."""
+    wanted = checked(os.environ.get(VARIABLE) or "auto", VARIABLE) if backend == "auto" else backend
+    auto, hip = wanted == "auto", _library.backends()["hip"]
+    missing = hip.reason or "; ".join(hip.unsupported_devices)
+    if wanted == "torch" or (not missing and wanted in ("auto", "native")):
+        _say(logging.INFO, "plain PyTorch: asked for" if wanted == "torch" else "our HIP library: it is loaded")
+        return PLAIN if wanted == "torch" else None
+    if wanted == "native":
+        raise RuntimeError(f"gemma_norm: backend 'native' was asked for and cannot be had: {missing}")
+    reasons = [f"native: {missing}"]
+    for name, find in () if auto and recording else PEERS.items():
+        if wanted not in ("auto", name):
+            continue
+        peer = find()
+        fatal, why = (True, peer) if isinstance(peer, str) else peer.objection(*call)
+        if fatal and not auto:
+            raise RuntimeError(f"gemma_norm: backend '{name}' was asked for and cannot be had: {why}")
+        if not (isinstance(peer, str) or fatal or recording or (auto and why)):
+            because = "; ".join(reasons) if auto else "asked for" + (why and f", and breaks the contract: {why}")
+            _say(logging.WARNING if why else logging.INFO, f"{name}: {because}")
+            return peer
+        reasons.append(f"{name}: {why}")
+    if recording:
+        _say(logging.INFO, "our own functions: grad mode is on, and peers record no gradient")
+    else:
+        _say(logging.WARNING, f"plain PyTorch, which is slow: {'; '.join(reasons)}")
+    # Without a HIP library the operators are plain PyTorch themselves, but one without code for this GPU would fail.
+    return PLAIN if missing and hip.loaded else None
+
+
+@functools.cache
+def _say(level: int, message: str) -> None:
+    _log.log(level, "gemma_norm: forward_hip uses %s", message)
+
+
+def checked(name: str, what: str = "backend") -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"gemma_norm: {what} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _parameters(package: Any, name: str) -> set[str]:
+    """aiter's torch_compile_guard hides a signature, and registers an operator of that name and those parameters."""
+    parameters = inspect.signature(getattr(package, name, lambda: None)).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) and hasattr(_ops.aiter, name):
+        return {argument.name for argument in getattr(_ops.aiter, name).default._schema.arguments}
+    return set(parameters)
+
+
+@functools.cache
+def _aiter() -> Peer | str:
+    try:
+        aiter: Any = importlib.import_module("aiter")
+    except Exception as error:  # whatever it is, it is logged
+        return f"{type(error).__name__}: {error}"
+    have = {name: _parameters(aiter, name) for name in ("rmsnorm2d_fwd", "rmsnorm2d_fwd_with_add", "rmsnorm")}
+    need = {"input", "weight", "epsilon"}
+    if not (need <= have["rmsnorm2d_fwd"] and need | {"residual_out"} <= have["rmsnorm2d_fwd_with_add"]):
+        return f"unknown parameters: {have}"
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+        y: Tensor = torch.empty_like(x) if gemma else aiter.rmsnorm2d_fwd(x, weight, eps)
+        if gemma:
+            aiter.rmsnorm(y, x, weight, eps, gemma_norm=True)
+        return y
+
+    def add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
+        y, s = torch.empty_like(x), torch.empty_like(x)
+        aiter.rmsnorm2d_fwd_with_add(y, x, residual, s, weight, eps, **({"gemma_norm": True} if gemma else {}))
+        return y, s
+
+    # Beyond 8192, #3872's version passes on to kernels without the flag, and drops it. "multiple" is its #5290.
+    flag = "gemma_norm" in have["rmsnorm"] & have["rmsnorm2d_fwd_with_add"]
+    return Peer(rms_norm, add, (torch.float16, torch.bfloat16), multiple=8, gemma_up_to=8192 if flag else 0)
+
+
+@functools.cache
+def _vllm() -> Peer | str:
+    try:
+        importlib.import_module("vllm._custom_ops")
+        plain, fused = _ops._C.rms_norm.default, _ops._C.fused_add_rms_norm.default
+    except Exception as error:  # whatever it is, it is logged
+        return f"{type(error).__name__}: {error}"
+    schemas = [[a.name for a in op._schema.arguments if not a.has_default_value()] for op in (plain, fused)]
+    (_, *plain_names), (out, *names) = schemas
+    four = [out, *names] == ["input", "residual", "weight", "epsilon"]
+    six = sorted(names) == ["epsilon", "input", "residual", "residual_out", "weight"]  # the AMD fork's
+    if plain_names != ["input", "weight", "epsilon"] or not (four or six):
+        return f"unknown schemas: {plain._schema}, {fused._schema}"
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+        y = torch.empty_like(x)
+        plain(y, x, weight, eps)
+        return y
+
+    def add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
+        if four:
+            fused(x, residual, weight, eps)
+            return x, residual
+        y, s = torch.empty_like(x), torch.empty_like(x)
+        fused(**{out: y}, input=x, residual_out=s, residual=residual, weight=weight, epsilon=eps)
+        return y, s
+
+    return Peer(rms_norm, add)
+
+
+PEERS = {"aiter": _aiter, "vllm": _vllm}

@@ -1,0 +1,54 @@
+"""What a row costs on a GPU, by arithmetic: its bytes at the memory's speed beside its instructions at the SIMDs'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    units: int  # compute units
+    simds: int  # of a unit
+    ghz: float
+    terabytes: float  # a second, by the data sheet
+    vector_cycles: int  # that a SIMD takes for a wave's vector instruction
+    root_cycles: int  # and for a root or a reciprocal
+
+    def memory_ns(self, size: int) -> float:
+        return size / self.terabytes / 1e3
+
+    def issue_ns(self, per_row: dict[str, float]) -> float:
+        """Vector instructions alone: scalar ones, loads, stores and waits of other waves go beside them."""
+        roots = per_row.get("transcendental", 0)
+        vector = sum(n for kind, n in per_row.items() if kind.startswith("vector"))
+        return (vector * self.vector_cycles + roots * self.root_cycles) / (self.units * self.simds * self.ghz)
+
+
+GPUS = {
+    "gfx90a": Gpu("MI210", 104, 4, 1.7, 1.6, 4, 16),
+    "gfx942": Gpu("MI300X", 304, 4, 2.1, 5.3, 4, 16),
+    "gfx950": Gpu("MI355X", 256, 4, 2.4, 8.0, 4, 16),
+    "gfx1100": Gpu("RX 7900 XTX", 96, 2, 2.3, 0.96, 1, 4),
+    "gfx1151": Gpu("Radeon 8060S", 40, 2, 2.9, 0.256, 1, 4),
+    "gfx1201": Gpu("RX 9070 XT", 64, 2, 2.4, 0.64, 1, 4),
+}
+
+
+def row_bytes(dtype: str, hidden: int, add: bool) -> int:
+    """Read and written; the weight comes from caches."""
+    return hidden * (4 if dtype == "float32" else 2) * (4 if add else 2)
+
+
+def table(arch: str, calls: list[dict]) -> str:
+    kinds = ["vector", "vector dpp", "transcendental", "load", "store", "lds", "scalar", "scalar load", "wait"]
+    lines = [" | ".join([f"{arch}, {GPUS[arch].name}", "threads", *kinds, "all", "issue ns", "memory ns", "margin"])]
+    lines.append("|".join(["---"] * (len(kinds) + 6)))
+    for c in calls:
+        size = row_bytes(c["dtype"], c["hidden"], c["add"])
+        issue, memory = GPUS[arch].issue_ns(c["per_row"]), GPUS[arch].memory_ns(size)
+        numbers = [f"{c['per_row'].get(kind, 0):.4g}" for kind in kinds] + [f"{sum(c['per_row'].values()):.4g}"]
+        name = f"{'add ' if c['add'] else ''}{c['dtype']} {c['hidden']}"
+        row = [name, str(c["block"]), *numbers, f"{issue:.2f}", f"{memory:.2f}", f"{memory / issue:.1f}"]
+        lines.append(" | ".join(row))
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""The built HIP library on emulated AMD GPUs, through its C interface: launch code and machine code, no GPU needed.
+
+The cases are the C++ tests' (tests/cpp/cases.cpp), with a guard page at every operand, compared with float64 and, bit for bit,
+with the same kernels compiled for the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import model
+import pytest
+import toolchain
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("TINYGRAD"),
+    reason="make test-amdgpu TINYGRAD=<a checkout of github.com/tinygrad/tinygrad>, for its instruction emulator",
+)
+
+IN_LIBRARY = {"hipcc": ["gfx90a"], "clang": ["gfx90a", "gfx942", "gfx1100", "gfx1151", "gfx1201"]}
+RUNS = [(compiler, arch) for compiler, arches in IN_LIBRARY.items() for arch in arches] + [("zig", "gfx950")]
+STRIDE = 5  # of the cases, one in so many is run
+
+
+def artifacts(compiler: str, arch: str) -> list[str]:
+    """ARCH LIBRARY CODE_OBJECT, as the scripts take them."""
+    if compiler == "zig":  # the launch code is the same for every GPU
+        return [arch, str(toolchain.hip_library("clang", IN_LIBRARY["clang"])), str(toolchain.code_object(arch))]
+    return [arch, str(toolchain.hip_library(compiler, IN_LIBRARY[compiler])), "-"]
+
+
+def run_script(name: str, arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, HERE / name, *arguments], capture_output=True, text=True)
+
+
+def run_cases(compiler: str, arch: str, stride: int) -> dict[int, dict]:
+    arguments = [*artifacts(compiler, arch), str(toolchain.cases_library()), "0/1", str(stride)]
+    done = run_script("worker.py", arguments)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    if not lines:
+        raise RuntimeError(done.stderr)
+    results: dict[int, dict] = {}
+    for line in lines:
+        if "begin" in line:  # what is known if nothing follows
+            results[line["begin"]] = {"case": line["case"], "error": f"ended the process: {done.stderr[-2000:]}"}
+        else:
+            results[line["end"]].update(line)
+    return results
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future]]:
+    stride = 1 if request.config.getoption("--all-cases") else STRIDE
+    try:
+        toolchain.cases_library()
+        for run in RUNS:
+            artifacts(*run)
+    except toolchain.Missing as missing:
+        pytest.skip(str(missing))
+    with ThreadPoolExecutor(2) as pool:
+        yield {run: pool.submit(run_cases, *run, stride) for run in RUNS}
+
+
+@pytest.fixture(params=RUNS, ids="-".join)
+def run(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+def test_every_case_is_right(results: dict, run: tuple[str, str], report: list[str]) -> None:
+    cases = results[run].result()
+    wrong = [f"{c['case']}\n  {c['error']}" for c in cases.values() if c["error"]]
+    report.append(f"{run[1]}, compiled by {run[0]}: {len(cases) - len(wrong)} of {len(cases)} cases pass")
+    assert len(cases) > 500 and not wrong, "\n".join(wrong[:10])
+    assert sum(c["perturbed"] for c in cases.values()) > 10_000, "roots and reciprocals were exact"
+
+
+def test_the_bits_are_the_same_on_every_gpu(results: dict) -> None:
+    """One reduction tree: neither wave width, nor compiler, nor instruction set shows."""
+    one, *others = ({i: c["bits"] for i, c in results[run].result().items()} for run in RUNS)
+    assert all(other == one for other in others)
+
+
+def test_waves_are_bound_by_memory(report: list[str]) -> None:
+    """By twice; the table that this reports is the one in docs/amd.md."""
+    tables, margins = [], {}
+    for run in RUNS[1:]:
+        done = run_script("count.py", artifacts(*run))
+        assert not done.returncode, done.stderr
+        calls, arch = json.loads(done.stdout), run[1]
+        tables.append(model.table(arch, calls))
+        for c in calls:
+            memory = model.GPUS[arch].memory_ns(model.row_bytes(c["dtype"], c["hidden"], c["add"]))
+            margins[arch, c["dtype"], c["hidden"], c["add"]] = memory / model.GPUS[arch].issue_ns(c["per_row"])
+    report += ["wave instructions a row:", *tables]
+    slow = {call: margin for call, margin in margins.items() if margin < 2}
+    assert not slow, slow
