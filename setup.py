@@ -92,7 +92,9 @@ class Hip:
         self._arches: list[str] = []
 
     def describe(self) -> tuple[str, list[str]]:
-        version = re.search(r"HIP version: ([\d.]+)", output(self.compiler, "--version", env={**os.environ, **self.environment}))
+        version = re.search(
+            r"HIP version: ([\d.]+)", output(self.compiler, "--version", env={**os.environ, **self.environment})
+        )
         return f"hipcc {version[1] if version else '?'}", self.arches()
 
     def arches(self) -> list[str]:

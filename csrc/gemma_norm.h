@@ -61,7 +61,8 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* co
 extern "C" {
 
 // Runs on the calling thread and on whatever threads `parallel_for` brings (null: the calling thread alone).
-gemma_norm::Status gemma_norm_cpu(const gemma_norm::NormArgs* args, gemma_norm::ParallelFor parallel_for, gemma_norm::Message* message);
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::NormArgs* args, gemma_norm::ParallelFor parallel_for,
+                                  gemma_norm::Message* message);
 
 // Enqueue on `stream` (a cudaStream_t or hipStream_t of the current device) and return; pointers are device pointers.
 gemma_norm::Status gemma_norm_cuda(const gemma_norm::NormArgs* args, void* stream, gemma_norm::Message* message);

@@ -78,9 +78,12 @@ bool overlap(const Tensor& a, const Tensor& b) {
   if (x.bytes <= shift && shift + y.bytes <= g) return false;
   const std::vector<int64_t> xs = x.starts(), ys = y.starts();
   for (size_t i = 0, j = 0; i < xs.size() && j < ys.size();) {
-    if (xs[i] + x.bytes <= ys[j]) ++i;
-    else if (ys[j] + y.bytes <= xs[i]) ++j;
-    else return true;
+    if (xs[i] + x.bytes <= ys[j])
+      ++i;
+    else if (ys[j] + y.bytes <= xs[i])
+      ++j;
+    else
+      return true;
   }
   return false;
 }

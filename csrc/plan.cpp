@@ -35,9 +35,11 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   LaunchPlan plan{};
   plan.cluster = 1;
   plan.whole_vectors = hidden % items == 0;
-  const Rung* rung = std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) { return row_vectors <= r.row_vectors; });
+  const Rung* rung =
+      std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) { return row_vectors <= r.row_vectors; });
   if (rung == std::end(kLadder)) {
-    while (plan.cluster * kClusterBlockThreads * kClusterVectors < row_vectors && plan.cluster < device.max_cluster) plan.cluster *= 2;
+    while (plan.cluster * kClusterBlockThreads * kClusterVectors < row_vectors && plan.cluster < device.max_cluster)
+      plan.cluster *= 2;
     if (plan.cluster * kClusterBlockThreads * kClusterVectors >= row_vectors) {
       plan.scope = Scope::kCluster;
       plan.vectors = kClusterVectors;

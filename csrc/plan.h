@@ -25,19 +25,19 @@ enum class Scope : int32_t {
 
 constexpr int32_t kVectorBytes = 16;
 constexpr int32_t kWaveBlockThreads = 128;  // at most
-constexpr int32_t kMaxBlockThreads = 512;  // leaves 128 registers a thread
+constexpr int32_t kMaxBlockThreads = 512;   // leaves 128 registers a thread
 
 // A row of hidden elements is cut into 16-byte vectors; slot t (a thread) owns vectors t, t + slots, t + 2 slots, ...
 // When hidden is no multiple of the vector, rows start at any alignment and a slot owns single elements instead, `slots` apart,
 // so that neighbouring threads still touch neighbouring memory.
 struct LaunchPlan {
   Scope scope;
-  int32_t vectors;         // held in registers by each slot (kStream: owned, of which one is held at a time)
-  int32_t slots;           // threads that own part of a row
-  int32_t group_threads;   // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves or blocks
-  int32_t block_threads;   // threads of a block
-  int32_t cluster;         // blocks that work on a row: 1 but for kCluster
-  bool whole_vectors;      // hidden is a multiple of the vector
+  int32_t vectors;        // held in registers by each slot (kStream: owned, of which one is held at a time)
+  int32_t slots;          // threads that own part of a row
+  int32_t group_threads;  // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves or blocks
+  int32_t block_threads;  // threads of a block
+  int32_t cluster;        // blocks that work on a row: 1 but for kCluster
+  bool whole_vectors;     // hidden is a multiple of the vector
   int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }  // of each block, or cluster
 };
 

@@ -22,9 +22,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import gemma_norm
 import torch
 from torch import Tensor, nn
+
+import gemma_norm
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
 

@@ -58,12 +58,8 @@ struct F32x32 {
   }
   static void fence() { _mm_sfence(); }
 
-  friend F32x32 operator+(const F32x32& a, const F32x32& b) {
-    return {a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]};
-  }
-  friend F32x32 operator*(const F32x32& a, const F32x32& b) {
-    return {a.v[0] * b.v[0], a.v[1] * b.v[1], a.v[2] * b.v[2], a.v[3] * b.v[3]};
-  }
+  F32x32 operator+(const F32x32& b) const { return {v[0] + b.v[0], v[1] + b.v[1], v[2] + b.v[2], v[3] + b.v[3]}; }
+  F32x32 operator*(const F32x32& b) const { return {v[0] * b.v[0], v[1] * b.v[1], v[2] * b.v[2], v[3] * b.v[3]}; }
 
   F32x32 without_payload() const {
     return {without_payload(v[0]), without_payload(v[1]), without_payload(v[2]), without_payload(v[3])};
@@ -80,9 +76,7 @@ struct F32x32 {
   static __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 load8(const Float16* p) { return _mm256_cvtph_ps(words(p)); }
-  static __m256 load8(const BFloat16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16));
-  }
+  static __m256 load8(const BFloat16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16)); }
 
   static __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static __m256 odds(__m256i pairs) {

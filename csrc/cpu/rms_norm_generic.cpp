@@ -85,13 +85,15 @@ struct F32x32 {
   }
   static void fence() {}
 
-  friend F32x32 operator+(F32x32 a, const F32x32& b) {
-    for (int j = 0; j < kLanes; ++j) a.v[j] += b.v[j];
-    return a;
+  F32x32 operator+(const F32x32& b) const {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = v[j] + b.v[j];
+    return r;
   }
-  friend F32x32 operator*(F32x32 a, const F32x32& b) {
-    for (int j = 0; j < kLanes; ++j) a.v[j] *= b.v[j];
-    return a;
+  F32x32 operator*(const F32x32& b) const {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = v[j] * b.v[j];
+    return r;
   }
 
   F32x32 without_payload() const {

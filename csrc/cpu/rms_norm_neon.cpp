@@ -63,13 +63,15 @@ struct F32x32 {
   }
   static void fence() {}
 
-  friend F32x32 operator+(F32x32 a, const F32x32& b) {
-    for (int j = 0; j < 8; ++j) a.v[j] = vaddq_f32(a.v[j], b.v[j]);
-    return a;
+  F32x32 operator+(const F32x32& b) const {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vaddq_f32(v[j], b.v[j]);
+    return r;
   }
-  friend F32x32 operator*(F32x32 a, const F32x32& b) {
-    for (int j = 0; j < 8; ++j) a.v[j] = vmulq_f32(a.v[j], b.v[j]);
-    return a;
+  F32x32 operator*(const F32x32& b) const {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vmulq_f32(v[j], b.v[j]);
+    return r;
   }
 
   F32x32 without_payload() const {

@@ -83,9 +83,9 @@ template <class... Pointers>
 GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers... needed) {
 #if __CUDA_ARCH__ >= 900
   // The branch, never taken, keeps the compiler from waiting first and working out the addresses afterwards.
-  asm volatile(
-      "{\n .reg .pred p;\n setp.eq.u64 p, %0, 0;\n @p trap;\n griddepcontrol.wait;\n}" ::"l"((reinterpret_cast<uint64_t>(needed) | ...))
-      : "memory");
+  asm volatile("{\n .reg .pred p;\n setp.eq.u64 p, %0, 0;\n @p trap;\n griddepcontrol.wait;\n}" ::"l"(
+                   (reinterpret_cast<uint64_t>(needed) | ...))
+               : "memory");
 #endif
 }
 GEMMA_NORM_DEVICE void allow_next_kernel() {
@@ -145,7 +145,8 @@ inline Error facts(DeviceFacts* result, const void* kernel) {
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream stream, const DeviceFacts& device, Args... args) {
+Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream stream, const DeviceFacts& device,
+             Args... args) {
   cudaLaunchAttribute attributes[2];
   int count = 0;
   if (device.overlap_launch) {

@@ -32,8 +32,7 @@ template <class Call>
 device::Error with_dtypes(DType x, DType weight, Call&& call) {
   switch (x) {
     case DType::kFloat32: return call(Type<float>{}, Type<float>{});
-    case DType::kFloat16:
-      return weight == x ? call(Type<float16>{}, Type<float16>{}) : call(Type<float16>{}, Type<float>{});
+    case DType::kFloat16: return weight == x ? call(Type<float16>{}, Type<float16>{}) : call(Type<float16>{}, Type<float>{});
     default:  // check() lets nothing else through
       return weight == x ? call(Type<bfloat16>{}, Type<bfloat16>{}) : call(Type<bfloat16>{}, Type<float>{});
   }

@@ -150,12 +150,14 @@ inline void check_tensors(const char* op, const char* differentiable, Device dev
     if (!tensor) continue;
     const Device got = device_of(tensor);
     if (got.type != device.type || got.index != device.index)
-      throw std::runtime_error(std::string(op) + ": " + name + " must be on x's device " + to_string(device) + ", got " + to_string(got));
+      throw std::runtime_error(std::string(op) + ": " + name + " must be on x's device " + to_string(device) + ", got " +
+                               to_string(got));
   }
   if (!aoti_torch_grad_mode_is_enabled()) return;
   for (const auto& [name, tensor] : others)
     if (tensor && needs_grad(tensor))
-      throw std::runtime_error(std::string(op) + ": " + name + " must not require grad while grad mode is enabled, got requires_grad=True;" +
+      throw std::runtime_error(std::string(op) + ": " + name +
+                               " must not require grad while grad mode is enabled, got requires_grad=True;" +
                                " torch.ops.gemma_norm records no gradient: call " + differentiable +
                                ", which is differentiable, or use torch.no_grad()");
 }

@@ -28,10 +28,8 @@ from ._checks import DTYPES, check_arguments, check_memory, dtype_name, overlap
 if TYPE_CHECKING:
     from .module import Output, RMSNorm
 
-VARIABLE = "GEMMA_NORM_BACKEND"
 BACKENDS = ("auto", "native", "aiter", "vllm", "torch")
-_log = logging.getLogger("gemma_norm")
-_ops: Any = torch.ops  # not typed
+_torch: Any = torch  # not all of it is typed
 
 
 @dataclass(frozen=True)
@@ -44,41 +42,42 @@ class Peer:
     multiple: int = 1  # of which hidden must be one
     gemma_up_to: int = 0  # the largest hidden for which it heeds gemma, 0 for none
 
-    def objection(
-        self, dtype: torch.dtype, weight_dtype: torch.dtype, hidden: int, gemma: bool, huge: bool
-    ) -> tuple[bool, str]:
+    def objection(self, x: torch.dtype, weight: torch.dtype, hidden: int, gemma: bool, huge: bool) -> tuple[bool, str]:
         """Whether it cannot be used even if forced, and why, or why it should not; "" for neither."""
-        if dtype not in self.dtypes:
-            return True, f"no kernel for {dtype_name(dtype)}"
-        if hidden % self.multiple or huge:
-            what = "32-bit offsets, and x has 2^31 elements or more"
-            return True, what if huge else f"writes beyond rows that are no multiple of {self.multiple} long"
+        if x not in self.dtypes:
+            return True, f"no kernel for {dtype_name(x)}"
+        if hidden % self.multiple:
+            return True, f"writes beyond rows that are no multiple of {self.multiple} long"
+        if huge:
+            return True, "32-bit offsets, and x has 2^31 elements or more"
         if gemma and hidden > self.gemma_up_to:
-            what = "no gemma_norm flag" + (f" beyond hidden {self.gemma_up_to}" if self.gemma_up_to else "")
-            exact = dtype == torch.float32
-            return False, "" if exact else f"{what}: 1 + weight would be rounded to {dtype_name(dtype)}"
-        return False, "" if weight_dtype == dtype else f"the float32 weight would be rounded to {dtype_name(dtype)}"
+            flag = "no gemma_norm flag" + (f" beyond hidden {self.gemma_up_to}" if self.gemma_up_to else "")
+            return False, "" if x == torch.float32 else f"{flag}: 1 + weight would be rounded to {dtype_name(x)}"
+        return False, "" if weight == x else f"the float32 weight would be rounded to {dtype_name(x)}"
 
 
 PLAIN = Peer(reference.rms_norm, reference.add_rms_norm, gemma_up_to=2**63)  # takes weights of any dtype
+_found = {"torch": PLAIN}
 
 
 def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | None) -> Output:
     weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
     hidden = weight.shape[-1]
-    peer = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, x.numel() >= 2**31)
-    if peer is None or x.numel() == 0 or (residual is None and post is not None):
+    name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, x.numel() >= 2**31)
+    if not name or x.numel() == 0 or (residual is None and post is not None):
         return module._forward_op(x, residual, post)
     if recording:
         return module.forward_native(x, residual, post)
+    peer = _found[name]
     check_arguments("rms_norm" if residual is None else "fused_add_rms_norm", x, weight, eps, residual, post)
     flag = gemma and hidden <= peer.gemma_up_to
     w = weight if peer is PLAIN else (1 + weight.float() if gemma and not flag else weight).to(x.dtype)
     x_rows = x.reshape(-1, hidden).contiguous()
     if residual is None:
         return peer.rms_norm(x_rows, w, eps, flag).view(x.shape)
-    if not (x.is_contiguous() and residual.is_contiguous()) or overlap(x, residual):
-        check_memory("fused_add_rms_norm", {"x": x, "residual": residual}, {"x": x, "residual": residual}, weight)
+    simple = x.is_contiguous() and residual.is_contiguous()
+    if not torch.compiler.is_compiling() and (not simple or overlap(x, residual)):
+        check_memory("fused_add_rms_norm", {"x": x, "residual": residual}, {}, weight)
     total = residual if post is None else residual + post
     r_rows = total.reshape(-1, hidden).contiguous()
     y, s = peer.add(x_rows, r_rows, w, eps, flag)
@@ -90,53 +89,55 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
 
 
 @functools.cache
-def choose(backend: str, recording: bool, *call: Any) -> Peer | None:
-    """What serves :meth:`Peer.objection`'s ``call``, None for torch.ops.gemma_norm. Logged once, with the reasons."""
-    wanted = checked(os.environ.get(VARIABLE) or "auto", VARIABLE) if backend == "auto" else backend
+def _choose(backend: str, recording: bool, *call: Any) -> str:
+    """Who serves :meth:`Peer.objection`'s ``call``, "" being torch.ops.gemma_norm. Logged once, with the reasons."""
+    wanted = checked(os.environ.get("GEMMA_NORM_BACKEND") or "auto") if backend == "auto" else backend
     auto, hip = wanted == "auto", _library.backends()["hip"]
     missing = hip.reason or "; ".join(hip.unsupported_devices)
     if wanted == "torch" or (not missing and wanted in ("auto", "native")):
         _say(logging.INFO, "plain PyTorch: asked for" if wanted == "torch" else "our HIP library: it is loaded")
-        return PLAIN if wanted == "torch" else None
+        return "torch" if wanted == "torch" else ""
     if wanted == "native":
         raise RuntimeError(f"gemma_norm: backend 'native' was asked for and cannot be had: {missing}")
     reasons = [f"native: {missing}"]
-    for name, find in () if auto and recording else PEERS.items():
-        if wanted not in ("auto", name):
-            continue
-        peer = find()
+    for name in (wanted,) if not auto else () if recording else PEERS:
+        peer = PEERS[name]()
         fatal, why = (True, peer) if isinstance(peer, str) else peer.objection(*call)
         if fatal and not auto:
             raise RuntimeError(f"gemma_norm: backend '{name}' was asked for and cannot be had: {why}")
         if not (isinstance(peer, str) or fatal or recording or (auto and why)):
             because = "; ".join(reasons) if auto else "asked for" + (why and f", and breaks the contract: {why}")
             _say(logging.WARNING if why else logging.INFO, f"{name}: {because}")
-            return peer
+            _found[name] = peer
+            return name
         reasons.append(f"{name}: {why}")
-    if recording:
-        _say(logging.INFO, "our own functions: grad mode is on, and peers record no gradient")
-    else:
-        _say(logging.WARNING, f"plain PyTorch, which is slow: {'; '.join(reasons)}")
+    text = (
+        "our own, for peers record no gradient" if recording else f"plain PyTorch, which is slow: {'; '.join(reasons)}"
+    )
+    _say(logging.INFO if recording else logging.WARNING, text)
     # Without a HIP library the operators are plain PyTorch themselves, but one without code for this GPU would fail.
-    return PLAIN if missing and hip.loaded else None
+    return "torch" if missing and hip.loaded else ""
+
+
+choose: Callable[..., str] = _torch.compiler.assume_constant_result(lambda *call: _choose(*call))  # not traced
 
 
 @functools.cache
 def _say(level: int, message: str) -> None:
-    _log.log(level, "gemma_norm: forward_hip uses %s", message)
+    logging.getLogger("gemma_norm").log(level, "gemma_norm: forward_hip uses %s", message)
 
 
-def checked(name: str, what: str = "backend") -> str:
+def checked(name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"gemma_norm: {what} must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"gemma_norm: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
 def _parameters(package: Any, name: str) -> set[str]:
     """aiter's torch_compile_guard hides a signature, and registers an operator of that name and those parameters."""
     parameters = inspect.signature(getattr(package, name, lambda: None)).parameters
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) and hasattr(_ops.aiter, name):
-        return {argument.name for argument in getattr(_ops.aiter, name).default._schema.arguments}
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) and hasattr(_torch.ops.aiter, name):
+        return {argument.name for argument in getattr(_torch.ops.aiter, name).default._schema.arguments}
     return set(parameters)
 
 
@@ -144,7 +145,7 @@ def _parameters(package: Any, name: str) -> set[str]:
 def _aiter() -> Peer | str:
     try:
         aiter: Any = importlib.import_module("aiter")
-    except Exception as error:  # whatever it is, it is logged
+    except Exception as error:  # logged
         return f"{type(error).__name__}: {error}"
     have = {name: _parameters(aiter, name) for name in ("rmsnorm2d_fwd", "rmsnorm2d_fwd_with_add", "rmsnorm")}
     need = {"input", "weight", "epsilon"}
@@ -171,8 +172,8 @@ def _aiter() -> Peer | str:
 def _vllm() -> Peer | str:
     try:
         importlib.import_module("vllm._custom_ops")
-        plain, fused = _ops._C.rms_norm.default, _ops._C.fused_add_rms_norm.default
-    except Exception as error:  # whatever it is, it is logged
+        plain, fused = _torch.ops._C.rms_norm.default, _torch.ops._C.fused_add_rms_norm.default
+    except Exception as error:  # logged
         return f"{type(error).__name__}: {error}"
     schemas = [[a.name for a in op._schema.arguments if not a.has_default_value()] for op in (plain, fused)]
     (_, *plain_names), (out, *names) = schemas

@@ -24,7 +24,13 @@ class Kernel:
     numbers: dict[str, int] = field(default_factory=dict)  # of the metadata and of the kernel descriptor
 
     def __str__(self) -> str:
-        words = [self.scope, f"{self.vectors} vectors", f"{self.x} x", f"{self.weight} weight", "add" if self.add else ""]
+        words = [
+            self.scope,
+            f"{self.vectors} vectors",
+            f"{self.x} x",
+            f"{self.weight} weight",
+            "add" if self.add else "",
+        ]
         return ", ".join([w for w in words if w] + (["aligned"] if self.aligned else []))
 
     def all(self, pattern: str) -> list[str]:
@@ -52,7 +58,7 @@ def kernels(path: Path) -> list[Kernel]:
         (symbol,) = re.findall(r"\.symbol: +'?(\S+)\.kd", part)
         metadata[symbol] = {k: int(v) for k, v in re.findall(r"^ *\.(\w+): +(\d+)$", part, re.M)}
     result = []
-    for symbol, name in zip(symbols, names.splitlines()):
+    for symbol, name in zip(symbols, names.splitlines(), strict=False):
         kernel = parse_name(symbol, name)
         if kernel is None:
             raise ValueError(f"not a kernel of this project: {name}")

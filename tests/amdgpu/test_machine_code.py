@@ -87,7 +87,9 @@ def test_what_is_touched_once_is_not_kept_in_caches(code: list[Kernel], target: 
 def test_lanes_exchange_in_registers(code: list[Kernel], target: Target) -> None:
     def wrong(k: Kernel) -> object:
         through_lds = k.all(r"ds_\w*(permute|swizzle)")
-        steps = sum("quad_perm" in line or "mirror" in line for line in k.all(r"v_add_f32_dpp|v_mov_b32_dpp|v_add_f32_e64_dpp"))
+        steps = sum(
+            "quad_perm" in line or "mirror" in line for line in k.all(r"v_add_f32_dpp|v_mov_b32_dpp|v_add_f32_e64_dpp")
+        )
         rows = k.all("v_readlane_b32") if target.wave == 64 else k.all("v_permlanex16_b32")
         if through_lds or steps < 4 or not rows:
             return through_lds or f"{steps} steps inside rows, {len(rows)} between rows"
@@ -99,14 +101,19 @@ def test_lanes_exchange_in_registers(code: list[Kernel], target: Target) -> None
 
 def test_nothing_spills_or_is_called(code: list[Kernel]) -> None:
     zero = ["private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count", "uses_dynamic_stack"]
-    check(code, lambda k: [n for n in zero if k.numbers.get(n)] or k.all(r"scratch_|s_swappc|s_call|.*@(gotpcrel|rel)32"))
+    check(
+        code, lambda k: [n for n in zero if k.numbers.get(n)] or k.all(r"scratch_|s_swappc|s_call|.*@(gotpcrel|rel)32")
+    )
 
 
 def test_enough_waves_fit(code: list[Kernel], target: Target) -> None:
     def wrong(k: Kernel) -> object:
         registers = k.numbers["vgpr_count"]
         planned = WAVES[k.aligned] if target.wave == 64 else target.max_waves // 2
-        return target.waves(registers) < planned and f"{registers} registers: {target.waves(registers)} waves, not {planned}"
+        return (
+            target.waves(registers) < planned
+            and f"{registers} registers: {target.waves(registers)} waves, not {planned}"
+        )
 
     check(code, wrong)
 
@@ -115,7 +122,7 @@ def test_bfloat16_is_rounded_by_the_hardware_where_it_can(code: list[Kernel], ta
     def wrong(k: Kernel) -> object:
         hardware, by_hand = k.all("v_cvt_pk_bf16_f32"), k.all("v_add3_u32 .*0x7fff|v_cmp_o_f32")
         if target.arch == "gfx950" and k.x == "bfloat16":
-            return by_hand or len(hardware) < 4 * k.vectors and f"{len(hardware)} conversions"
+            return by_hand or (len(hardware) < 4 * k.vectors and f"{len(hardware)} conversions")
         return hardware
 
     check(code, wrong)
@@ -143,7 +150,9 @@ def test_root_and_division_are_correctly_rounded(code: list[Kernel]) -> None:
 
 
 def test_subnormals_are_kept(code: list[Kernel]) -> None:
-    check(code, lambda k: {k.numbers["float_denorm_mode_32"], k.numbers["float_denorm_mode_16_64"]} != {3} and "flushed")
+    check(
+        code, lambda k: {k.numbers["float_denorm_mode_32"], k.numbers["float_denorm_mode_16_64"]} != {3} and "flushed"
+    )
 
 
 def test_waves_are_as_wide_as_planned(code: list[Kernel], target: Target) -> None:

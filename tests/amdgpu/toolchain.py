@@ -147,7 +147,7 @@ def all_assemblies() -> dict[str, Path | Exception]:
             return error
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(attempt, TARGETS)))
+        return dict(zip(TARGETS, pool.map(attempt, TARGETS), strict=False))
 
 
 def shared_library(name: str, command: list[str], sources: list[Path], inputs: str) -> Path:
@@ -167,7 +167,7 @@ def hip_library(compiler: str, arches: list[str]) -> Path:
 
 def cases_library() -> Path:
     """The C++ tests' cases and the kernels compiled for the host, for cases.cpp."""
-    parts = "cases operand reference runner host_target emulated_kernels emulated_machine".split()
+    parts = ["cases", "operand", "reference", "runner", "host_target", "emulated_kernels", "emulated_machine"]
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts]
     inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()
     here = Path(__file__).with_name("cases.cpp")

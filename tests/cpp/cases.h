@@ -38,8 +38,8 @@ struct Rows {
 
 enum class Alignment {
   kWhole,      // every base and every stride is a multiple of 64 bytes, gaps included
-  kOffBase,    // one operand's base is an odd number of elements off
-  kOffStride,  // gaps are an odd number of elements
+  kOffBase,    // some operands' bases are an odd number of elements off, not all the same
+  kOffStride,  // gaps are no multiple of anything
   kAtEnd,      // every operand ends where its guard page begins, whatever alignment that gives
 };
 

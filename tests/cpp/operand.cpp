@@ -22,7 +22,7 @@ Operand::Operand(const Case& c, Place place, bool written) {
   }
 
   // Gaps that differ from operand to operand, so that dimensions collapse in none, some or all of them.
-  int64_t gap = place * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
+  int64_t gap = (place + 1) * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
   if (c.alignment == Alignment::kWhole && c.hidden % line) gap += line - c.hidden % line;
   int64_t extent = c.hidden;
   int gaps = c.rows.padding;
@@ -36,7 +36,7 @@ Operand::Operand(const Case& c, Place place, bool written) {
 
   // Memory is aligned at its guarded side; there the margin is what puts the first element `off` a line.
   const bool flush = c.alignment == Alignment::kAtEnd, odd = c.alignment == Alignment::kOffBase && c.seed >> place & 1;
-  const size_t bytes = extent * item, off = odd ? (1 + c.seed % 4 * 2) * item : 0;
+  const size_t bytes = extent * item, off = odd ? (1 + (c.seed + place) % 4 * 2) * item : 0;
   guard_ = flush || c.seed >> place & 2 ? Guard::kAfter : Guard::kBefore;
   const size_t after = guard_ == Guard::kBefore ? kLine : flush ? 0 : (kLine - (bytes + off) % kLine) % kLine;
   first_ = guard_ == Guard::kBefore ? off : kLine;

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from gemma_norm import reference
 from torch import Tensor
+
+from gemma_norm import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SENTINEL = 77.0  # exact in every dtype

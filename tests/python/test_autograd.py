@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gemma_norm
 import pytest
 import torch
-from support import assert_same_bits, make_weight, randn
 from torch import Tensor
+
+import gemma_norm
+from support import assert_same_bits, make_weight, randn
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

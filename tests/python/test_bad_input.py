@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import gemma_norm
 import pytest
 import torch
+from torch import Tensor, ones
+
+import gemma_norm
 from bad_arguments import ADD_OPS, BAD, BAD_MEMORY, OPS, SHAPE, Arguments, Bad, good, not_dense
 from gemma_norm import _fallback
 from support import warnings_are
-from torch import Tensor, ones
 
 PLAIN = {
     "rms_norm": _fallback.rms_norm,

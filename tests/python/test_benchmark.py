@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
 from gemma_norm.benchmark import providers, report, results, timing

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 
-import gemma_norm
 import pytest
 import torch
-from support import assert_right, assert_same_bits, make_weight, randn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gemma_norm
+from support import assert_right, assert_same_bits, make_weight, randn
 
 OPS = torch.ops.gemma_norm
 

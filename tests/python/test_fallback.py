@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gemma_norm
 import pytest
 import torch
+
+import gemma_norm
 from gemma_norm import _fallback
 from support import LAYOUTS, assert_right, assert_same_bits, make_weight, place, randn, warnings_are
 

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import gemma_norm
 import pytest
 import torch
+
+import gemma_norm
 from gemma_norm import _library
 
 PACKAGE = Path(gemma_norm.__file__).parent

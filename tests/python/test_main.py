@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 
-import gemma_norm
 import pytest
 import torch
+
+import gemma_norm
 from gemma_norm import __main__ as command
 from gemma_norm import _checkup, _screen, _speed, ops
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import gemma_norm
 import pytest
 import torch
+from torch import Tensor
+
+import gemma_norm
 from gemma_norm import reference
 from support import assert_right, assert_same_bits, randn
-from torch import Tensor
 
 KINDS = [gemma_norm.RMSNorm, gemma_norm.GemmaRMSNorm]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gemma_norm
 import pytest
 import torch
+
+import gemma_norm
 from gemma_norm import _library, reference
 from support import Placed, assert_right, assert_same_bits, make_weight, randn
 

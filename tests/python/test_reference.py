@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from gemma_norm import reference
 from support import make_weight, randn
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gemma_norm
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import gemma_norm
 from support import DTYPES, LAYOUTS, Placed, assert_right, assert_same_bits, make_weight, place, randn
 
 HIDDEN = [1, 2, 3, 7, 8, 31, 64, 96, 127, 128, 255, 256, 513, 576, 1000, 1024, 2048, 2560, 3584, 4095, 4096, 5120]

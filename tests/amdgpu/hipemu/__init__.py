@@ -35,7 +35,7 @@ ARCHES = {  # instruction set, wave width, compute units
     "gfx1201": ("rdna4", 32, 64),
 }
 launches: list[dict] = []  # a record of each launch, newest last
-backwards: Callable[[], bool] = lambda: False  # shall the waves of a block run last to first?
+backwards: Callable[[], bool] = lambda: False  # noqa: E731 - shall the waves of a block run last to first?
 _arch = ""
 _given: dict[str, bytes] = {}
 _objects: dict[tuple, CodeObject] = {}
@@ -64,8 +64,12 @@ class CodeObject:
         descriptor = amdgpu_kd.llvm_amdhsa_kernel_descriptor_t.from_buffer(self.image, at)
         kernarg = self._kernarg(meta, grid, block, args, dynamic_lds)
         packet = ctypes.create_string_buffer(64)
-        struct.pack_into("<HHHHHHIIII", packet, 0, 0, 3, *block, 0, *(g * b for g, b in zip(grid, block)), 0)
-        user_sgprs = self._user_sgprs(descriptor.kernel_code_properties, ctypes.addressof(packet), ctypes.addressof(kernarg))
+        struct.pack_into(
+            "<HHHHHHIIII", packet, 0, 0, 3, *block, 0, *(g * b for g, b in zip(grid, block, strict=False)), 0
+        )
+        user_sgprs = self._user_sgprs(
+            descriptor.kernel_code_properties, ctypes.addressof(packet), ctypes.addressof(kernarg)
+        )
         # The emulator flushes float32 subnormals unless told otherwise; the descriptor says what this kernel was built for.
         keeps_subnormals = (descriptor.compute_pgm_rsrc1 >> 16) & 3 == 3
         emu._get_ftz_lib = (lambda: (None, 0)) if keeps_subnormals else _flushing
@@ -84,7 +88,7 @@ class CodeObject:
     def _kernarg(meta: dict, grid, block, args, dynamic_lds: int):
         buffer = ctypes.create_string_buffer(meta[".kernarg_segment_size"] + 256)
         hidden = {"hidden_dynamic_lds_size": dynamic_lds, "hidden_grid_dims": 1 + (grid[1] > 1) + (grid[2] > 1)}
-        for axis, blocks, threads in zip("xyz", grid, block):
+        for axis, blocks, threads in zip("xyz", grid, block, strict=False):
             hidden[f"hidden_block_count_{axis}"], hidden[f"hidden_group_size_{axis}"] = blocks, threads
         explicit = iter(range(len(meta[".args"])))
         for arg in meta[".args"]:
@@ -97,7 +101,7 @@ class CodeObject:
 
     @staticmethod
     def _user_sgprs(properties: int, packet: int, kernarg: int) -> list[int]:
-        words, user = lambda p: [p & 0xFFFFFFFF, p >> 32], []  # noqa: E731
+        words, user = lambda p: [p & 0xFFFFFFFF, p >> 32], []
         for bit, value in enumerate(([0] * 4, words(packet), [0] * 2, words(kernarg), [0] * 2, [0] * 2, [0])):
             if properties >> bit & 1:
                 user += value
@@ -123,7 +127,9 @@ def _build_runtime() -> ctypes.CDLL:
     build = Path(tempfile.mkdtemp(prefix="hipemu-"))
     atexit.register(shutil.rmtree, build, True)
     out = build / "libamdhip64.so"
-    subprocess.run(["gcc", "-O1", "-w", "-shared", "-fPIC", "-o", out, HERE / "runtime.c", HERE / "properties.c"], check=True)
+    subprocess.run(
+        ["gcc", "-O1", "-w", "-shared", "-fPIC", "-o", out, HERE / "runtime.c", HERE / "properties.c"], check=True
+    )
     return ctypes.CDLL(str(out), mode=ctypes.RTLD_GLOBAL)
 
 

@@ -22,12 +22,14 @@ from typing import NamedTuple
 sys.path.insert(0, os.environ["TINYGRAD"])
 os.environ.setdefault("DEV", "CPU")
 
-from test.mockgpu.amd import emu  # noqa: E402
-from tinygrad.device import Buffer, BufferSpec  # noqa: E402
-from tinygrad.uop.ops import Ops, UOp  # noqa: E402
+from test.mockgpu.amd import emu
+from tinygrad.device import Buffer, BufferSpec
+from tinygrad.uop.ops import Ops, UOp
 
 GARBAGE = 0x7FC0_DEAD  # a NaN, and a wild index
-SHADOW = 5  # the slot of a kernel's buffers in which an exchange between lanes finds the registers as they were before it
+SHADOW = (
+    5  # the slot of a kernel's buffers in which an exchange between lanes finds the registers as they were before it
+)
 
 
 INEXACT = {  # the instructions that are; those that integer division takes are too
@@ -79,7 +81,9 @@ class _Step(NamedTuple):
     buffers: list[int]
     is_barrier: bool
     exchanges: bool
-    inexact: tuple | None  # a function, its operand's and its result's register: good to one unit in the last place only
+    inexact: (
+        tuple | None
+    )  # a function, its operand's and its result's register: good to one unit in the last place only
     kind: str
 
 
@@ -112,12 +116,20 @@ class Machine:
             name = emu._op_name(inst)
             kind = classify(name) + (" dpp" if exchanges_lanes(inst) else "")
             inexact = INEXACT.get(name) and (INEXACT[name], inst.src0.offset - 256, inst.vdst.offset - 256)
-            self.steps[pc] = _Step(
-                runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind
-            )
+            self.steps[pc] = _Step(runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind)
         return self.steps[pc]
 
-    def run(self, entry: int, grid, block, lds_bytes: int, scratch_bytes: int, rsrc2: int, user_sgprs: list[int], backwards: bool):
+    def run(
+        self,
+        entry: int,
+        grid,
+        block,
+        lds_bytes: int,
+        scratch_bytes: int,
+        rsrc2: int,
+        user_sgprs: list[int],
+        backwards: bool,
+    ):
         """Runs every block of the grid and returns the wave instructions executed, by kind."""
         counts: collections.Counter = collections.Counter()
         self.perturbed = 0
@@ -130,7 +142,9 @@ class Machine:
         for z, y, x in itertools.product(range(grid[2]), range(grid[1]), range(grid[0])):
             ctypes.memmove(lds, garbage, min(ctypes.sizeof(lds), ctypes.sizeof(garbage)))
             waves = [
-                emu._init_wave(entry, start, threads, *block, 0, rsrc2, scratch_bytes, self.isa, x, y, z, user_sgprs, self.wave)
+                emu._init_wave(
+                    entry, start, threads, *block, 0, rsrc2, scratch_bytes, self.isa, x, y, z, user_sgprs, self.wave
+                )
                 for start in (reversed(starts) if backwards else starts)
             ]
             for wave in waves:
@@ -141,8 +155,13 @@ class Machine:
 
     def _to_barrier(self, wave, lds, scratch, shadow, counts) -> bool:
         registers = wave.vgpr_buf._buf.va_addr
-        buffers = [wave.sgpr_buf._buf.va_addr, registers, self.memory._buf.va_addr, *map(ctypes.addressof, (lds, scratch)),
-                   wave.accvgpr_buf._buf.va_addr]
+        buffers = [
+            wave.sgpr_buf._buf.va_addr,
+            registers,
+            self.memory._buf.va_addr,
+            *map(ctypes.addressof, (lds, scratch)),
+            wave.accvgpr_buf._buf.va_addr,
+        ]
         plain = [ctypes.c_uint64(b) for b in buffers]
         with_shadow = [*plain[:SHADOW], ctypes.c_uint64(ctypes.addressof(shadow))]
         for _ in range(1_000_000):

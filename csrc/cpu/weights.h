@@ -1,0 +1,61 @@
+// What rows are multiplied by. Part of row_kernel.h: the anonymous namespace is the same.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace gemma_norm {
+namespace {
+
+// weight + offset in float32.
+template <class T, class W>
+struct Weights {
+  const W* weight;
+  float offset;
+
+  template <class V>
+  [[gnu::always_inline]] V at(int64_t i) const {
+    return sum<V>(weight + i);
+  }
+  template <class V>
+  [[gnu::always_inline]] V rest_at(int64_t i, int64_t rest) const {
+    W padded[kLanes] = {};
+    copy(padded, weight + i, rest);
+    return sum<V>(padded);
+  }
+
+ private:
+  template <class V>
+  [[gnu::always_inline]] V sum(const W* w) const {
+    const V sum = V::load(w) + V::broadcast(offset);
+    // Only here can a NaN have bits below those of T. Without any, V may round it to bfloat16 like a number.
+    if constexpr (sizeof(W) > sizeof(T)) return sum.without_payload();
+    return sum;
+  }
+};
+
+// The same, computed beforehand and padded.
+struct PreparedWeights {
+  const float* factors;
+
+  template <class V>
+  [[gnu::always_inline]] V at(int64_t i) const {
+    return V::load(factors + i);
+  }
+  template <class V>
+  [[gnu::always_inline]] V rest_at(int64_t i, int64_t) const {
+    return V::load(factors + i);
+  }
+};
+
+template <class V, class T, class W>
+PreparedWeights prepare(const Weights<T, W>& weights, int64_t hidden, float* factors) {
+  int64_t i = 0;
+  for (; i + kLanes <= hidden; i += kLanes) weights.template at<V>(i).store(factors + i);
+  if (i < hidden) weights.template rest_at<V>(i, hidden - i).store(factors + i);
+  return {factors};
+}
+
+}  // namespace
+}  // namespace gemma_norm
