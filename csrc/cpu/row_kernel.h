@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-// A fused multiply-add rounds once where an instruction set without it rounds twice.
+// A fused multiply-add rounds once where an instruction set without it rounds twice. (Clang's -ffp-contract=fast overrules this.)
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)

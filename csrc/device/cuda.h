@@ -121,7 +121,10 @@ GEMMA_NORM_DEVICE void store_in_block(float* shared, int rank, float v) {
 using Stream = cudaStream_t;
 using Error = cudaError_t;
 constexpr Error kSuccess = cudaSuccess;
-inline const char* error_text(Error e) { return cudaGetErrorString(e); }
+inline const char* error_text(Error e) {
+  if (e != cudaErrorNoKernelImageForDevice) return cudaGetErrorString(e);
+  return "this library has no code for this GPU: gemma_norm.backends() names both, TORCH_CUDA_ARCH_LIST is what to build for";
+}
 
 // Of the current device, asked for once. `kernel` is any of this library's.
 inline Error facts(DeviceFacts* result, const void* kernel) {
