@@ -113,7 +113,7 @@ class Hip:
             return subprocess.run(command, capture_output=True, env={**os.environ, **self.environment}).returncode == 0
 
     def command(self) -> list[str]:
-        return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden",
+        return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-mcumode",
                 "-ffp-contract=off", *(f"--offload-arch={a}" for a in self.arches())]  # fmt: skip
 
     def link(self) -> list[str]:

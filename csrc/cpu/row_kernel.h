@@ -7,8 +7,8 @@
 //
 // The bits are the same on every instruction set, NaN payloads aside. Every operation on V is one IEEE operation a lane, and the
 // order of a sum of squares depends on hidden and dtype alone: lane j of sum k adds up the elements that V::load_for_sum puts
-// there, one a step, and one fixed tree adds up the lanes. The last, incomplete step of a row is padded with zeros, which change
-// no sum.
+// there, one a step and chunk by chunk, and one fixed tree adds up the lanes. The last, incomplete step of a row is padded with
+// zeros, which change no sum.
 //
 // All of this is in an anonymous namespace and calls no inline function of the standard library: the linker must never merge
 // what is compiled here for one instruction set with that of another.
@@ -32,6 +32,7 @@ namespace {
 
 constexpr int kSums = 2;  // an addition takes some cycles: have more than one under way
 constexpr int kStep = kLanes * kSums;
+constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
 
 // Short rows, of which four and their outputs share the L1 cache easily, go four by four: they hide each other's latencies
 // (tree, root, division) and share each weight that is loaded and converted. Four of 4096 bytes took 1.7x the time of one by one:
@@ -101,11 +102,16 @@ void statistics(const RowParams& p, const Row<T>* rows, int count, float* rstd) 
     const Row<T> row = rows[r];
     V sums[kSums] = {V::broadcast(0), V::broadcast(0)};
     int64_t i = 0;
-    for (; i + kStep <= hidden; i += kStep) {
-      for (int k = 0; k < kSums; ++k) {
-        const V s = sum_at<V, T, kAddition, kStream>(row, i + k * kLanes);
-        sums[k] = sums[k] + s * s;
+    while (i + kStep <= hidden) {  // sums of sums: one long chain of additions would drift
+      V part[kSums] = {V::broadcast(0), V::broadcast(0)};
+      const int64_t end = hidden - i < kChunk ? hidden : i + kChunk;
+      for (; i + kStep <= end; i += kStep) {
+        for (int k = 0; k < kSums; ++k) {
+          const V s = sum_at<V, T, kAddition, kStream>(row, i + k * kLanes);
+          part[k] = part[k] + s * s;
+        }
       }
+      for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + part[k];
     }
     if (i < hidden) {
       float squares[kStep];

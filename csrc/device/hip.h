@@ -10,7 +10,7 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
-// At least two waves a SIMD, hence at most 256 registers. Kernels for aligned rows need half of that or less (tests/amdgpu).
+// At least two waves a SIMD, hence at most 256 registers: tests/amdgpu asserts how many more fit.
 #define GEMMA_NORM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 2)
 #define GEMMA_NORM_SHARED __shared__
 

@@ -111,9 +111,7 @@ def _choose(backend: str, recording: bool, *call: Any) -> str:
             _found[name] = peer
             return name
         reasons.append(f"{name}: {why}")
-    text = (
-        "our own, for peers record no gradient" if recording else f"plain PyTorch, which is slow: {'; '.join(reasons)}"
-    )
+    text = "ours, for peers record no gradient" if recording else f"plain PyTorch, which is slow: {'; '.join(reasons)}"
     _say(logging.INFO if recording else logging.WARNING, text)
     # Without a HIP library the operators are plain PyTorch themselves, but one without code for this GPU would fail.
     return "torch" if missing and hip.loaded else ""

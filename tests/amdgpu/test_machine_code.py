@@ -1,7 +1,6 @@
 """What the compilers make of every kernel, asserted on assembly and metadata: no GPU is needed.
 
-The plan: kernels for aligned rows leave room for at least four waves a SIMD, three more than it takes to keep memory busy on
-CDNA (docs/amd.md); those that pick single elements for at least two.
+The plan is in WAVES: enough waves a SIMD to keep memory busy several times over (docs/amd.md).
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ import toolchain
 from assembly import Kernel, kernels
 from toolchain import TARGETS, Target
 
-WAVES = {True: 4, False: 2}  # a SIMD, by whether the rows are aligned; max_waves / 2 on RDNA
+WAVES = {  # at least, a SIMD, on CDNA and RDNA, by the vectors that a thread holds; single elements take more registers
+    True: {1: (8, 16), 2: (8, 16), 4: (5, 16), 8: (3, 10)},
+    False: {1: (8, 16), 2: (5, 16), 4: (3, 10)},
+}
 NON_TEMPORAL = {"gfx90a": " glc slc", "gfx942": " nt", "gfx950": " nt", "gfx1100": " slc dlc", "gfx1151": " slc dlc"}
 DTYPES = [("float", "float"), *itertools.product(["float16"], ["float16", "float"])]
 DTYPES += itertools.product(["bfloat16"], ["bfloat16", "float"])
@@ -109,7 +111,7 @@ def test_nothing_spills_or_is_called(code: list[Kernel]) -> None:
 def test_enough_waves_fit(code: list[Kernel], target: Target) -> None:
     def wrong(k: Kernel) -> object:
         registers = k.numbers["vgpr_count"]
-        planned = WAVES[k.aligned] if target.wave == 64 else target.max_waves // 2
+        planned = WAVES[k.aligned][k.vectors][target.wave == 32]
         return (
             target.waves(registers) < planned
             and f"{registers} registers: {target.waves(registers)} waves, not {planned}"
@@ -128,9 +130,8 @@ def test_bfloat16_is_rounded_by_the_hardware_where_it_can(code: list[Kernel], ta
     check(code, wrong)
 
 
-def test_cdna_computes_pairs(code: list[Kernel], target: Target) -> None:
-    if target.wave != 64:
-        pytest.skip("RDNA has no packed float32")
+@pytest.mark.parametrize("target", [t for t in TARGETS if TARGETS[t].wave == 64], indirect=True)
+def test_cdna_computes_pairs(code: list[Kernel]) -> None:
     halves = [k for k in code if k.aligned and k.x != "float"]
     check(halves, lambda k: len(k.all("v_pk_fma_f32")) < 4 * k.vectors and "squares are computed one by one")
     bf16 = [k for k in halves if k.x == "bfloat16"]

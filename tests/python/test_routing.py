@@ -133,7 +133,7 @@ PLAIN_ONES = [("aiter before", BF16), ("vllm 4", BF16), ("vllm 6", F16), ("torch
 ROUTES = [(GemmaRMSNorm, *route) for route in GEMMA] + [(RMSNorm, *route) for route in PLAIN_ONES]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "aligned slice of qkv", "heads before tokens", "two odd strides"])
+@pytest.mark.parametrize("layout", ["contiguous", "aligned slice of qkv", "heads before tokens", "padded rows"])
 @pytest.mark.parametrize("kind, route, dtype", ROUTES, ids=lambda value: getattr(value, "__name__", str(value)))
 @torch.no_grad()
 def test_every_route_is_right_in_place_and_at_any_stride(peers, kind, route, dtype, layout):
@@ -154,8 +154,7 @@ def test_every_route_is_right_in_place_and_at_any_stride(peers, kind, route, dty
         assert_right(y, s, module.weight, gemma=module.gemma)
         x.assert_gaps_intact()
         residual.assert_gaps_intact()
-    called.clear()
-    assert module.forward_hip(q.view[:0]).shape == (0, 4, 64) and called == []
+    assert module.forward_hip(q.view[:0]).shape == (0, 4, 64) and called == expected
     with pytest.raises(RuntimeError, match="post_residual_addition needs a residual"):
         module.forward_hip(q.view, None, values[2])
     with pytest.raises(RuntimeError, match=r"weight must have shape \[32\]"):
