@@ -63,5 +63,5 @@ $(BIN)/python: | system
 	$(BIN)/pip install -q '$(TORCH)' 'setuptools>=77' ninja
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[test,example]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,example,amdgpu]'
 	@touch $@

@@ -15,8 +15,9 @@ class EmulatedTarget : public HostTarget {
       : name_(name), wave_width_(wave_width), max_cluster_(max_cluster) {}
   std::string name() const override { return name_; }
   Status run(const NormArgs& args, uint32_t seed, Message* message) override {
-    // Half of the runs on a GPU so small that it takes several launches.
-    const EmulatedGpu gpu{wave_width_, seed % 2 ? 4096 : int64_t{1} << 32, max_cluster_, seed / 2 % 4};
+    // Half of the runs on a GPU that takes so few threads, though at least a block or cluster, that there must be several launches.
+    const int64_t few = max_cluster_ > 1 ? 2048 : 1024;
+    const EmulatedGpu gpu{wave_width_, seed % 2 ? few : int64_t{1} << 32, max_cluster_, seed / 2 % 4};
     return gemma_norm_emulated(&args, &gpu, message);
   }
 
