@@ -35,9 +35,9 @@ GPUS = {
 }
 
 
-def row_bytes(dtype: str, hidden: int, add: bool) -> int:
+def row_bytes(call: dict) -> int:
     """Read and written; the weight comes from caches."""
-    return hidden * (4 if dtype == "float32" else 2) * (4 if add else 2)
+    return call["hidden"] * (4 if call["dtype"] == "float32" else 2) * (4 if call["add"] else 2)
 
 
 def table(arch: str, calls: list[dict]) -> str:
@@ -45,8 +45,7 @@ def table(arch: str, calls: list[dict]) -> str:
     lines = [" | ".join([f"{arch}, {GPUS[arch].name}", "threads", *kinds, "all", "issue ns", "memory ns", "margin"])]
     lines.append("|".join(["---"] * (len(kinds) + 6)))
     for c in calls:
-        size = row_bytes(c["dtype"], c["hidden"], c["add"])
-        issue, memory = GPUS[arch].issue_ns(c["per_row"]), GPUS[arch].memory_ns(size)
+        issue, memory = GPUS[arch].issue_ns(c["per_row"]), GPUS[arch].memory_ns(row_bytes(c))
         numbers = [f"{c['per_row'].get(kind, 0):.4g}" for kind in kinds] + [f"{sum(c['per_row'].values()):.4g}"]
         name = f"{'add ' if c['add'] else ''}{c['dtype']} {c['hidden']}"
         row = [name, str(c["block"]), *numbers, f"{issue:.2f}", f"{memory:.2f}", f"{memory / issue:.1f}"]

@@ -150,6 +150,11 @@ def test_root_and_division_are_correctly_rounded(code: list[Kernel]) -> None:
     check(code, wrong)
 
 
+def test_zeros_keep_their_sign(code: list[Kernel]) -> None:
+    """A product and its rounding to float16 in one instruction: it adds +0."""
+    check(code, lambda k: k.all(r"v_(fma|mad)_mix(lo|hi)_f16 .*, 0\b"))
+
+
 def test_subnormals_are_kept(code: list[Kernel]) -> None:
     check(
         code, lambda k: {k.numbers["float_denorm_mode_32"], k.numbers["float_denorm_mode_16_64"]} != {3} and "flushed"

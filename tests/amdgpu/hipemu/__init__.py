@@ -2,7 +2,7 @@
 
 `load(library, arch)` opens a HIP library (its HIP symbols undefined) against a stand-in runtime, runtime.c. Device pointers are
 host pointers. Each launch is executed by machine.py on the code object that the library's fat binary holds for `arch`, or on
-one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang and TINYGRAD=<a tinygrad source checkout>.
+one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang-19 and TINYGRAD=<a tinygrad source checkout>.
 gfx90a, gfx942 and gfx950 run as CDNA, gfx11xx as RDNA3, gfx12xx as RDNA4; compile those with -mcumode.
 """
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.environ["TINYGRAD"])
 os.environ.setdefault("DEV", "CPU")
+os.environ["CC"] = "clang-19"  # which the tests need anyway; the emulator's own choice is "clang"
 
 from test.mockgpu.amd import emu
 from tinygrad.device import Buffer, BufferSpec
@@ -74,6 +75,19 @@ _without_halves(emu._load_vsrc0)
 _vop12, _vop12_right = emu._compile_vop12, _without_halves(emu._compile_vop12)
 for _kind, _handler in list(emu._INST_HANDLERS.items()):
     emu._INST_HANDLERS[_kind] = _read_from_shadow(_vop12_right if _handler is _vop12 else _handler)
+
+
+def _keeping_nan(to_bfloat16):
+    """The emulator's v_cvt_pk_bf16_f32 adds to the bits without a look, and makes zero of 0x7fffffff."""
+
+    def convert(value):
+        number = value if value.dtype == emu.dtypes.float32 else value.bitcast(emu.dtypes.float32)
+        return emu._FUNCS["isNAN"](number).where(UOp.const(0x7FC0, emu.dtypes.uint16), to_bfloat16(value))
+
+    return convert
+
+
+emu._FUNCS["f32_to_bf16"] = _keeping_nan(emu._FUNCS["f32_to_bf16"])
 
 
 class _Step(NamedTuple):

@@ -1,0 +1,88 @@
+"""A few calls on one emulated GPU, for what the cases do not tell: python probe.py ARCH LIBRARY CODE_OBJECT|-, to JSON."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+
+import hipemu
+import numpy as np
+
+ROWS = 8
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+CALLS = [("bfloat16", hidden, add) for hidden in (256, 2048, 4096, 8192, 16384) for add in (False, True)]
+CALLS += [("float16", 4096, False), ("float32", 4096, False)]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("sizes", ctypes.c_void_p), ("strides", ctypes.c_void_p),
+                ("dims", ctypes.c_int32), ("dtype", ctypes.c_int32), ("dtype_name", ctypes.c_char_p)]  # fmt: skip
+
+    @classmethod
+    def of(cls, array: np.ndarray, dtype: str) -> Tensor:
+        sizes = (ctypes.c_int64 * array.ndim)(*array.shape)
+        strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
+        address = ctypes.addressof
+        result = cls(array.ctypes.data, address(sizes), address(strides), array.ndim, DTYPES[dtype], dtype.encode())
+        result.alive = (array, sizes, strides)
+        return result
+
+
+class NormArgs(ctypes.Structure):
+    _fields_ = [("op", ctypes.c_char_p), ("x", Tensor), ("weight", Tensor), ("out", Tensor),
+                *((name, ctypes.POINTER(Tensor)) for name in ("residual", "post_residual_addition", "residual_out")),
+                ("eps", ctypes.c_double), ("gemma", ctypes.c_bool)]  # fmt: skip
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> Tensor:
+    item = 4 if dtype == "float32" else 2
+    room = np.zeros(int(np.prod(shape)) * item + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    array = room[start:][: int(np.prod(shape)) * item].view(np.uint32 if item == 4 else np.uint16).reshape(shape)
+    return Tensor.of(array, dtype)
+
+
+def launch(hip: ctypes.CDLL, x: Tensor, weight: Tensor, out: Tensor, residual=None, total=None, eps=1e-6) -> dict:
+    args = NormArgs(b"norm", x, weight, out, residual, None, total, eps, True)
+    message = ctypes.create_string_buffer(512)
+    if hip.gemma_norm_hip(ctypes.byref(args), None, message):
+        raise RuntimeError(message.value.decode())
+    return hipemu.launches.pop()
+
+
+def count(hip: ctypes.CDLL, dtype: str, hidden: int, add: bool) -> dict:
+    """The instructions that a row takes."""
+    x, out, residual, total = (aligned((ROWS, hidden), dtype) for _ in range(4))
+    sums = (ctypes.pointer(residual), ctypes.pointer(total)) if add else ()
+    done = launch(hip, x, aligned((hidden,), dtype), out, *sums)
+    per_row = {kind: number / ROWS for kind, number in sorted(done["instructions"].items())}
+    return dict(dtype=dtype, hidden=hidden, add=add, block=done["block"][0], per_row=per_row)
+
+
+def keeps_every_nan(hip: ctypes.CDLL) -> bool:
+    """Rounding to bfloat16 by integer arithmetic could make Inf or zero of a float32 weight's NaN, such as CUDA's 0x7fffffff."""
+    x, weight, out = (aligned(s, d) for s, d in [((1, 8), "bfloat16"), ((8,), "float32"), ((1, 8), "bfloat16")])
+    x.alive[0][:] = 0x3F80
+    weight.alive[0][:] = [
+        sign | nan for nan in (0x7FFFFFFF, 0x7FFF8000, 0x7F800001, 0x7FC00000) for sign in (0, 1 << 31)
+    ]
+    launch(hip, x, weight, out)
+    return bool((out.alive[0] & 0x7FFF > 0x7F80).all())
+
+
+def rounds_tiny_roots(hip: ctypes.CDLL) -> bool:
+    """Of mean squares so small that a root's residual vanishes. They are exact here: small integers times 2^-140."""
+    x, weight, out = (aligned(s, "float32") for s in [(256, 4), (4,), (256, 4)])
+    values = x.alive[0].view(np.float32)
+    values[:] = np.ldexp(2 * np.random.default_rng(0).integers(1, 16, values.shape), -70)
+    launch(hip, x, weight, out, eps=0)
+    mean = np.square(values, dtype=np.float64).mean(-1, keepdims=True).astype(np.float32)
+    return bool((out.alive[0].view(np.float32) == values * (np.float32(1) / np.sqrt(mean))).all())
+
+
+if __name__ == "__main__":
+    arch, library, code_object = sys.argv[1:]
+    hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
+    counts = [count(hip, *c) for c in CALLS]
+    print(json.dumps({"counts": counts, **{f.__name__: f(hip) for f in (keeps_every_nan, rounds_tiny_roots)}}))
