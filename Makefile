@@ -8,9 +8,9 @@ PACKAGES := g++ cmake ninja-build libgtest-dev python3-dev python3-venv
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|c|cpp|cu|cuh|hip)$$')
 
-.PHONY: help demo test test-cpp test-python test-amdgpu benchmark report lint format clean system
+.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu benchmark report lint format clean system
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/installed  ## check the installation and show it at work
 	$(BIN)/python -m gemma_norm
@@ -21,6 +21,12 @@ test-cpp: system  ## checks, plans and kernels through the C interface, on the e
 	cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
+
+test-aarch64: PACKAGES += g++-aarch64-linux-gnu qemu-user
+test-aarch64: system  ## the CPU kernels' tests, built for AArch64 (NEON) and run in an emulator
+	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DGEMMA_NORM_CUDA=OFF
+	cmake --build build/aarch64 -j $(JOBS) --target cpu_test kernel_test
+	ctest --test-dir build/aarch64 --output-on-failure -j $(JOBS) -R 'Cpu|/cpu'
 
 test-python: $(VENV)/installed  ## the operators against the float64 oracle
 	$(BIN)/python -m pytest -q

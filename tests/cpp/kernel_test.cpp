@@ -40,8 +40,9 @@ const auto* const environment = testing::AddGlobalTestEnvironment(new CatchFault
 // Runs `check(case)` on all cases until there are enough failures.
 template <class Check>
 void for_all_cases(const Check& check) {
-  int failures = 0;
+  int failures = 0, number = 0;
   for (const Case& c : all_cases()) {
+    if (number++ % GEMMA_NORM_CASE_STEP != 0) continue;
     std::snprintf(running_case, sizeof running_case, "%s", describe(c).c_str());
     const std::string error = check(c);
     if (error.empty()) continue;

@@ -1,0 +1,133 @@
+// Every instruction set's conversions, number by number, and the bits that all of them have in common.
+#include <gtest/gtest.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "formats.h"
+#include "runner.h"
+
+namespace gemma_norm {
+namespace {
+
+constexpr DType kHalves[] = {DType::kFloat16, DType::kBFloat16};
+
+std::vector<Target*> cpu_targets() {
+  std::vector<Target*> all;
+  for (const auto& t : targets())
+    if (t->name().rfind("cpu_", 0) == 0 && t->missing().empty()) all.push_back(t.get());
+  return all;
+}
+
+Packed packed(DType dtype, const std::vector<double>& values) {
+  Packed elements(values.size() * size_of(dtype));
+  for (size_t i = 0; i < values.size(); ++i) round_to(dtype, values[i], &elements[i * size_of(dtype)]);
+  return elements;
+}
+
+Case one_row(DType dtype, DType weight_dtype, Operands operands, size_t hidden) {
+  const int64_t size = static_cast<int64_t>(hidden);
+  return {dtype, weight_dtype, operands, false, size, {"rows", {1}, {0}, 0}, Alignment::kWhole, Values::kNormal, 0, 1};
+}
+
+// A row of ones has a root mean square of one, which makes its norm the weight. Their number must be a power of two.
+Outputs norm_of_ones(Target& target, DType dtype, DType weight_dtype, const Packed& weight) {
+  const size_t hidden = weight.size() / size_of(weight_dtype);
+  std::string error;
+  const Inputs inputs{packed(dtype, std::vector<double>(hidden, 1)), {}, {}, weight};
+  Outputs outputs = run_case(target, one_row(dtype, weight_dtype, Operands::kPlain, hidden), inputs, &error);
+  EXPECT_EQ("", error);
+  return outputs;
+}
+
+// All numbers of a 16-bit format, infinities and NaNs included.
+Packed every_number() {
+  Packed elements(2 << 16);
+  for (uint32_t bits = 0; bits < 1 << 16; ++bits) std::memcpy(&elements[2 * bits], &bits, 2);
+  return elements;
+}
+
+TEST(CpuKernels, ReadEveryNumber) {
+  const Packed all = every_number();
+  for (Target* const target : cpu_targets())
+    for (const DType dtype : kHalves) {
+      SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
+      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, norm_of_ones(*target, dtype, dtype, all).out)) << "of the weight";
+
+      std::string error;
+      const Inputs inputs{all, packed(dtype, std::vector<double>(1 << 16, -0.0)), {}, all};
+      const Outputs outputs = run_case(*target, one_row(dtype, dtype, Operands::kAdd, 1 << 16), inputs, &error);
+      EXPECT_EQ("", error);
+      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, outputs.sum)) << "of the sum with zero";
+    }
+}
+
+// Every number of the format, every tie between two, and the float32 next to it on either side.
+TEST(CpuKernels, RoundToNearestEven) {
+  for (const DType dtype : kHalves) {
+    std::vector<float> values = {FLT_MAX, FLT_MIN, FLT_TRUE_MIN, INFINITY};
+    for (uint32_t bits = 0; std::isfinite(element(dtype, bits)); ++bits) {
+      const double number = element(dtype, bits), tie = number + ulp(dtype, number) / 2;  // the last one's is with infinity
+      for (const float f : {static_cast<float>(number), std::nextafter(static_cast<float>(tie), 0.0f), static_cast<float>(tie),
+                            std::nextafter(static_cast<float>(tie), INFINITY)})
+        values.push_back(f);
+    }
+    std::vector<uint32_t> weight(size_t{1} << 18);  // the rest is zeros
+    ASSERT_LE(2 * values.size() + 4, weight.size());
+    size_t count = 0;
+    for (const float f : values) {
+      std::memcpy(&weight[count++], &f, sizeof f);
+      weight[count] = weight[count - 1] ^ 0x80000000;
+      ++count;
+    }
+    for (const uint32_t nan : {0x7f800001u, 0x7fffffffu, 0xff800001u, 0xffffffffu}) weight[count++] = nan;
+
+    Packed elements(weight.size() * sizeof(float)), want(weight.size() * size_of(dtype));
+    std::memcpy(elements.data(), weight.data(), elements.size());
+    for (size_t i = 0; i < weight.size(); ++i) round_to(dtype, element(DType::kFloat32, weight[i]), &want[i * size_of(dtype)]);
+    for (Target* const target : cpu_targets()) {
+      SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
+      const Outputs outputs = norm_of_ones(*target, dtype, DType::kFloat32, elements);
+      EXPECT_EQ("", compare_bits(dtype, weight.size(), want, outputs.out));
+    }
+  }
+}
+
+// FNV-1a. A NaN is any NaN.
+void add_to_hash(DType dtype, const Packed& elements, uint64_t* hash) {
+  for (size_t i = 0; i < elements.size(); i += size_of(dtype)) {
+    const uint32_t bits = bits_at(dtype, &elements[i]);
+    *hash = (*hash ^ (std::isnan(element(dtype, bits)) ? 0xffffffff : bits)) * 0x100000001b3;
+  }
+}
+
+// No machine has the instructions of x86-64 and of AArch64 both: they are compared through these numbers. Those change only with
+// the order of a sum or with a rounding, hence with what users get: say so in the CHANGELOG.
+TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
+  constexpr uint64_t kWant[] = {0x84b1dc53eca18504, 0x73e6cdfcc98e2dc9, 0xa4e7e2e83d9ade58, 0xdcb769fbd1bae2e2, 0xe148e84e248389ea};
+  const std::vector<Target*> all = cpu_targets();
+  for (size_t i = 0; i < std::size(kDTypePairs); ++i) {
+    const auto& [dtype, weight_dtype] = kDTypePairs[i];
+    std::vector<uint64_t> hashes(all.size(), 0xcbf29ce484222325);
+    for (const int64_t hidden : {1, 31, 64, 100, 576, 4097, 20000})
+      for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kAddPost})
+        for (const Values values : {Values::kNormal, Values::kSubnormal, Values::kSpecialWeight}) {
+          const Case c{dtype, weight_dtype, operands, true, hidden, {"rows", {4}, {0}, 0}, Alignment::kWhole, values, 1e-6, 3};
+          const Inputs inputs = make_inputs(c);
+          for (size_t t = 0; t < all.size(); ++t) {
+            std::string error;
+            const Outputs outputs = run_case(*all[t], c, inputs, &error);
+            ASSERT_EQ("", error);
+            add_to_hash(dtype, outputs.sum, &hashes[t]);
+            add_to_hash(dtype, outputs.out, &hashes[t]);
+          }
+        }
+    for (size_t t = 0; t < all.size(); ++t)
+      EXPECT_EQ(kWant[i], hashes[t]) << "0x" << std::hex << hashes[t] << ": " << all[t]->name() << ", " << dtype_name(dtype)
+                                     << ", weight " << dtype_name(weight_dtype);
+  }
+}
+
+}  // namespace
+}  // namespace gemma_norm
