@@ -73,10 +73,19 @@ def ulp_error(y: Tensor, exact: Tensor) -> float:
 def max_ulp_error(dtype: torch.dtype, hidden: int) -> float:
     """The largest :func:`ulp_error` that the contract allows: half a unit for the rounding, and the float32 arithmetic.
 
-    That is worth 6 float32 units at most without the sum (1 + w, the mean and eps, square root, division, products),
-    plus half of the relative error of the sum of squares. A kernel adds up at least 64 partial sums; each of its
-    ``hidden / 64`` additions rounds off half a unit at most, of a partial sum that is half of the last one on average.
+    A float32 operation is off by 2^-24 of its result at most, which is worth up to one float32 unit of y, or up to half
+    a unit if it comes before the square root.
+
+    - 5 come after: the root, the division, the product with s, 1 + w, and the product with that.
+    - 3 come before: 1 / hidden, the mean, and adding eps.
+    - So does the sum of squares. Each square is rounded, becomes part of a chain of additions and then of a tree, which
+      is no deeper than log2(hidden). A chain's partial sums are half of its last one on average, so n additions count
+      as n / 2. On the CPU a chain is 64 squares long, of every 64th element, and another one adds up the chains, one
+      for 4096 elements. On a GPU it is a thread's vectors: 8 where a row fits into registers, else a vector of 4 or 8
+      elements for each 512 threads, hence at most hidden / 2048.
+
     In 16 bits all that is next to nothing, so truncating instead of rounding, or rounding ``1 + w``, exceeds the bound.
     """
-    float32_units = 8 + hidden / 256
+    additions = math.log2(max(hidden, 1)) + (min(hidden / 64, 64) + hidden / 2048) / 2
+    float32_units = 5 + (3 + 1 + additions) / 2
     return 0.5 + float32_units * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps

@@ -30,6 +30,13 @@ def test_rms_norm(device, dtype, gemma, hidden):
             assert_same_bits(x, kept)
 
 
+@pytest.mark.parametrize("hidden", [256, 4096, 65536, 262144])
+def test_rows_of_one_value_whose_roundings_do_not_cancel(device, hidden):
+    x = (1 + torch.rand(16, 1, generator=torch.Generator().manual_seed(0))).to(device).repeat(1, hidden)
+    weight = make_weight(hidden, torch.float32, device, False)
+    assert_right(gemma_norm.rms_norm(x, weight), x, weight)
+
+
 @pytest.mark.parametrize("with_post", [False, True], ids=["", "post"])
 @pytest.mark.parametrize("hidden", HIDDEN + LONG)
 def test_add_rms_norm_functional_and_in_place(device, dtype, gemma, hidden, with_post):
