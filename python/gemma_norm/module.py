@@ -11,6 +11,7 @@ from . import ops, reference, routing
 
 Output = Tensor | tuple[Tensor, Tensor]
 
+_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _on_rocm = torch.version.hip is not None
 
@@ -97,6 +98,10 @@ class RMSNorm(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
     ) -> Output:
         """Our HIP kernels, or those of another package where ours are absent, see :mod:`gemma_norm.routing`."""
+        if (
+            self.backend in routing.served_by_ours and not _is_compiling()
+        ):  # a graph would be bound to the set's content
+            return self._forward_op(x, residual, post_residual_addition)
         return routing.forward(self, x, residual, post_residual_addition)
 
     def _refuse_lone(self, post_residual_addition: Tensor | None) -> None:

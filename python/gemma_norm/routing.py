@@ -1,11 +1,12 @@
 """Which kernels serve ``forward_hip``: our HIP library, else aiter's, else vLLM's, else plain PyTorch.
 
-A module's ``backend``, or else the environment variable GEMMA_NORM_BACKEND (read when a kind of call first occurs),
-forces "native", "aiter", "vllm" or "torch"; RuntimeError says why it cannot be had. "auto" takes the first that need
-not round the weight: no peer for a float32 weight with 16-bit x, nor one that would have to be given ``1 + weight`` in
-16 bits. aiter has a ``gemma_norm`` flag since its #3872; vLLM has none, hence serves ``gemma=True`` only in float32.
-Forced, that is done, with a warning, and anew in every call, for a kept ``1 + weight`` goes stale. How peers round
-inside their kernels is beyond us. They record no gradient: ours run while grad mode is on.
+A module's ``backend``, or else the environment variable GEMMA_NORM_BACKEND, forces "native", "aiter", "vllm" or
+"torch"; RuntimeError says why it cannot be had. The variable is read when a kind of call first occurs, and no more once
+ours serves. "auto" takes the first that need not round the weight: no peer for a float32 weight with 16-bit x, nor one
+that would have to be given ``1 + weight`` in 16 bits. aiter has a ``gemma_norm`` flag since its #3872; vLLM has none,
+hence serves ``gemma=True`` only in float32. Forced, that is done, with a warning, and anew in every call, for a kept
+``1 + weight`` goes stale. How peers round inside their kernels is beyond us. They record no gradient: ours run while
+grad mode is on.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ class Peer:
 
 PLAIN = Peer(reference.rms_norm, reference.add_rms_norm, gemma_up_to=2**63)  # takes weights of any dtype
 _found = {"torch": PLAIN}
+served_by_ours: set[str] = set()  # backends, as modules name them, for which our HIP library was chosen: for any call
 
 
 def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | None) -> Output:
     weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
     hidden = weight.shape[-1]
-    name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, x.numel() >= 2**31)
+    huge = True if x.numel() >= 2**31 else False  # noqa: SIM210 - of a symbolic size, the branch makes a constant
+    name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, huge)
     if not name or x.numel() == 0 or (residual is None and post is not None):
         return module._forward_op(x, residual, post)
     if recording:
@@ -71,7 +74,7 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
     peer = _found[name]
     check_arguments("rms_norm" if residual is None else "fused_add_rms_norm", x, weight, eps, residual, post)
     flag = gemma and hidden <= peer.gemma_up_to
-    w = weight if peer is PLAIN else (1 + weight.float() if gemma and not flag else weight).to(x.dtype)
+    w = weight if peer is PLAIN else (1 + weight if gemma and not flag else weight).to(x.dtype)
     x_rows = x.reshape(-1, hidden).contiguous()
     if residual is None:
         return peer.rms_norm(x_rows, w, eps, flag).view(x.shape)
@@ -94,9 +97,13 @@ def _choose(backend: str, recording: bool, *call: Any) -> str:
     wanted = checked(os.environ.get("GEMMA_NORM_BACKEND") or "auto") if backend == "auto" else backend
     auto, hip = wanted == "auto", _library.backends()["hip"]
     missing = hip.reason or "; ".join(hip.unsupported_devices)
-    if wanted == "torch" or (not missing and wanted in ("auto", "native")):
-        _say(logging.INFO, "plain PyTorch: asked for" if wanted == "torch" else "our HIP library: it is loaded")
-        return "torch" if wanted == "torch" else ""
+    if wanted == "torch":
+        _say(logging.INFO, "plain PyTorch: asked for")
+        return "torch"
+    if not missing and wanted in ("auto", "native"):
+        _say(logging.INFO, "our HIP library: it is loaded")
+        served_by_ours.add(backend)
+        return ""
     if wanted == "native":
         raise RuntimeError(f"gemma_norm: backend 'native' was asked for and cannot be had: {missing}")
     reasons = [f"native: {missing}"]
@@ -105,7 +112,7 @@ def _choose(backend: str, recording: bool, *call: Any) -> str:
         fatal, why = (True, peer) if isinstance(peer, str) else peer.objection(*call)
         if fatal and not auto:
             raise RuntimeError(f"gemma_norm: backend '{name}' was asked for and cannot be had: {why}")
-        if not (isinstance(peer, str) or fatal or recording or (auto and why)):
+        if not (isinstance(peer, str) or recording or (auto and why)):
             because = "; ".join(reasons) if auto else "asked for" + (why and f", and breaks the contract: {why}")
             _say(logging.WARNING if why else logging.INFO, f"{name}: {because}")
             _found[name] = peer

@@ -1,0 +1,160 @@
+"""``forward_hip``'s routes give the contract's results, on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma_norm import GemmaRMSNorm, RMSNorm, reference, routing
+from peer_packages import FOUR, called, make
+from support import Placed, assert_right, assert_same_bits, place, randn
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+pytestmark = pytest.mark.usefixtures("peers")
+
+
+GEMMA = [("aiter flag", BF16), ("aiter guarded flag", F16), ("vllm 4", F32), ("torch", BF16)]
+PLAIN_ONES = [("aiter before", BF16), ("vllm 4", BF16), ("vllm 6", F16), ("torch", F16)]
+ROUTES = [(GemmaRMSNorm, *route) for route in GEMMA] + [(RMSNorm, *route) for route in PLAIN_ONES]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "aligned slice of qkv", "heads before tokens", "padded rows"])
+@pytest.mark.parametrize("kind, route, dtype", ROUTES, ids=lambda value: getattr(value, "__name__", str(value)))
+@torch.no_grad()
+def test_every_route_is_right_in_place_and_at_any_stride(peers, kind, route, dtype, layout):
+    expected = [] if route == "torch" else route.split()[:1]
+    peers(*[route] * len(expected))
+    module = make(kind, 64, dtype, "torch" if route == "torch" else "auto")
+    values = [randn(6, 4, 64, dtype=dtype, seed=seed) for seed in range(3)]
+    q = place(values[0], layout)
+    assert_right(module.forward_hip(q.view), values[0], module.weight, gemma=module.gemma)
+    assert_same_bits(q.view, values[0])
+    assert called == expected
+    for post in (None, values[2]):
+        called.clear()
+        x, residual = place(values[0], layout), place(values[1], layout)
+        y, s = module.forward_hip(x.view, residual.view, post)
+        assert y is x.view and s is residual.view and called == expected
+        assert_same_bits(s, values[0] + (values[1] if post is None else values[1] + post))
+        assert_right(y, s, module.weight, gemma=module.gemma)
+        x.assert_gaps_intact()
+        residual.assert_gaps_intact()
+    assert module.forward_hip(q.view[:0]).shape == (0, 4, 64) and called == expected
+    with pytest.raises(RuntimeError, match="post_residual_addition needs a residual"):
+        module.forward_hip(q.view, None, values[2])
+    with pytest.raises(RuntimeError, match=r"^rms_norm: weight must have shape \[32\]"):
+        module.forward_hip(values[0][..., :32])
+    with pytest.raises(RuntimeError, match=r"^fused_add_rms_norm: weight must have shape \[32\]"):
+        module.forward_hip(values[0][..., :32], values[1][..., :32])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strided", ["x", "residual", "post", "x residual post"])
+@pytest.mark.parametrize("kind, route, dtype", ROUTES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_each_operand_may_be_strided(peers, kind, route, dtype, strided):
+    peers(*[route] * (route != "torch"))
+    module = make(kind, 64, dtype, "torch" if route == "torch" else "auto")
+    values = {name: randn(6, 4, 64, dtype=dtype, seed=seed) for seed, name in enumerate(["x", "residual", "post"])}
+    layouts = {name: "q of interleaved q and gate" if name in strided.split() else "offset 1" for name in values}
+    placed: dict[str, Placed] = {name: place(values[name], layouts[name]) for name in values}
+    y, s = module.forward_hip(*(p.view for p in placed.values()))
+    assert y is placed["x"].view and s is placed["residual"].view
+    assert_same_bits(s, values["x"] + (values["residual"] + values["post"]))
+    assert_right(y, s, module.weight, gemma=kind.gemma)
+    assert_same_bits(placed["post"].view, values["post"])
+    for p in placed.values():
+        p.assert_gaps_intact()
+    both = randn(7, 64, dtype=dtype)
+    for x, residual, why in (
+        (both[1:], both[:-1], "residual must not overlap x"),
+        (both[:1].expand(4, 64), values["x"][0], "x is written and must not overlap itself"),
+        (values["x"][0], both[:1].expand(4, 64), "residual is written and must not overlap itself"),
+    ):
+        kept = both.clone(), values["x"].clone()
+        with pytest.raises(RuntimeError, match=f"^fused_add_rms_norm: {why}"):
+            module.forward_hip(x, residual)
+        assert_same_bits(both, kept[0])
+        assert_same_bits(values["x"], kept[1])
+
+
+@torch.no_grad()
+def test_plain_pytorch_keeps_a_float32_weight_and_compiles():
+    module = make(GemmaRMSNorm, 64, F32, "torch")
+    for forward in (module.forward_hip, torch.compile(module.forward_hip, backend="eager", fullgraph=True)):
+        x, residual = randn(2, 64, dtype=BF16), randn(2, 64, dtype=BF16, seed=1)
+        y, s = forward(x, residual)
+        assert_same_bits(s, randn(2, 64, dtype=BF16) + randn(2, 64, dtype=BF16, seed=1))
+        assert_right(y, s, module.weight, gemma=True)
+        assert_right(forward(s), s, module.weight, gemma=True)
+
+
+@torch.no_grad()
+def test_the_longest_rows_for_which_aiter_heeds_its_flag(peers):
+    peers("aiter flag")
+    x, module = randn(2, 8192, dtype=BF16), make(GemmaRMSNorm, 8192)
+    assert_right(module.forward_hip(x.clone(), x.clone())[0], x + x, module.weight, gemma=True)
+    assert_right(module.forward_hip(x), x, module.weight, gemma=True)
+    assert called == ["aiter"] * 2
+
+
+@pytest.mark.parametrize("install", ["aiter before 64", "aiter flag 8200", "vllm 4 64", "aiter flag 64"])
+@torch.no_grad()
+def test_a_rounded_weight_is_used_by_force_alone(peers, caplog, install):
+    install, _, hidden = install.rpartition(" ")
+    flag, hidden = (install, hidden) == ("aiter flag", "64"), int(hidden)
+    peers(install)
+    x, residual = randn(5, hidden, dtype=BF16), randn(5, hidden, dtype=BF16, seed=1)
+    module = make(GemmaRMSNorm, hidden, F32 if flag or "vllm" in install else BF16)
+    assert_right(module.forward_hip(x.clone(), residual.clone())[0], x + residual, module.weight, gemma=True)
+    assert not called and f"{'the float32' if flag else '1 +'} weight would be rounded to bfloat16" in caplog.text
+    module.backend = install.split()[0]
+    for _ in range(2):
+        y, s = module.forward_hip(x.clone(), residual.clone())
+        rounded = module.weight.to(BF16) if flag else (1 + module.weight.float()).to(BF16)
+        assert_same_bits(y, reference.rms_norm(s, rounded, gemma=flag))
+        assert_same_bits(module.forward_hip(x), reference.rms_norm(x, rounded, gemma=flag))
+        module.weight.mul_(-3)  # counts at once
+    assert len(called) == 4
+    reason = (
+        "the float32 weight" if flag else f"no gemma_norm flag{' beyond hidden 8192' * (hidden == 8200)}: 1 + weight"
+    )
+    said = f"{module.backend}: asked for, and breaks the contract: {reason} would be rounded to bfloat16"
+    assert [r.levelname for r in caplog.records if r.message.endswith(f"forward_hip uses {said}")] == ["WARNING"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "aiter", "vllm", "torch"])
+def test_gradients_are_recorded_by_our_own(peers, monkeypatch, caplog, backend):
+    peers("aiter flag", "vllm 4")
+    if backend == "auto":
+        monkeypatch.setattr(routing, "PEERS", dict.fromkeys(routing.PEERS))  # not even looked for
+    module = make(RMSNorm, 64, F16, backend).requires_grad_()
+    y, s = module.forward_hip(x := randn(3, 64, dtype=F16), x)
+    y.float().sum().backward()
+    assert s is not x and bool((module.weight.grad != 0).all()) and not called
+    assert_same_bits(x, randn(3, 64, dtype=F16))
+    used = "plain PyTorch: asked for" if backend == "torch" else "ours, for peers record no gradient"
+    assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", f"gemma_norm: forward_hip uses {used}")]
+
+
+@torch.no_grad()
+def test_rows_beyond_32_bit_offsets(peers, monkeypatch):
+    """Meta tensors have sizes alone."""
+    peers("vllm 4")
+    module = RMSNorm(64, device="meta", dtype=BF16, backend="vllm")
+    x = torch.empty(2**25, 64, device="meta", dtype=BF16)
+    monkeypatch.setattr(reference, "rms_norm", lambda x, *others: x)
+    with pytest.raises(RuntimeError, match="'vllm' was asked for and cannot be had: 32-bit offsets, and x has 2\\^31"):
+        module.forward_hip(x)
+    assert module.forward_hip(x[1:]).shape == (2**25 - 1, 64) and called == ["vllm"]
+    module.backend = "auto"
+    module.forward_hip(x)
+    assert called == ["vllm"]
+
+
+@torch.no_grad()
+def test_schemas_may_grow_defaults(peers, monkeypatch):
+    peers(FOUR.replace("epsilon)", "epsilon, bool later=False)"))
+    x, module = randn(2, 64, dtype=BF16), make(RMSNorm, 64)
+    y, _ = module.forward_hip(x.clone(), x.clone())
+    assert_right(y, x + x, module.weight)
+    assert called == ["vllm"]
