@@ -70,4 +70,4 @@ $(BIN)/python: | system
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e '.[test,example,amdgpu]'
-	@touch $@
+	@mkdir -p $(@D) && touch $@
