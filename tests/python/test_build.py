@@ -114,6 +114,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, tree)
     for name in ("csrc", "python"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
+    shutil.copytree(tree / "csrc", tree / "before/csrc")
     script(
         tree / "rocm/bin/hipcc", f'echo "$HIP_PLATFORM" "$@" >> {tree}/hipcc.log; exec env -u ROCM_PATH {HIPCC} "$@"'
     )
@@ -128,9 +129,9 @@ def test_hipcc_compiles_the_kernels_as_they_are(tree):
     (command,) = compilations
     assert command[0] == "amd" and command[command.index("-c") + 1] == str(tree / "csrc/hip/rms_norm.hip")
     assert [a for a in command if a.startswith("--offload-arch")] == ["--offload-arch=gfx90a"]
-    sources = {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert {p.relative_to(tree) for p in (tree / "csrc").rglob("*") if p.is_file()} == sources
-    assert all(filecmp.cmp(ROOT / p, tree / p, shallow=False) for p in sources)
+    sources = {p.relative_to(tree / "before") for p in (tree / "before").rglob("*") if p.is_file()}
+    assert sources and {p.relative_to(tree) for p in (tree / "csrc").rglob("*") if p.is_file()} == sources
+    assert all(filecmp.cmp(tree / "before" / p, tree / p, shallow=False) for p in sources)
     built = runpy.run_path(str(tree / "out/gemma_norm/_build_info.py"))["BUILD"]
     assert built["hip"]["architectures"] == ["gfx90a"] and re.fullmatch(r"hipcc \d[\d.]+", built["hip"]["compiler"])
     assert list(built) == ["cpu", "hip"]
