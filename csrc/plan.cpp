@@ -1,31 +1,28 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace gemma_norm {
 namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Chosen on an H200 (docs/performance.md): four vectors a
-// thread keep enough bytes in flight to saturate memory; fewer threads a row than that idle at the barrier, more starve. Beyond
-// the last rung a row is streamed.
+// The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Chosen on an H200 (docs/performance.md): few vectors a
+// thread make one row quick, and of many rows 48 to 80 KB should be in flight on a multiprocessor, by several blocks, lest they
+// all load, then all store. Beyond the last rung a row is cut between the blocks of a cluster, or streamed.
 struct Rung {
   int64_t row_vectors;
   Scope scope;
   int32_t vectors;
-  int32_t block_threads;  // kWave; a multiprocessor holds 32 blocks, so small rows want larger ones
+  int32_t most_threads;  // of a block; kWave: exactly
 };
 constexpr Rung kLadder[] = {
-    {8, Scope::kWave, 2, 128},
-    {128, Scope::kWave, 4, 64},
-    {1024, Scope::kBlock, 4, 0},
-    {4096, Scope::kBlock, 8, 0},
+    {64, Scope::kWave, 2, 128},    {128, Scope::kWave, 4, 64},    {512, Scope::kBlock, 2, 256},   {1024, Scope::kBlock, 4, 256},
+    {1536, Scope::kBlock, 8, 192}, {2048, Scope::kBlock, 8, 256}, {8192, Scope::kBlock, 8, 1024},
 };
 
-// Rows past the ladder where blocks can form clusters: few enough vectors a block that several blocks share a multiprocessor.
-constexpr int32_t kClusterBlockThreads = 256;
-constexpr int32_t kClusterVectors = 8;
+constexpr int32_t kStreamThreads = 512;
 
 }  // namespace
 
@@ -38,29 +35,30 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   const Rung* rung =
       std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) { return row_vectors <= r.row_vectors; });
   if (rung == std::end(kLadder)) {
-    while (plan.cluster * kClusterBlockThreads * kClusterVectors < row_vectors && plan.cluster < device.max_cluster)
-      plan.cluster *= 2;
-    if (plan.cluster * kClusterBlockThreads * kClusterVectors >= row_vectors) {
+    const Rung& last = *std::prev(std::end(kLadder));
+    if (device.max_cluster == kMaxCluster && row_vectors <= kMaxCluster * last.row_vectors) {
       plan.scope = Scope::kCluster;
-      plan.vectors = kClusterVectors;
-      plan.slots = static_cast<int32_t>(divide_up(row_vectors, kClusterVectors));
-      plan.block_threads = kClusterBlockThreads;
+      plan.cluster = kMaxCluster;
+      plan.vectors = last.vectors;
+      plan.most_threads = last.most_threads;
+      plan.slots = static_cast<int32_t>(divide_up(row_vectors, plan.vectors));
+      plan.block_threads = static_cast<int32_t>(divide_up(plan.slots, plan.cluster * device.wave_width) * device.wave_width);
       plan.group_threads = plan.cluster * plan.block_threads;
       return plan;
     }
-    plan.cluster = 1;
     plan.scope = Scope::kStream;
-    plan.slots = plan.group_threads = plan.block_threads = kMaxBlockThreads;
+    plan.slots = plan.group_threads = plan.block_threads = plan.most_threads = kStreamThreads;
     plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
     return plan;
   }
   plan.scope = rung->scope;
   plan.vectors = rung->vectors;
+  plan.most_threads = rung->most_threads;
   plan.slots = static_cast<int32_t>(divide_up(row_vectors, rung->vectors));
   if (rung->scope == Scope::kWave) {
     plan.group_threads = 1;
     while (plan.group_threads < plan.slots) plan.group_threads *= 2;
-    plan.block_threads = rung->block_threads;
+    plan.block_threads = rung->most_threads;
   } else {
     plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
     plan.block_threads = plan.group_threads;

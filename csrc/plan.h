@@ -10,10 +10,11 @@
 namespace gemma_norm {
 
 struct DeviceFacts {
-  int32_t wave_width;   // 32, or 64 on AMD CDNA
-  int64_t max_threads;  // the most threads a launch may have in all (HIP: 2^32 - 1)
-  bool overlap_launch;  // the next kernel may start before this one ends (programmatic dependent launch)
-  int32_t max_cluster;  // blocks that can exchange sums directly (thread block clusters); 1 where there is no such thing
+  int32_t wave_width;      // 32, or 64 on AMD CDNA
+  int64_t max_threads;     // the most threads a launch may have in all (HIP: 2^32 - 1)
+  bool overlap_launch;     // the next kernel may start before this one ends (programmatic dependent launch)
+  int32_t max_cluster;     // blocks that can exchange sums directly (thread block clusters); 1 where there is no such thing
+  int32_t processors = 0;  // streaming multiprocessors; needed for overlap_launch alone
 };
 
 enum class Scope : int32_t {
@@ -25,7 +26,8 @@ enum class Scope : int32_t {
 
 constexpr int32_t kVectorBytes = 16;
 constexpr int32_t kWaveBlockThreads = 128;  // at most
-constexpr int32_t kMaxBlockThreads = 512;   // leaves 128 registers a thread
+constexpr int32_t kMaxBlockThreads = 1024;
+constexpr int32_t kMaxCluster = 8;
 
 // A row of hidden elements is cut into 16-byte vectors; slot t (a thread) owns vectors t, t + slots, t + 2 slots, ...
 // When hidden is no multiple of the vector, rows start at any alignment and a slot owns single elements instead, `slots` apart,
@@ -36,6 +38,7 @@ struct LaunchPlan {
   int32_t slots;          // threads that own part of a row
   int32_t group_threads;  // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves or blocks
   int32_t block_threads;  // threads of a block
+  int32_t most_threads;   // of any block of this scope and as many vectors: what the kernel is compiled for
   int32_t cluster;        // blocks that work on a row: 1 but for kCluster
   bool whole_vectors;     // hidden is a multiple of the vector
   int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }  // of each block, or cluster

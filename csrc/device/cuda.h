@@ -12,7 +12,7 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
-#define GEMMA_NORM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
@@ -31,12 +31,13 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 }
 
 GEMMA_NORM_DEVICE Words words(uint4 v) { return {v.x, v.y, v.z, v.w}; }
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__ldcs(reinterpret_cast<const uint4*>(p))); }
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
   __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 // Not the read-only path: with overlapped launches the kernel before may have written this memory.
 GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*reinterpret_cast<const uint4*>(p)); }
+// An evict-first load is slower (docs/performance.md).
+GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
@@ -129,21 +130,22 @@ inline const char* error_text(Error e) {
 // Of the current device, asked for once. `kernel` is any of this library's.
 inline Error facts(DeviceFacts* result, const void* kernel) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch + 2 * clusters
+  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch + 2 * clusters + 4 * processors
   int device;
   if (const Error e = cudaGetDevice(&device)) return e;
   int state = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
   if (state == 0) {
-    int major;
+    int major, processors;
     cudaFuncAttributes attributes;
     if (const Error e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
+    if (const Error e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
     if (const Error e = cudaFuncGetAttributes(&attributes, kernel)) return e;
     // Code compiled for less than sm_90 has no wait in it, also when the driver translated its PTX for a newer GPU.
     const bool has_sm90_code = major >= 9 && attributes.ptxVersion >= 90;
-    state = 1 + has_sm90_code + 2 * (has_sm90_code && major <= 10);
+    state = 1 + has_sm90_code + 2 * (has_sm90_code && major <= 10) + 4 * processors;
     if (device < kMaxDevices) known[device].store(state, std::memory_order_relaxed);
   }
-  *result = {32, int64_t{1} << 42, (state - 1 & 1) != 0, (state - 1 & 2) != 0 ? 8 : 1};
+  *result = {32, int64_t{1} << 42, (state - 1 & 1) != 0, (state - 1 & 2) != 0 ? kMaxCluster : 1, state - 1 >> 2};
   return kSuccess;
 }
 

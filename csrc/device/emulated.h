@@ -12,7 +12,7 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE inline
-#define GEMMA_NORM_KERNEL(max_threads) void
+#define GEMMA_NORM_KERNEL(max_threads, min_blocks) void
 // One block runs at a time, so all kernels can have the same variables: tests/cpp/emulated_kernels.cpp defines them.
 #define GEMMA_NORM_SHARED extern
 

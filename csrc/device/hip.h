@@ -11,7 +11,7 @@
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
 // At least two waves a SIMD, hence at most 256 registers: tests/amdgpu asserts how many more fit.
-#define GEMMA_NORM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 2)
+#define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, 2)
 #define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
@@ -152,7 +152,7 @@ inline Error facts(DeviceFacts* result, const void*) {
     if (const Error e = hipDeviceGetAttribute(&width, hipDeviceAttributeWarpSize, device)) return e;
     if (device < kMaxDevices) known[device].store(width, std::memory_order_relaxed);
   }
-  *result = {width, (int64_t{1} << 32) - 1, false, 1};
+  *result = {width, (int64_t{1} << 32) - 1, false, 1, 0};
   return kSuccess;
 }
 

@@ -1,6 +1,6 @@
 // The narrow device layer. Everything that differs between platforms is behind these names, in namespace gemma_norm::device:
 //
-//   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads), GEMMA_NORM_SHARED     qualifiers
+//   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads, min_blocks), GEMMA_NORM_SHARED     qualifiers
 //   thread_index() block_threads() block_index() grid_blocks()               ints; the last two int64_t
 //   wave_width()                                                             lanes of a wave (warp): 32 or 64
 //   block_barrier()

@@ -43,42 +43,66 @@ device::Error with_bool(bool value, Call&& call) {
   return value ? call(std::true_type{}) : call(std::false_type{});
 }
 
+struct Kernel {
+  void (*function)(RowParams, Layout);
+  int32_t resident_threads;  // that a multiprocessor holds at least
+};
+
+template <class X, class W, bool kAdd, Scope kScope, int kVectors, int kThreads, bool kAligned>
+Kernel rows() {
+  return {&rms_norm_rows<X, W, kAdd, kScope, kVectors, kThreads, kAligned>,
+          kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned> / kThreads * kThreads};
+}
+
 // Exactly the shapes of the ladder in plan.cpp. Picking single elements for many vectors would spill registers: streamed instead,
 // in the same layout, hence with the same result.
-template <class X, class W, bool kAdd, bool kAligned, class Call>
-device::Error with_kernel(const LaunchPlan& plan, Call&& call) {
+template <class X, class W, bool kAdd, bool kAligned>
+Kernel choose_kernel(const LaunchPlan& plan) {
   if (plan.scope == Scope::kWave)
-    return plan.vectors == 2 ? call(&rms_norm_rows<X, W, kAdd, Scope::kWave, 2, kAligned>)
-                             : call(&rms_norm_rows<X, W, kAdd, Scope::kWave, 4, kAligned>);
+    return plan.vectors == 2 ? rows<X, W, kAdd, Scope::kWave, 2, 128, kAligned>()
+                             : rows<X, W, kAdd, Scope::kWave, 4, 64, kAligned>();
   if constexpr (kAligned) {
-    if (plan.scope == Scope::kBlock)
-      return plan.vectors == 4 ? call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 4, true>)
-                               : call(&rms_norm_rows<X, W, kAdd, Scope::kBlock, 8, true>);
     if constexpr (device::kHasClusters) {
-      if (plan.scope == Scope::kCluster) return call(&rms_norm_rows<X, W, kAdd, Scope::kCluster, 8, true>);
+      if (plan.scope == Scope::kCluster) return rows<X, W, kAdd, Scope::kCluster, 8, 1024, true>();
     }
-  } else if constexpr (device::kHasClusters) {
-    if (plan.scope == Scope::kCluster) return call(&rms_norm_stream<X, W, kAdd, Scope::kCluster, false>);
+    if (plan.scope == Scope::kBlock) {
+      if (plan.vectors == 2) return rows<X, W, kAdd, Scope::kBlock, 2, 256, true>();
+      if (plan.vectors == 4) return rows<X, W, kAdd, Scope::kBlock, 4, 256, true>();
+      if (plan.most_threads == 192) return rows<X, W, kAdd, Scope::kBlock, 8, 192, true>();
+      if (plan.most_threads == 256) return rows<X, W, kAdd, Scope::kBlock, 8, 256, true>();
+      if constexpr (kAdd) {  // two rows in the registers that the next kernel has would come in batches
+        if (plan.block_threads <= 512) return rows<X, W, kAdd, Scope::kBlock, 8, 512, true>();
+      }
+      return rows<X, W, kAdd, Scope::kBlock, 8, 1024, true>();
+    }
+    return {&rms_norm_stream<X, W, kAdd, Scope::kStream, 512, true>, 512};
   }
-  return call(&rms_norm_stream<X, W, kAdd, Scope::kStream, kAligned>);
+  if constexpr (device::kHasClusters) {
+    if (plan.scope == Scope::kCluster) return {&rms_norm_stream<X, W, kAdd, Scope::kCluster, 1024, false>, 1024};
+  }
+  return plan.most_threads <= 512 ? Kernel{&rms_norm_stream<X, W, kAdd, Scope::kStream, 512, false>, 512}
+                                  : Kernel{&rms_norm_stream<X, W, kAdd, Scope::kStream, 1024, false>, 1024};
 }
 
 inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
-  const Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors};
-  const auto launch = [&](void (*kernel)(RowParams, Layout)) {
+  const auto launch = [&](const Kernel& kernel) {
     const int64_t most = max_blocks(plan, facts);
     device::Error error = device::kSuccess;
     for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
-      const int64_t blocks = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block();
-      error = device::launch(kernel, blocks < most ? blocks : most, plan, stream, facts, p, layout);
+      const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
+                    blocks = all < most ? all : most;
+      const bool room = 2 * blocks * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
+      const Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors, room};
+      error = device::launch(kernel.function, blocks, plan, stream, facts, p, layout);
     }
     return error;
   };
   return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
     return with_bool(p.residual != nullptr, [&](auto add) {
       return with_bool(is_aligned(p, plan), [&](auto aligned) {
-        return with_kernel<typename decltype(x)::type, typename decltype(w)::type, decltype(add)::value, decltype(aligned)::value>(
-            plan, launch);
+        return launch(
+            choose_kernel<typename decltype(x)::type, typename decltype(w)::type, decltype(add)::value, decltype(aligned)::value>(
+                plan));
       });
     });
   });
@@ -91,7 +115,7 @@ inline Status run(const NormArgs& args, device::Stream stream, Message* message)
   if (slices.count == 0) return Status::kOk;
   DeviceFacts facts;
   device::Error error =
-      device::facts(&facts, reinterpret_cast<const void*>(&rms_norm_rows<float, float, false, Scope::kBlock, 4, true>));
+      device::facts(&facts, reinterpret_cast<const void*>(&rms_norm_rows<float, float, false, Scope::kBlock, 4, 256, true>));
   if (error == device::kSuccess) {
     const LaunchPlan plan = make_plan(params.hidden, params.dtype, facts);
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)

@@ -7,10 +7,10 @@
 namespace gemma_norm::kernels {
 
 constexpr int kMaxWaves = kMaxBlockThreads / 32;
-constexpr int kMaxCluster = 8;
-static_assert(kMaxWaves == 16, "sum_over_block adds sixteen partial sums");
+static_assert(kMaxWaves <= 32 && kMaxCluster == 8, "as many terms are added below");
 
-// Every thread of the block gets the sum.
+// Every thread of the block, of at most kThreads, gets the sum.
+template <int kThreads>
 GEMMA_NORM_DEVICE float sum_over_block(float v) {
   GEMMA_NORM_SHARED Words partials[kMaxWaves / 4];
   const int width = device::wave_width(), waves = device::block_threads() / width;
@@ -19,10 +19,14 @@ GEMMA_NORM_DEVICE float sum_over_block(float v) {
   if (waves == 1) return v;
   if (lane == 0) reinterpret_cast<float*>(partials)[wave] = v;
   device::block_barrier();
+  if constexpr (kThreads > 512) {
+    const int i = lane % kMaxWaves;
+    return device::sum_over_lanes(i < waves ? reinterpret_cast<const float*>(partials)[i] : 0.0f, kMaxWaves);
+  }
   // A few broadcast reads are quicker than exchanges between lanes.
   float sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < (kThreads + 127) / 128; ++i) {
     if (i >= 2 && waves <= 8) break;
     const Words four = partials[i];
     float f[4];

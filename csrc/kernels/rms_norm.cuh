@@ -34,10 +34,21 @@ GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
   return 1.0f / device::sqrt(device::fma(square_sum, p.inv_hidden, p.eps));
 }
 
+// Threads of rms_norm_rows that a multiprocessor of 65536 registers should hold: what they hold of rows then is 48 to 128 KB.
+template <class X, class W, bool kAdd, int kVectors, int kThreads, bool kAligned>
+constexpr int kResidentThreads = !kAligned         ? kThreads
+                                 : kVectors == 2   ? (kAdd || sizeof(W) != sizeof(X) ? 1024 : 1536)
+                                 : kVectors == 4   ? (!kAdd                                       ? 1024
+                                                      : kThreads == 512 || sizeof(W) != sizeof(X) ? 512
+                                                                                                  : 768)
+                                 : kThreads == 192 ? (kAdd ? 384 : 576)
+                                                   : (kThreads <= 512 ? 512 : 1024);
+
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
-// group_threads lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks).
-template <class X, class W, bool kAdd, Scope kScope, int kVectors, bool kAligned>
-GEMMA_NORM_KERNEL(kScope == Scope::kWave ? kWaveBlockThreads : kMaxBlockThreads)
+// group_threads lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
+// threads at most.
+template <class X, class W, bool kAdd, Scope kScope, int kVectors, int kThreads, bool kAligned>
+GEMMA_NORM_KERNEL(kThreads, (kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned> / kThreads))
 rms_norm_rows(RowParams p, Layout layout) {
   int slot = device::thread_index();
   int64_t r = p.first_row + device::block_index();
@@ -52,46 +63,60 @@ rms_norm_rows(RowParams p, Layout layout) {
   }
   // Threads without a part of a row still take part in the exchanges.
   const bool active = (kScope != Scope::kWave || r < p.rows) && slot < layout.slots;
-  const int end = active ? static_cast<int>(p.hidden) : 0;
-  const Row<X, kAdd> row(p, kScope != Scope::kWave || active ? r : 0);  // a block's row is uniform
-  const W* weight = static_cast<const W*>(p.weight);
-  const int step = item_step(layout);
-  int first[kVectors];
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) first[k] = first_item<kAligned, X, int>(layout, slot, k);
-  constexpr bool kEarlyWeights = kVectors * Weights<X, W>::kVectors <= 4;
+  const int start = first_item<kAligned, X, int>(layout, slot, 0), step = item_step(layout);
+  const auto first = [&](int k) { return first_item<kAligned, X, int>(layout, 0, k); };  // all else is relative to start
+  const int end = active ? static_cast<int>(p.hidden) - start : 0;
+  const Row<X, kAdd> row(p, kScope != Scope::kWave || active ? r : 0, start);  // a block's row is uniform
+  const W* weight = static_cast<const W*>(p.weight) + start;
+  // What a thread waits for, all of it or else a batch, takes up to three fifths of its registers.
+  constexpr int kWords = 4 * kVectors, kMostWords = 65536 * 3 / 5 / kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned>;
+  constexpr bool kWholeResidual = 2 * kWords <= kMostWords, kEarlyWeights = kWords * (1 + Weights<X, W>::kVectors) <= kMostWords;
+  // By a branch a vector is stored before the next is computed; without, all are computed first.
+  constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   Words s[kVectors], residual[kVectors];
   Weights<X, W> w[kVectors];
   const auto load = [&](auto end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first[k], step, end, true);
-    if constexpr (kAdd) {
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
+    if constexpr (kAdd && kWholeResidual) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first[k], step, end, true);
+      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
     }
-    // Weights are asked for before the sum is known, so that they arrive meanwhile; where they are many, registers are too dear.
+    // Before the sum is known, so that they arrive meanwhile.
     if constexpr (kEarlyWeights) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) w[k].template load<kAligned>(weight, first[k], step, end);
+      for (int k = 0; k < kVectors; ++k) w[k].template load<kAligned>(weight, first(k), step, end);
     }
   };
   // What needs no memory is done by now.
-  device::wait_for_previous_kernel(row.x + first[0], row.out + first[0], weight + first[0]);
-  if (kAligned && first[kVectors - 1] < end) {
+  device::wait_for_previous_kernel(row.x, row.out, weight);
+  // The next kernel may come up to its own wait. Where it would fill but a part of the GPU, its blocks would lie unevenly later:
+  // it is allowed after the sum then.
+  if (layout.room_for_next) device::allow_next_kernel();
+  if (kAligned && first(kVectors - 1) < end) {
     load(NoEnd{});  // no conditions: the loads go out back to back
   } else {
     load(end);
   }
   if constexpr (kAdd) {
-    if (row.post) {
+    constexpr int kBatch = kWholeResidual ? kVectors : kVectors / 4;
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k)
-        residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first[k], step, end, true));
-    }
+    for (int b = 0; b < kVectors; b += kBatch) {
+      if constexpr (!kWholeResidual) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      s[k] = add_rounded<X>(s[k], residual[k]);
-      store_items<kAligned>(row.residual_out, first[k], step, end, s[k]);
+        for (int k = b; k < b + kBatch; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
+      }
+      if (row.post) {
+#pragma unroll
+        for (int k = b; k < b + kBatch; ++k)
+          residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
+      }
+#pragma unroll
+      for (int k = b; k < b + kBatch; ++k) {
+        if (kStoreOneByOne && !(first(k) < end)) break;
+        s[k] = add_rounded<X>(s[k], residual[k]);
+        store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
+      }
     }
   }
 
@@ -102,27 +127,28 @@ rms_norm_rows(RowParams p, Layout layout) {
   if constexpr (kScope == Scope::kWave) {
     sum = device::sum_over_lanes(sum, layout.group_threads);
   } else {
-    sum = sum_over_block(sum);
+    sum = sum_over_block<kThreads>(sum);
     if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
   }
-  device::allow_next_kernel();  // earlier, its blocks would take room from those of this one
+  device::allow_next_kernel();
   const float rstd = reciprocal_std(sum, p);
 
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
+    if (kStoreOneByOne && !(first(k) < end)) break;
     if constexpr (!kEarlyWeights) {
-      constexpr int kBatch = kVectors < 4 ? kVectors : 4;  // loads at a time: a load cannot move up before a store
+      constexpr int kBatch = 4 / Weights<X, W>::kVectors;  // a load cannot move up before a store
       if (k % kBatch == 0)
-        for (int i = k; i < k + kBatch; ++i) w[i].template load<kAligned>(weight, first[i], step, end);
+        for (int i = k; i < k + kBatch; ++i) w[i].template load<kAligned>(weight, first(i), step, end);
     }
-    store_items<kAligned>(row.out, first[k], step, end, w[k].apply(s[k], rstd, p.weight_offset));
+    store_items<kAligned>(row.out, first(k), step, end, w[k].apply(s[k], rstd, p.weight_offset));
   }
 }
 
 // Rows that no block can hold, or whose elements must be picked one by one: read for the sum, then again, from the cache as far
 // as it reaches, for the output. By a block, or (kScope is kCluster) by a cluster of them.
-template <class X, class W, bool kAdd, Scope kScope, bool kAligned>
-GEMMA_NORM_KERNEL(kMaxBlockThreads)
+template <class X, class W, bool kAdd, Scope kScope, int kThreads, bool kAligned>
+GEMMA_NORM_KERNEL(kThreads, 1)
 rms_norm_stream(RowParams p, Layout layout) {
   int slot = device::thread_index();
   int64_t r = p.first_row + device::block_index();
@@ -133,7 +159,7 @@ rms_norm_stream(RowParams p, Layout layout) {
   }
   const int step = item_step(layout);
   const int64_t end = slot < layout.slots ? p.hidden : 0;
-  const Row<X, kAdd> row(p, r);
+  const Row<X, kAdd> row(p, r, 0);
   device::wait_for_previous_kernel(row.x, row.out, p.weight);
 
   SquareSums<X> squares;
@@ -148,7 +174,7 @@ rms_norm_stream(RowParams p, Layout layout) {
     }
     squares.add(s);
   }
-  float sum = sum_over_block(squares.total());
+  float sum = sum_over_block<kThreads>(squares.total());
   if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
   device::allow_next_kernel();
   const float rstd = reciprocal_std(sum, p);

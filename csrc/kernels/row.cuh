@@ -19,6 +19,7 @@ struct Layout {
   int32_t group_threads;
   int32_t vectors;
   bool whole_vectors;
+  bool room_for_next = false;  // for as many blocks again
 };
 
 // Index of the first element of slot's k-th vector, and the step to the vector's next element.
@@ -143,20 +144,21 @@ struct RowIndex {
   }
 };
 
-// One row of the call, typed.
+// One row of the call from element `start` on, typed.
 template <class X, bool kAdd>
 struct Row {
-  const X *x, *residual, *post;
+  const X *x, *residual, *post;  // post is null where there is none
   X *out, *residual_out;
 
-  GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row) {
+  GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row, int64_t start) {
     const RowIndex at(p, row);
-    x = static_cast<const X*>(p.x) + at.offset(p, p.x_strides);
-    out = static_cast<X*>(p.out) + at.offset(p, p.out_strides);
+    x = static_cast<const X*>(p.x) + at.offset(p, p.x_strides) + start;
+    out = static_cast<X*>(p.out) + at.offset(p, p.out_strides) + start;
     if constexpr (kAdd) {
-      residual = static_cast<const X*>(p.residual) + at.offset(p, p.residual_strides);
-      residual_out = static_cast<X*>(p.residual_out) + at.offset(p, p.residual_out_strides);
-      post = static_cast<const X*>(p.post_residual_addition) + at.offset(p, p.post_strides);  // null stays null: its strides are 0
+      residual = static_cast<const X*>(p.residual) + at.offset(p, p.residual_strides) + start;
+      residual_out = static_cast<X*>(p.residual_out) + at.offset(p, p.residual_out_strides) + start;
+      post = static_cast<const X*>(p.post_residual_addition);
+      if (post) post += at.offset(p, p.post_strides) + start;
     }
   }
 };

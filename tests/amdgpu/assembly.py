@@ -19,6 +19,7 @@ class Kernel:
     add: bool
     scope: str
     vectors: int  # 16-byte vectors of x that a thread holds
+    threads: int  # of a block, at most
     aligned: bool
     lines: list[str] = field(default_factory=list)  # instructions, without comments
     numbers: dict[str, int] = field(default_factory=dict)  # of the metadata and of the kernel descriptor
@@ -27,6 +28,7 @@ class Kernel:
         words = [
             self.scope,
             f"{self.vectors} vectors",
+            f"{self.threads} threads",
             f"{self.x} x",
             f"{self.weight} weight",
             "add" if self.add else "",
@@ -44,8 +46,9 @@ def parse_name(symbol: str, name: str) -> Kernel | None:
     if not matched:
         return None
     kind, (x, weight, add, scope, *rest) = matched[1], [a.removeprefix("gemma_norm::") for a in matched[2].split(", ")]
-    vectors = int(rest[0]) if kind == "rows" else 1
-    return Kernel(symbol, x, weight, add == "true", SCOPES[int(re.sub(r"\D", "", scope))], vectors, rest[-1] == "true")
+    *vectors, threads, aligned = rest
+    scope = SCOPES[int(re.sub(r"\D", "", scope))]
+    return Kernel(symbol, x, weight, add == "true", scope, int(vectors[0]) if vectors else 1, int(threads), aligned == "true")
 
 
 @cache

@@ -13,12 +13,8 @@ namespace gemma_norm {
 
 std::set<const void*> reachable_kernels(int64_t most_hidden) {
   std::set<const void*> all;
-  const auto add = [&](auto* kernel) {
-    all.insert(reinterpret_cast<const void*>(kernel));
-    return device::kSuccess;
-  };
   for (const auto& [x, weight] : kDTypePairs)
-    for (const int32_t max_cluster : {1, kernels::kMaxCluster})
+    for (const int32_t max_cluster : {1, kMaxCluster})
       for (int64_t hidden = 1; hidden <= most_hidden; ++hidden) {
         const LaunchPlan plan = make_plan(hidden, x, {32, int64_t{1} << 42, false, max_cluster});
         for (const bool aligned : {false, plan.whole_vectors})
@@ -26,8 +22,11 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
             using X = typename decltype(x)::type;
             using W = typename decltype(w)::type;
             return kernels::with_bool(aligned, [&](auto aligned) {
-              kernels::with_kernel<X, W, false, decltype(aligned)::value>(plan, add);
-              return kernels::with_kernel<X, W, true, decltype(aligned)::value>(plan, add);
+              constexpr bool kAligned = decltype(aligned)::value;
+              for (const auto& kernel :
+                   {kernels::choose_kernel<X, W, false, kAligned>(plan), kernels::choose_kernel<X, W, true, kAligned>(plan)})
+                all.insert(reinterpret_cast<const void*>(kernel.function));
+              return device::kSuccess;
             });
           });
       }

@@ -117,7 +117,7 @@ TEST(EmulatedKernels, AreAllReachedByTheCases) {
       if (name == std::string("emulated32") || takes_cluster(c)) run_case(find_target(name), c, make_inputs(c), &error);
     return error;
   });
-  const std::set<const void*> reachable = reachable_kernels(300000), &launched = device::launched_kernels();
+  const std::set<const void*> reachable = reachable_kernels(600000), &launched = device::launched_kernels();
   EXPECT_LE(5u * 2 * 2 * 4, reachable.size()) << "five dtype pairs, plain or not, aligned or not, four scopes at least";
   EXPECT_EQ(reachable.size(), launched.size());
   EXPECT_EQ(reachable, launched);

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #include "emulated.h"
+#include "plan.h"
 #include "target.h"
 
 namespace gemma_norm {
@@ -16,7 +17,7 @@ class EmulatedTarget : public HostTarget {
   std::string name() const override { return name_; }
   Status run(const NormArgs& args, uint32_t seed, Message* message) override {
     // Half of the runs on a GPU that takes so few threads, though at least a block or cluster, that there must be several launches.
-    const int64_t few = max_cluster_ > 1 ? 2048 : 1024;
+    const int64_t few = max_cluster_ * kMaxBlockThreads;
     const EmulatedGpu gpu{wave_width_, seed % 2 ? few : int64_t{1} << 32, max_cluster_, seed / 2 % 4};
     return gemma_norm_emulated(&args, &gpu, message);
   }
