@@ -34,15 +34,17 @@ GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
   return 1.0f / device::sqrt(device::fma(square_sum, p.inv_hidden, p.eps));
 }
 
-// Threads of rms_norm_rows that a multiprocessor of 65536 registers should hold: what they hold of rows then is 48 to 128 KB.
+// Threads of rms_norm_rows that a multiprocessor should hold: as many registers as NVIDIA's have, 65536, are shared out among them.
+// The row's data in flight is 48 to 128 KB then (docs/performance.md).
+constexpr int resident_threads(int vectors, int threads, bool add, bool wide_weights, bool aligned) {
+  if (!aligned) return threads;
+  if (vectors == 2) return add || wide_weights ? 1024 : 1536;
+  if (vectors == 4) return !add ? 1024 : wide_weights ? 896 : 768;
+  if (threads == 192) return !add ? 576 : wide_weights ? 512 : 384;
+  return threads <= 512 ? 512 : 1024;
+}
 template <class X, class W, bool kAdd, int kVectors, int kThreads, bool kAligned>
-constexpr int kResidentThreads = !kAligned         ? kThreads
-                                 : kVectors == 2   ? (kAdd || sizeof(W) != sizeof(X) ? 1024 : 1536)
-                                 : kVectors == 4   ? (!kAdd                                       ? 1024
-                                                      : kThreads == 512 || sizeof(W) != sizeof(X) ? 512
-                                                                                                  : 768)
-                                 : kThreads == 192 ? (kAdd ? 384 : 576)
-                                                   : (kThreads <= 512 ? 512 : 1024);
+constexpr int kResidentThreads = resident_threads(kVectors, kThreads, kAdd, sizeof(W) != sizeof(X), kAligned);
 
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
 // group_threads lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
@@ -63,18 +65,24 @@ rms_norm_rows(RowParams p, Layout layout) {
   }
   // Threads without a part of a row still take part in the exchanges.
   const bool active = (kScope != Scope::kWave || r < p.rows) && slot < layout.slots;
-  const int start = first_item<kAligned, X, int>(layout, slot, 0), step = item_step(layout);
-  const auto first = [&](int k) { return first_item<kAligned, X, int>(layout, 0, k); };  // all else is relative to start
+  const int step = item_step(layout);
+  const int start = kAligned ? first_item<kAligned, X, int>(layout, slot, 0) : 0;  // all that follows is relative to it
+  const auto first = [&](int k) { return first_item<kAligned, X, int>(layout, kAligned ? 0 : slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
   const Row<X, kAdd> row(p, kScope != Scope::kWave || active ? r : 0, start);  // a block's row is uniform
   const W* weight = static_cast<const W*>(p.weight) + start;
-  // What a thread waits for, all of it or else a batch, takes up to three fifths of its registers.
-  constexpr int kWords = 4 * kVectors, kMostWords = 65536 * 3 / 5 / kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned>;
-  constexpr bool kWholeResidual = 2 * kWords <= kMostWords, kEarlyWeights = kWords * (1 + Weights<X, W>::kVectors) <= kMostWords;
+  // What there are registers for is asked for at once, also the weights, which then arrive while the sum is worked out.
+  constexpr bool kWholeResidual = kThreads < 1024,
+                 kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
+  constexpr bool kWeightsAfterResidual = kAdd && kVectors == 8;
   // By a branch a vector is stored before the next is computed; without, all are computed first.
   constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   Words s[kVectors], residual[kVectors];
   Weights<X, W> w[kVectors];
+  const auto load_weights = [&](auto end) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) w[k].template load<kAligned>(weight, first(k), step, end);
+  };
   const auto load = [&](auto end) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
@@ -82,11 +90,7 @@ rms_norm_rows(RowParams p, Layout layout) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
     }
-    // Before the sum is known, so that they arrive meanwhile.
-    if constexpr (kEarlyWeights) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) w[k].template load<kAligned>(weight, first(k), step, end);
-    }
+    if constexpr (kEarlyWeights && !kWeightsAfterResidual) load_weights(end);
   };
   // What needs no memory is done by now.
   device::wait_for_previous_kernel(row.x, row.out, weight);
@@ -99,26 +103,31 @@ rms_norm_rows(RowParams p, Layout layout) {
     load(end);
   }
   if constexpr (kAdd) {
-    constexpr int kBatch = kWholeResidual ? kVectors : kVectors / 4;
+    if constexpr (kWholeResidual) {
+      if (p.post_residual_addition) {
 #pragma unroll
-    for (int b = 0; b < kVectors; b += kBatch) {
-      if constexpr (!kWholeResidual) {
-#pragma unroll
-        for (int k = b; k < b + kBatch; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
-      }
-      if (row.post) {
-#pragma unroll
-        for (int k = b; k < b + kBatch; ++k)
+        for (int k = 0; k < kVectors; ++k)
           residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
       }
+    }
 #pragma unroll
-      for (int k = b; k < b + kBatch; ++k) {
-        if (kStoreOneByOne && !(first(k) < end)) break;
-        s[k] = add_rounded<X>(s[k], residual[k]);
-        store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
+    for (int k = 0; k < kVectors; ++k) {
+      if (kStoreOneByOne && !(first(k) < end)) break;
+      if constexpr (!kWholeResidual) {
+        constexpr int kBatch = kVectors / 4;
+        if (k % kBatch == 0)
+          for (int i = k; i < k + kBatch; ++i) {
+            residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
+            if (p.post_residual_addition)
+              residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
+          }
       }
+      s[k] = add_rounded<X>(s[k], residual[k]);
+      store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
     }
   }
+
+  if constexpr (kEarlyWeights && kWeightsAfterResidual) load_weights(end);
 
   SquareSums<X> squares;
 #pragma unroll
@@ -168,7 +177,7 @@ rms_norm_stream(RowParams p, Layout layout) {
     Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
     if constexpr (kAdd) {
       Words residual = load_items<kAligned>(row.residual, first, step, end, true);
-      if (row.post) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
+      if (p.post_residual_addition) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
       s = add_rounded<X>(s, residual);
       store_items<kAligned>(row.residual_out, first, step, end, s);
     }

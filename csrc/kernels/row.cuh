@@ -147,7 +147,7 @@ struct RowIndex {
 // One row of the call from element `start` on, typed.
 template <class X, bool kAdd>
 struct Row {
-  const X *x, *residual, *post;  // post is null where there is none
+  const X *x, *residual, *post;  // post may not exist
   X *out, *residual_out;
 
   GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row, int64_t start) {
@@ -157,8 +157,7 @@ struct Row {
     if constexpr (kAdd) {
       residual = static_cast<const X*>(p.residual) + at.offset(p, p.residual_strides) + start;
       residual_out = static_cast<X*>(p.residual_out) + at.offset(p, p.residual_out_strides) + start;
-      post = static_cast<const X*>(p.post_residual_addition);
-      if (post) post += at.offset(p, p.post_strides) + start;
+      post = static_cast<const X*>(p.post_residual_addition) + at.offset(p, p.post_strides) + start;
     }
   }
 };
