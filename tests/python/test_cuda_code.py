@@ -1,0 +1,53 @@
+"""What ptxas makes of every CUDA kernel: no GPU is needed, nvcc is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+SOURCE = Path(__file__).parents[2] / "csrc/cuda/rms_norm.cu"
+REPORT = re.compile(r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.S)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int]]:
+    """Bytes spilled and registers, by demangled name."""
+    nvcc = shutil.which("nvcc") or shutil.which(f"{cpp_extension.CUDA_HOME or '/usr/local/cuda'}/bin/nvcc")
+    if not nvcc:
+        pytest.skip("needs nvcc: install the CUDA toolkit, or set CUDA_HOME to where it is")
+    cubin = tmp_path_factory.mktemp("cubin") / "rms_norm.cubin"
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", cubin, SOURCE]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = REPORT.findall(report)
+    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True)
+    return {n: (int(spilled), int(used)) for n, (_, spilled, used) in zip(names.stdout.split("\n"), found)}
+
+
+def test_rows_that_models_have_are_not_spilled(kernels: dict[str, tuple[int, int]]) -> None:
+    """Up to hidden 16384, that is; longer rows of 16-bit elements take blocks of 1024 threads of 64 registers each."""
+    for_long_rows = re.compile(r"rms_norm_\w+<gemma_norm::b?float16, .* 1024, (true|false)>")
+    spilled = {name: found[0] for name, found in kernels.items() if found[0] and not for_long_rows.search(name)}
+    assert len(kernels) > 100 and not spilled
+
+
+def test_as_many_rows_are_in_flight_as_planned(kernels: dict[str, tuple[int, int]]) -> None:
+    """The plain bfloat16 kernels: blocks on a multiprocessor of 65536 registers, given out 8 a thread at a time."""
+
+    def blocks(vectors: int, threads: int) -> int:
+        bfloat16 = "gemma_norm::bfloat16"
+        name = rf"rms_norm_rows<{bfloat16}, {bfloat16}, false, .*1, {vectors}, {threads}, true>"
+        (used,) = (found[1] for kernel, found in kernels.items() if re.search(name, kernel))
+        return 65536 // (-(-used // 8) * 8 * threads)
+
+    assert {(v, t): blocks(v, t) for v, t in [(2, 256), (4, 256), (8, 192), (8, 256), (8, 1024)]} == {
+        (2, 256): 6,
+        (4, 256): 4,
+        (8, 192): 3,
+        (8, 256): 2,
+        (8, 1024): 1,
+    }
