@@ -69,7 +69,8 @@ def check_arguments(
             _require(same, f"{expected} shape {list(x.shape)}, got {list(t.shape)}")
         _check_rows(op, name, t)
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
-    _require(in_range, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
+    if not in_range:  # Dynamo cannot print a number that it keeps dynamic
+        _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
 
 
 def check_memory(op: str, outputs: dict[str, Tensor], inputs: dict[str, Tensor | None], weight: Tensor) -> None:
@@ -144,5 +145,8 @@ def _check_rows(op: str, name: str, t: Tensor) -> None:
 
 
 def _require(condition: bool | torch.SymBool, message: str) -> None:
-    check: Any = torch._check  # not typed
-    check(condition, lambda: message)
+    if not torch.compiler.is_dynamo_compiling():
+        check: Any = torch._check  # not typed
+        check(condition, lambda: message)
+    elif not condition:  # Dynamo cannot trace torch._check with a message that refers to anything
+        raise RuntimeError(message)

@@ -45,10 +45,11 @@ def parse_name(symbol: str, name: str) -> Kernel | None:
     matched = re.match(r"void gemma_norm::kernels::rms_norm_(\w+)<(.*)>\(", name)
     if not matched:
         return None
-    kind, (x, weight, add, scope, *rest) = matched[1], [a.removeprefix("gemma_norm::") for a in matched[2].split(", ")]
-    *vectors, threads, aligned = rest
+    x, weight, add, scope, *vectors, threads, aligned = (a.removeprefix("gemma_norm::") for a in matched[2].split(", "))
     scope = SCOPES[int(re.sub(r"\D", "", scope))]
-    return Kernel(symbol, x, weight, add == "true", scope, int(vectors[0]) if vectors else 1, int(threads), aligned == "true")
+    return Kernel(
+        symbol, x, weight, add == "true", scope, int(vectors[0]) if vectors else 1, int(threads), aligned == "true"
+    )
 
 
 @cache

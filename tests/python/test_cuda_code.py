@@ -24,8 +24,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, in
     command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", cubin, SOURCE]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = REPORT.findall(report)
-    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True)
-    return {n: (int(spilled), int(used)) for n, (_, spilled, used) in zip(names.stdout.split("\n"), found)}
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True
+    )
+    return {
+        n: (int(spilled), int(used)) for n, (_, spilled, used) in zip(names.stdout.split("\n"), found, strict=False)
+    }
 
 
 def test_rows_that_models_have_are_not_spilled(kernels: dict[str, tuple[int, int]]) -> None:

@@ -80,12 +80,16 @@ def test_each_operand_may_be_strided(peers, kind, route, dtype, strided):
 @torch.no_grad()
 def test_plain_pytorch_keeps_a_float32_weight_and_compiles():
     module = make(GemmaRMSNorm, 64, F32, "torch")
-    for forward in (module.forward_hip, torch.compile(module.forward_hip, backend="eager", fullgraph=True)):
-        x, residual = randn(2, 64, dtype=BF16), randn(2, 64, dtype=BF16, seed=1)
-        y, s = forward(x, residual)
-        assert_same_bits(s, randn(2, 64, dtype=BF16) + randn(2, 64, dtype=BF16, seed=1))
-        assert_right(y, s, module.weight, gemma=True)
-        assert_right(forward(s), s, module.weight, gemma=True)
+    compiled = torch.compile(module.forward_hip, backend="eager", fullgraph=True, dynamic=True)
+    for forward in (module.forward_hip, compiled):
+        for rows in (2, 3):
+            x, residual = randn(rows, 64, dtype=BF16), randn(rows, 64, dtype=BF16, seed=1)
+            y, s = forward(x, residual)
+            assert_same_bits(s, randn(rows, 64, dtype=BF16) + randn(rows, 64, dtype=BF16, seed=1))
+            assert_right(y, s, module.weight, gemma=True)
+            assert_right(forward(s), s, module.weight, gemma=True)
+    with pytest.raises(Exception, match="residual must have x's"):
+        compiled(randn(2, 64, dtype=BF16), randn(3, 64, dtype=BF16))
 
 
 @torch.no_grad()
