@@ -85,10 +85,11 @@ rms_norm_rows(RowParams p, Layout layout) {
   };
   const auto load = [&](auto end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
+    for (int k = 0; k < kVectors; ++k)
+      s[k] = load_items<kAligned>(row.x, first(k), step, end, kAdd ? Reads::kOnce : Reads::kOnceAlone);
     if constexpr (kAdd && kWholeResidual) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
+      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, Reads::kOnce);
     }
     if constexpr (kEarlyWeights && !kWeightsAfterResidual) load_weights(end);
   };
@@ -107,7 +108,7 @@ rms_norm_rows(RowParams p, Layout layout) {
       if (p.post_residual_addition) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k)
-          residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
+          residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, Reads::kOnce));
       }
     }
 #pragma unroll
@@ -117,9 +118,9 @@ rms_norm_rows(RowParams p, Layout layout) {
         constexpr int kBatch = kVectors / 4;
         if (k % kBatch == 0)
           for (int i = k; i < k + kBatch; ++i) {
-            residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
+            residual[i] = load_items<kAligned>(row.residual, first(i), step, end, Reads::kOnce);
             if (p.post_residual_addition)
-              residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
+              residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, Reads::kOnce));
           }
       }
       s[k] = add_rounded<X>(s[k], residual[k]);
@@ -174,10 +175,11 @@ rms_norm_stream(RowParams p, Layout layout) {
   SquareSums<X> squares;
   for (int k = 0; k < layout.vectors; ++k) {
     const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
-    Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
+    Words s = load_items<kAligned>(row.x, first, step, end, kAdd ? Reads::kOnce : Reads::kOften);
     if constexpr (kAdd) {
-      Words residual = load_items<kAligned>(row.residual, first, step, end, true);
-      if (p.post_residual_addition) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
+      Words residual = load_items<kAligned>(row.residual, first, step, end, Reads::kOnce);
+      if (p.post_residual_addition)
+        residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, Reads::kOnce));
       s = add_rounded<X>(s, residual);
       store_items<kAligned>(row.residual_out, first, step, end, s);
     }
@@ -193,7 +195,7 @@ rms_norm_stream(RowParams p, Layout layout) {
     const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
     Weights<X, W> w;
     w.template load<kAligned>(static_cast<const W*>(p.weight), first, step, end);
-    const Words s = load_items<kAligned>(again, first, step, end, true);
+    const Words s = load_items<kAligned>(again, first, step, end, Reads::kOnceAlone);
     store_items<kAligned>(row.out, first, step, end, w.apply(s, rstd, p.weight_offset));
   }
 }
