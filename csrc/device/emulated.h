@@ -66,7 +66,7 @@ inline Words load(const Words* p) {
   check_access(p);
   return *p;
 }
-inline Words load_once(const Words* p, bool) { return load(p); }
+inline Words load_once(const Words* p) { return load(p); }
 inline void store_once(Words* p, Words v) {
   check_access(p);
   *p = v;

@@ -69,7 +69,7 @@ using Vector4 = uint32_t __attribute__((ext_vector_type(4)));
 using GlobalVector4 = Vector4 __attribute__((address_space(1)));
 GEMMA_NORM_DEVICE Words words(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
 GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*(const GlobalVector4*)p); }
-GEMMA_NORM_DEVICE Words load_once(const Words* p, bool) { return words(__builtin_nontemporal_load((const GlobalVector4*)p)); }
+GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nontemporal_load((const GlobalVector4*)p)); }
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }

@@ -6,8 +6,7 @@
 //   block_barrier()
 //   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
 //                                added as a balanced binary tree, neighbours first
-//   load_once(p, alone) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches;
-//                                         alone: there is nothing else to read but the weight
+//   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
 //   load(p)                        16 bytes that others will want too
 //   as_float(bits) as_bits(f) fma(a, b, c) sqrt(v)                           IEEE, round to nearest even
 //   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back

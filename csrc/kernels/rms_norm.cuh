@@ -85,11 +85,10 @@ rms_norm_rows(RowParams p, Layout layout) {
   };
   const auto load = [&](auto end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      s[k] = load_items<kAligned>(row.x, first(k), step, end, kAdd ? Reads::kOnce : Reads::kOnceAlone);
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
     if constexpr (kAdd && kWholeResidual) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, Reads::kOnce);
+      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
     }
     if constexpr (kEarlyWeights && !kWeightsAfterResidual) load_weights(end);
   };
@@ -108,7 +107,7 @@ rms_norm_rows(RowParams p, Layout layout) {
       if (p.post_residual_addition) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k)
-          residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, Reads::kOnce));
+          residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
       }
     }
 #pragma unroll
@@ -118,9 +117,9 @@ rms_norm_rows(RowParams p, Layout layout) {
         constexpr int kBatch = kVectors / 4;
         if (k % kBatch == 0)
           for (int i = k; i < k + kBatch; ++i) {
-            residual[i] = load_items<kAligned>(row.residual, first(i), step, end, Reads::kOnce);
+            residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
             if (p.post_residual_addition)
-              residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, Reads::kOnce));
+              residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
           }
       }
       s[k] = add_rounded<X>(s[k], residual[k]);
@@ -175,11 +174,10 @@ rms_norm_stream(RowParams p, Layout layout) {
   SquareSums<X> squares;
   for (int k = 0; k < layout.vectors; ++k) {
     const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
-    Words s = load_items<kAligned>(row.x, first, step, end, kAdd ? Reads::kOnce : Reads::kOften);
+    Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
     if constexpr (kAdd) {
-      Words residual = load_items<kAligned>(row.residual, first, step, end, Reads::kOnce);
-      if (p.post_residual_addition)
-        residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, Reads::kOnce));
+      Words residual = load_items<kAligned>(row.residual, first, step, end, true);
+      if (p.post_residual_addition) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
       s = add_rounded<X>(s, residual);
       store_items<kAligned>(row.residual_out, first, step, end, s);
     }
@@ -195,7 +193,7 @@ rms_norm_stream(RowParams p, Layout layout) {
     const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
     Weights<X, W> w;
     w.template load<kAligned>(static_cast<const W*>(p.weight), first, step, end);
-    const Words s = load_items<kAligned>(again, first, step, end, Reads::kOnceAlone);
+    const Words s = load_items<kAligned>(again, first, step, end, true);
     store_items<kAligned>(row.out, first, step, end, w.apply(s, rstd, p.weight_offset));
   }
 }

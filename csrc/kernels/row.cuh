@@ -37,18 +37,15 @@ GEMMA_NORM_DEVICE bool operator<(Index, NoEnd) {
   return true;
 }
 
-// How often a kernel, its blocks together, reads something; alone: it reads nothing else but the weight.
-enum class Reads { kOften, kOnce, kOnceAlone };
-
 // A slot's k-th vector of a row; what lies past the row's end reads as 0 and is not written. Aligned: whole 16-byte accesses.
 // Otherwise element by element, for any alignment: the same elements in the same places, so the same results.
 template <bool kAligned, class T, class Index, class End>
-GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end, Reads reads) {
+GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end, bool once) {
   Words v{};
   if constexpr (kAligned) {
     if (first < end) {
       const Words* p = reinterpret_cast<const Words*>(row + first);
-      v = reads == Reads::kOften ? device::load(p) : device::load_once(p, reads == Reads::kOnceAlone);
+      v = once ? device::load_once(p) : device::load(p);
     }
   } else {
 #pragma unroll
@@ -117,7 +114,7 @@ struct Weights {
   GEMMA_NORM_DEVICE void load(const W* weight, Index first, int step, End end) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, end, Reads::kOften);
+      v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, end, false);
   }
 
   // y = round(s * rstd * (weight + offset))
