@@ -12,7 +12,12 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
+#if __CUDA_ARCH__ == 750  // whose multiprocessors hold no more than 1024 threads
+#define GEMMA_NORM_KERNEL(max_threads, min_blocks) \
+  __global__ void __launch_bounds__(max_threads, (min_blocks) * (max_threads) > 1024 ? 1024 / (max_threads) : (min_blocks))
+#else
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+#endif
 #define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {

@@ -75,7 +75,7 @@ rms_norm_rows(RowParams p, Layout layout) {
   constexpr bool kWholeResidual = kThreads < 1024,
                  kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
   constexpr bool kWeightsAfterResidual = kAdd && kVectors == 8;
-  // By a branch a vector is stored before the next is computed; without, all are computed first.
+  // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first.
   constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   Words s[kVectors], residual[kVectors];
   Weights<X, W> w[kVectors];

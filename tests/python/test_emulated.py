@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import shutil
 import subprocess
@@ -39,8 +40,11 @@ def emulated() -> ModuleType:
     if not (build / "CMakeCache.txt").exists():
         build = ROOT / "build" / "emulated"
         options |= {"GEMMA_NORM_CUDA": "OFF", "GEMMA_NORM_TESTS": "OFF"}
-    run("cmake", "-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items()))
-    run("cmake", "--build", str(build), "--target", "gemma_norm_emulated_module", "-j2")
+    build.parent.mkdir(exist_ok=True)
+    with open(build.parent / "emulated.lock", "w") as lock:  # pytest-xdist's processes come here at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run("cmake", "-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items()))
+        run("cmake", "--build", str(build), "--target", "gemma_norm_emulated_module", "-j2")
     sys.path.insert(0, str(build / "tests" / "cpp"))
     return importlib.import_module("gemma_norm_emulated_module")
 
