@@ -98,9 +98,8 @@ class RMSNorm(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
     ) -> Output:
         """Our HIP kernels, or those of another package where ours are absent, see :mod:`gemma_norm.routing`."""
-        if (
-            self.backend in routing.served_by_ours and not _is_compiling()
-        ):  # a graph would be bound to the set's content
+        # Not while compiling: a graph would be bound to what the set holds now.
+        if self.backend in routing.served_by_ours and not _is_compiling():
             return self._forward_op(x, residual, post_residual_addition)
         return routing.forward(self, x, residual, post_residual_addition)
 
