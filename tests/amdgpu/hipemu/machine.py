@@ -27,6 +27,7 @@ from test.mockgpu.amd import emu
 from tinygrad.device import Buffer, BufferSpec
 from tinygrad.uop.ops import Ops, UOp
 
+VGPRS = 256  # an operand's number: SGPRs below, VGPRs from here on
 GARBAGE = 0x7FC0_DEAD  # a NaN, and a wild index
 SHADOW = (
     5  # the slot of a kernel's buffers in which an exchange between lanes finds the registers as they were before it
@@ -129,7 +130,7 @@ class Machine:
             is_barrier = getattr(inst, "op", None) in emu._BARRIER_OPS | emu._BARRIER_SOP1_OPS
             name = emu._op_name(inst)
             kind = classify(name) + (" dpp" if exchanges_lanes(inst) else "")
-            inexact = INEXACT.get(name) and (INEXACT[name], inst.src0.offset - 256, inst.vdst.offset - 256)
+            inexact = INEXACT.get(name) and (INEXACT[name], inst.src0.offset, inst.vdst.offset - VGPRS)
             self.steps[pc] = _Step(runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind)
         return self.steps[pc]
 
@@ -197,7 +198,13 @@ class Machine:
     def _operands(self, wave, inexact: tuple) -> list[tuple[int, int]]:
         """Of every other active lane."""
         mask = wave._read_sgpr(emu.EXEC_LO.offset) | wave._read_sgpr(emu.EXEC_LO.offset + 1) << 32
-        return [(lane, wave._read_vgpr(inexact[1], lane)) for lane in range(0, self.wave, 2) if mask >> lane & 1]
+        source = inexact[1]
+        read = (
+            (lambda lane: wave._read_vgpr(source - VGPRS, lane))
+            if source >= VGPRS
+            else lambda _: wave._read_sgpr(source)
+        )
+        return [(lane, read(lane)) for lane in range(0, self.wave, 2) if mask >> lane & 1]
 
     def _perturb(self, wave, inexact: tuple, lane: int, operand: int) -> None:
         """The emulator's result is the nearest number. The hardware's may be the one on the other side of the exact value."""
