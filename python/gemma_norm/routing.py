@@ -65,7 +65,9 @@ served_by_ours: set[str] = set()  # backends, as modules name them, for which ou
 def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | None) -> Output:
     weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
     hidden = weight.shape[-1]
-    huge = True if x.numel() >= 2**31 else False  # noqa: SIM210 - of a symbolic size, the branch makes a constant
+    huge = False
+    if x.numel() >= 2**31:  # a branch, and no bool(): while compiling, a symbolic size must give a constant
+        huge = True
     name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, huge)
     if not name or x.numel() == 0 or (residual is None and post is not None):
         return module._forward_op(x, residual, post)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ Shape = tuple[int, ...]
 
 
 @contextmanager
-def warnings_are(action: str) -> Iterator[None]:
+def warnings_are(action: Literal["error", "ignore"]) -> Iterator[None]:
     """warnings.catch_warnings(action=...), which Python 3.10 lacks."""
     with warnings.catch_warnings():
-        warnings.simplefilter(action)  # type: ignore[arg-type]
+        warnings.simplefilter(action)
         yield
 
 

@@ -179,7 +179,7 @@ def test_compare_tells_noise_from_change(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_plots(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     made = []
     points = [p for name in ("decode", "host") for p in SUITES[name].points(Choice(quick=True))]
     for p, provider in product(points, ("ours", "ours:module", "copy_", "liger")):

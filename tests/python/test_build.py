@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(gemma_norm.__file__).parent
 HIP_LIBRARY = "libgemma_norm_hip.so"
 HIPCC = shutil.which("hipcc") or shutil.which("/opt/rocm/bin/hipcc")
-pytestmark = pytest.mark.skipif(bool(torch.version.hip or torch.version.cuda), reason="needs a CPU build of PyTorch")
+pytestmark = pytest.mark.skipif(
+    bool(torch.version.hip or torch.version.cuda), reason="needs a CPU build of PyTorch: make test-python installs one"
+)
 
 ROCM = """
 import torch

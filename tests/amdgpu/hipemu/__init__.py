@@ -16,7 +16,6 @@ import struct
 import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 from . import code_object as _code_object
@@ -35,7 +34,13 @@ ARCHES = {  # instruction set, wave width, compute units
     "gfx1201": ("rdna4", 32, 64),
 }
 launches: list[dict] = []  # a record of each launch, newest last
-backwards: Callable[[], bool] = lambda: False  # noqa: E731 - shall the waves of a block run last to first?
+
+
+def backwards() -> bool:
+    """Shall the waves of a block run last to first? To be replaced by who wants that."""
+    return False
+
+
 _arch = ""
 _given: dict[str, bytes] = {}
 _objects: dict[tuple, CodeObject] = {}
