@@ -47,7 +47,8 @@ GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-GEMMA_NORM_DEVICE float sqrt(float v) { return __fsqrt_rn(v); }
+GEMMA_NORM_DEVICE float reciprocal_root(float v) { return 1.0f / __fsqrt_rn(v); }
+GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return condition; }
 
 template <class T>
 GEMMA_NORM_DEVICE void unpack(uint32_t word, float* f);
@@ -67,6 +68,7 @@ GEMMA_NORM_DEVICE void unpack<float16>(uint32_t word, float* f) {
   f[1] = pair.y;
 }
 
+GEMMA_NORM_DEVICE float keep_nan(float v) { return v; }
 template <class T>
 GEMMA_NORM_DEVICE uint32_t pack(const float* f);
 template <>

@@ -82,7 +82,12 @@ To bit_cast(From from) {
 inline float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 inline uint32_t as_bits(float f) { return bit_cast<uint32_t>(f); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
-inline float sqrt(float v) { return std::sqrt(v); }
+// As inexact as hardware may be.
+inline float approximate_rsqrt(float v) {
+  const float exact = static_cast<float>(1 / std::sqrt(static_cast<double>(v)));
+  return v > 0 && exact > 0 ? as_float(as_bits(exact) + as_bits(v) % 7 - 3) : exact;
+}
+inline bool in_all_lanes(bool condition) { return condition; }
 
 inline float float16_value(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
@@ -117,6 +122,7 @@ void unpack(uint32_t word, float* f) {
     f[1] = as_float(word & 0xffff0000u);
   }
 }
+inline float keep_nan(float v) { return v; }
 template <class T>
 uint32_t pack(const float* f) {
   if constexpr (sizeof(T) == 4)
@@ -143,3 +149,5 @@ Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, St
 }
 
 }  // namespace gemma_norm::device
+
+#include "reciprocal_root.h"

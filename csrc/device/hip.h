@@ -32,6 +32,8 @@ GEMMA_NORM_DEVICE constexpr int wave_width() { return 64; }
 #else
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 #endif
+// Of the wave as one: compilers keep what the sides of another branch leave in registers apart.
+GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return wave_width() == 64 ? __all(condition) != 0 : condition; }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
@@ -41,7 +43,8 @@ template <int Control>
 GEMMA_NORM_DEVICE float dpp(float v) {
   return as_float(__builtin_amdgcn_update_dpp(0, as_bits(v), Control, 0xf, 0xf, true));
 }
-constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141, kMirrorRow = 0x140;  // a row is 16 lanes
+constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141, kMirrorRow = 0x140,  // a row is 16 lanes
+    kLastOfRow = 0x142, kLastOfHalf = 0x143;
 
 GEMMA_NORM_DEVICE float lane_value(float v, int lane) { return as_float(__builtin_amdgcn_readlane(as_bits(v), lane)); }
 
@@ -52,9 +55,14 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   if (lanes > 4) v += dpp<kMirrorHalfRow>(v);
   if (lanes > 8) v += dpp<kMirrorRow>(v);
 #if defined(__GFX9__)
+  if (lanes > 32) {
+    v += dpp<kLastOfRow>(v);  // of the row before; then of the second row, so that the last lane has all
+    v += dpp<kLastOfHalf>(v);
+    return lane_value(v, 63);
+  }
   if (lanes > 16) {
     const float low = lane_value(v, 0) + lane_value(v, 16), high = lane_value(v, 32) + lane_value(v, 48);
-    v = lanes > 32 ? low + high : threadIdx.x & 32 ? high : low;
+    v = threadIdx.x & 32 ? high : low;
   }
 #else
   if (lanes > 16) v += as_float(__builtin_amdgcn_permlanex16(0, as_bits(v), 0x76543210, 0xfedcba98, true, false));
@@ -75,14 +83,7 @@ GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
 }
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-// Of v >= 0. v_sqrt_f32 may be one unit in the last place off, and compilers before clang 18 leave it at that.
-GEMMA_NORM_DEVICE float sqrt(float v) {
-  const bool tiny = v < 0x1p-96f;  // the residuals would be subnormal
-  v *= tiny ? 0x1p32f : 1.0f;
-  const float root = __builtin_amdgcn_sqrtf(v), below = as_float(as_bits(root) - 1), above = as_float(as_bits(root) + 1);
-  const float nearest = fma(-below, root, v) <= 0.0f ? below : fma(-above, root, v) > 0.0f ? above : root;
-  return nearest * (tiny ? 0x1p-16f : 1.0f);
-}
+GEMMA_NORM_DEVICE float approximate_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }
 
 template <class T>
 GEMMA_NORM_DEVICE void unpack(uint32_t word, float* f);
@@ -107,18 +108,22 @@ template <>
 GEMMA_NORM_DEVICE uint32_t pack<float>(const float* f) {
   return as_bits(f[0]);
 }
+#if defined(__gfx950__)
+GEMMA_NORM_DEVICE float keep_nan(float v) { return v; }
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
   const Float2 value = {f[0], f[1]};
-#if defined(__gfx950__)
   return __builtin_bit_cast(uint32_t, __builtin_convertvector(value, __bf16 __attribute__((ext_vector_type(2)))));
-#else
-  // In the upper halves, to nearest even; that could turn a NaN into Inf or zero.
-  const UInt2 bits = __builtin_bit_cast(UInt2, value), rounded = bits + (bits >> 16 & 1u) + 0x7fffu;
-  const UInt2 kept = value == value ? rounded : UInt2(0x7fc00000u);
-  return __builtin_amdgcn_perm(kept.y, kept.x, 0x07060302u);
-#endif
 }
+#else
+GEMMA_NORM_DEVICE float keep_nan(float v) { return v == v ? v : as_float(0x7fc00000u); }
+template <>
+GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
+  // In the upper halves, to nearest even; a NaN with a lower half could become Inf or zero.
+  const UInt2 bits = {as_bits(f[0]), as_bits(f[1])}, rounded = bits + (bits >> 16 & 1u) + 0x7fffu;
+  return __builtin_amdgcn_perm(rounded.y, rounded.x, 0x07060302u);
+}
+#endif
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   Float2 value = {f[0], f[1]};
@@ -166,3 +171,4 @@ Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, St
 }  // namespace gemma_norm::device
 
 #include "no_clusters.h"
+#include "reciprocal_root.h"

@@ -8,8 +8,11 @@
 //                                added as a balanced binary tree, neighbours first
 //   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
 //   load(p)                        16 bytes that others will want too
-//   as_float(bits) as_bits(f) fma(a, b, c) sqrt(v)                           IEEE, round to nearest even
+//   in_all_lanes(condition)        false where one lane of the wave differs; elsewhere what suits the device
+//   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even
+//   reciprocal_root(v)             1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal
 //   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
+//   keep_nan(v)                    v; a NaN that pack<bfloat16> would not keep, as one that it does: those made of bfloat16 are
 //   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
 //                                                                           the pointers are worked out before the wait
 //

@@ -92,7 +92,7 @@ inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const Devi
       const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
                     blocks = all < most ? all : most;
       const bool room = 2 * blocks * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
-      const Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors, room};
+      const Layout layout{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors, room};
       error = device::launch(kernel.function, blocks, plan, stream, facts, p, layout);
     }
     return error;

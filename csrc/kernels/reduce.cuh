@@ -26,14 +26,15 @@ GEMMA_NORM_DEVICE float sum_over_block(float v) {
   // A few broadcast reads are quicker than exchanges between lanes.
   float sum[4] = {};
 #pragma unroll
-  for (int i = 0; i < (kThreads + 127) / 128; ++i) {
+  for (int i = 0; i < (kThreads / width + 3) / 4; ++i) {
     if (i >= 2 && waves <= 8) break;
     const Words four = partials[i];
     float f[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) f[j] = 4 * i + j < waves ? device::as_float(four.word[j]) : 0.0f;
+    for (int j = 0; j < 4; ++j) f[j] = 4 * i + j < 2 || 4 * i + j < waves ? device::as_float(four.word[j]) : 0.0f;
     sum[i] = (f[0] + f[1]) + (f[2] + f[3]);
   }
+  if (kThreads <= 4 * width) return sum[0];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 

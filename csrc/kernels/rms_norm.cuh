@@ -31,7 +31,7 @@ struct SquareSums {
 };
 
 GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
-  return 1.0f / device::sqrt(device::fma(square_sum, p.inv_hidden, p.eps));
+  return device::reciprocal_root(device::fma(square_sum, p.inv_hidden, p.eps));
 }
 
 // Threads of rms_norm_rows that a multiprocessor should hold: as many registers as NVIDIA's have, 65536, are shared out among them.
@@ -47,7 +47,7 @@ template <class X, class W, bool kAdd, int kVectors, int kThreads, bool kAligned
 constexpr int kResidentThreads = resident_threads(kVectors, kThreads, kAdd, sizeof(W) != sizeof(X), kAligned);
 
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
-// group_threads lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
+// a power of two of lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
 // threads at most.
 template <class X, class W, bool kAdd, Scope kScope, int kVectors, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned> / kThreads))
@@ -55,8 +55,9 @@ rms_norm_rows(RowParams p, Layout layout) {
   int slot = device::thread_index();
   int64_t r = p.first_row + device::block_index();
   if constexpr (kScope == Scope::kWave) {
-    slot &= layout.group_threads - 1;
-    r = p.first_row + (device::block_index() * device::block_threads() + device::thread_index() - slot) / layout.group_threads;
+    const int log2 = layout.log2_group_threads;
+    r = p.first_row + device::block_index() * (device::block_threads() >> log2) + (slot >> log2);
+    slot &= (1 << log2) - 1;
   }
   if constexpr (kScope == Scope::kCluster) {
     device::cluster_arrive();
@@ -97,7 +98,7 @@ rms_norm_rows(RowParams p, Layout layout) {
   // The next kernel may come up to its own wait. Where it would fill but a part of the GPU, its blocks would lie unevenly later:
   // it is allowed after the sum then.
   if (layout.room_for_next) device::allow_next_kernel();
-  if (kAligned && first(kVectors - 1) < end) {
+  if (kAligned && device::in_all_lanes(first(kVectors - 1) < end)) {
     load(NoEnd{});  // no conditions: the loads go out back to back
   } else {
     load(end);
@@ -134,7 +135,7 @@ rms_norm_rows(RowParams p, Layout layout) {
   for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
   float sum = squares.total();
   if constexpr (kScope == Scope::kWave) {
-    sum = device::sum_over_lanes(sum, layout.group_threads);
+    sum = device::sum_over_lanes(sum, 1 << layout.log2_group_threads);
   } else {
     sum = sum_over_block<kThreads>(sum);
     if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);

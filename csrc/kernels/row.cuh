@@ -16,7 +16,7 @@ constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
 // The part of a LaunchPlan that a kernel needs.
 struct Layout {
   int32_t slots;
-  int32_t group_threads;
+  int32_t log2_group_threads;  // kWave
   int32_t vectors;
   bool whole_vectors;
   bool room_for_next = false;  // for as many blocks again
@@ -124,7 +124,10 @@ struct Weights {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) unpack_items<W>(v[i], reinterpret_cast<float(&)[kItems<W>]>(w[i * kItems<W>]));
 #pragma unroll
-    for (int i = 0; i < kItems<X>; ++i) y[i] = y[i] * rstd * (w[i] + offset);
+    for (int i = 0; i < kItems<X>; ++i) {
+      if constexpr (sizeof(W) != sizeof(X)) w[i] = device::keep_nan(w[i]);
+      y[i] = y[i] * rstd * (w[i] + offset);
+    }
     return pack_items<X>(y);
   }
 };

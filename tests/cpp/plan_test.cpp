@@ -79,7 +79,7 @@ TEST_P(Plans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
     using X = decltype(x);
-    const kernels::Layout layout{plan.slots, plan.group_threads, plan.vectors, plan.whole_vectors};
+    const kernels::Layout layout{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors};
     const int step = kernels::item_step(layout);
     owners.assign(hidden, 0);
     for (int k = 0; k < plan.vectors; ++k)

@@ -37,7 +37,7 @@ SHADOW = (
 INEXACT = {  # the instructions that are; those that integer division takes are too
     "V_RCP_F32_E32": lambda x: 1 / x,
     "V_RCP_IFLAG_F32_E32": lambda x: 1 / x,
-    "V_SQRT_F32_E32": math.sqrt,
+    "V_RSQ_F32_E32": lambda x: 1 / math.sqrt(x),
 }
 
 

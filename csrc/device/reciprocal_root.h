@@ -1,0 +1,29 @@
+// 1 / sqrt(v) where the hardware has but approximations, of one unit in the last place: Newton's steps, half the instructions of an
+// IEEE square root and an IEEE division. Needs GEMMA_NORM_DEVICE, fma() and approximate_rsqrt().
+#pragma once
+
+namespace gemma_norm::device {
+
+// The root rounded to nearest even, and its reciprocal again, of v from 2^-96 (below it a residual could be subnormal) to the
+// largest float, given r, which is at most 3 units in the last place off 1 / sqrt(v). tests/cpp/reciprocal_root_test.cpp tries
+// every mantissa.
+GEMMA_NORM_DEVICE float refine_reciprocal_root(float v, float r) {
+  float half = 0.5f * r, root = v * r;
+  const float error = fma(-half, root, 0.5f);
+  half = fma(half, error, half);
+  root = fma(root, error, root);
+  root = fma(fma(-root, root, v), half, root);
+  // Started from above: from below, the reciprocal of a root whose mantissa is all ones would stay half a unit too small.
+  float y = half * 0x1.000002p1f;
+  y = fma(fma(-root, y, 1.0f), y, y);
+  return fma(fma(-root, y, 1.0f), y, y);
+}
+
+GEMMA_NORM_DEVICE float reciprocal_root(float v) {
+  const bool tiny = v < 0x1p-96f;
+  const float scaled = tiny ? v * 0x1p64f : v, r = approximate_rsqrt(scaled);
+  const float y = refine_reciprocal_root(scaled, r) * (tiny ? 0x1p32f : 1.0f);
+  return y == y ? y : r;  // of 0, Inf and NaN it is exact, the steps lead nowhere
+}
+
+}  // namespace gemma_norm::device
