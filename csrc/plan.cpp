@@ -9,8 +9,9 @@ namespace {
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Chosen on an H200 (docs/performance.md): few vectors a
-// thread make one row quick, and of many rows 48 to 80 KB should be in flight on a multiprocessor, by several blocks, lest they
-// all load, then all store. Beyond the last rung a row is cut between the blocks of a cluster, or streamed.
+// thread make one row quick, and of many rows 48 to 96 KB should be in flight on a multiprocessor, by several blocks, lest they
+// all load, then all store. The rungs with clusters are for GPUs that have them, in place of the next without. What is larger is
+// streamed.
 struct Rung {
   int64_t row_vectors;
   Scope scope;
@@ -18,11 +19,12 @@ struct Rung {
   int32_t most_threads;  // of a block; kWave: exactly
 };
 constexpr Rung kLadder[] = {
-    {64, Scope::kWave, 2, 128},    {128, Scope::kWave, 4, 64},    {512, Scope::kBlock, 2, 256},   {1024, Scope::kBlock, 4, 256},
-    {1536, Scope::kBlock, 8, 192}, {2048, Scope::kBlock, 8, 256}, {8192, Scope::kBlock, 8, 1024},
+    {64, Scope::kWave, 2, 128},       {128, Scope::kWave, 4, 64},     {512, Scope::kBlock, 2, 256},
+    {1024, Scope::kBlock, 4, 256},    {1536, Scope::kBlock, 8, 192},  {2048, Scope::kBlock, 8, 256},
+    {16384, Scope::kCluster, 8, 256}, {8192, Scope::kBlock, 8, 1024}, {65536, Scope::kCluster, 8, 1024},
 };
 
-constexpr int32_t kStreamThreads = 512;
+constexpr int32_t kStreamThreads = 512, kClusterBlockThreads = 256;
 
 }  // namespace
 
@@ -32,20 +34,11 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   LaunchPlan plan{};
   plan.cluster = 1;
   plan.whole_vectors = hidden % items == 0;
-  const Rung* rung =
-      std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) { return row_vectors <= r.row_vectors; });
+  const bool clusters = device.max_cluster == kMaxCluster;
+  const Rung* rung = std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) {
+    return row_vectors <= r.row_vectors && (clusters || r.scope != Scope::kCluster);
+  });
   if (rung == std::end(kLadder)) {
-    const Rung& last = *std::prev(std::end(kLadder));
-    if (device.max_cluster == kMaxCluster && row_vectors <= kMaxCluster * last.row_vectors) {
-      plan.scope = Scope::kCluster;
-      plan.cluster = kMaxCluster;
-      plan.vectors = last.vectors;
-      plan.most_threads = last.most_threads;
-      plan.slots = static_cast<int32_t>(divide_up(row_vectors, plan.vectors));
-      plan.block_threads = static_cast<int32_t>(divide_up(plan.slots, plan.cluster * device.wave_width) * device.wave_width);
-      plan.group_threads = plan.cluster * plan.block_threads;
-      return plan;
-    }
     plan.scope = Scope::kStream;
     plan.slots = plan.group_threads = plan.block_threads = plan.most_threads = kStreamThreads;
     plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
@@ -55,13 +48,21 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
   plan.vectors = rung->vectors;
   plan.most_threads = rung->most_threads;
   plan.slots = static_cast<int32_t>(divide_up(row_vectors, rung->vectors));
-  if (rung->scope == Scope::kWave) {
-    plan.group_threads = 1;
-    while (plan.group_threads < plan.slots) plan.group_threads *= 2;
-    plan.block_threads = rung->most_threads;
-  } else {
-    plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
-    plan.block_threads = plan.group_threads;
+  switch (plan.scope) {
+    case Scope::kWave:
+      plan.group_threads = 1;
+      while (plan.group_threads < plan.slots) plan.group_threads *= 2;
+      plan.block_threads = rung->most_threads;
+      break;
+    case Scope::kCluster:  // a power of two of threads a block, so that the tree over the slots is as that of one block
+      plan.block_threads = kClusterBlockThreads;
+      while (plan.block_threads * kMaxCluster < plan.slots) plan.block_threads *= 2;
+      plan.cluster = static_cast<int32_t>(divide_up(plan.slots, plan.block_threads));
+      plan.group_threads = plan.cluster * plan.block_threads;
+      break;
+    default:
+      plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
+      plan.block_threads = plan.group_threads;
   }
   return plan;
 }

@@ -47,7 +47,11 @@ GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-GEMMA_NORM_DEVICE float reciprocal_root(float v) { return 1.0f / __fsqrt_rn(v); }
+GEMMA_NORM_DEVICE float approximate_rsqrt(float v) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return condition; }
 
 template <class T>
@@ -102,11 +106,10 @@ GEMMA_NORM_DEVICE void allow_next_kernel() {
 #endif
 }
 
-// Clusters: barrier.cluster.arrive has release, .wait acquire semantics.
+// Numbers travel by st.async, which an mbarrier beside the inbox counts. The cluster's own barrier, were it to order memory, would
+// flush it to the whole GPU: a microsecond.
 constexpr bool kHasClusters = true;
 #if __CUDA_ARCH__ >= 900
-GEMMA_NORM_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-GEMMA_NORM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 GEMMA_NORM_DEVICE int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -117,12 +120,30 @@ GEMMA_NORM_DEVICE int cluster_blocks() {
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
   return blocks;
 }
-// To the same place in the shared memory of another block of the cluster.
-GEMMA_NORM_DEVICE void store_in_block(float* shared, int rank, float v) {
-  asm volatile("{\n .reg .u32 a;\n mapa.shared::cluster.u32 a, %0, %1;\n st.shared::cluster.f32 [a], %2;\n}" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "r"(rank), "f"(v)
-               : "memory");
+GEMMA_NORM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+GEMMA_NORM_DEVICE void open_inbox(Inbox* inbox) {
+  if (threadIdx.x == 0)
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;\n"
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&inbox->barrier)),
+        "r"(cluster_blocks() * static_cast<int>(sizeof(float)))
+        : "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+GEMMA_NORM_DEVICE void wait_for_inboxes() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+GEMMA_NORM_DEVICE void send(Inbox* inbox, int rank, float v) {
+  asm volatile(
+      "{\n .reg .u32 to, barrier;\n mapa.shared::cluster.u32 to, %0, %2;\n mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [barrier];\n}" ::"r"(
+          shared_address(&inbox->number[cluster_rank()])),
+      "r"(shared_address(&inbox->barrier)), "r"(rank), "r"(__float_as_uint(v))
+      : "memory");
+}
+GEMMA_NORM_DEVICE void wait_for_numbers(const Inbox* inbox) {
+  asm volatile(
+      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(&inbox->barrier))
+      : "memory");
 }
 #endif
 
@@ -183,3 +204,14 @@ Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, St
 #if !(__CUDA_ARCH__ >= 900)
 #include "no_clusters.h"
 #endif
+#include "reciprocal_root.h"
+
+namespace gemma_norm::device {
+
+template <bool kQuick>
+GEMMA_NORM_DEVICE float reciprocal_root(float v) {
+  if constexpr (kQuick) return newton_reciprocal_root(v);
+  return 1.0f / __fsqrt_rn(v);  // calls for rare values, across which the compiler moves nothing
+}
+
+}  // namespace gemma_norm::device

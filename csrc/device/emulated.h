@@ -32,12 +32,20 @@ void block_barrier();
 float value_of_lane(int distance, float v);  // v of the lane whose index is this one's ^ distance
 
 // The threads of a cluster's blocks arrive, then wait for all to have arrived.
-constexpr bool kHasClusters = true;
 void cluster_arrive();
 void cluster_wait();
+void store_in_block(float* shared, int rank, float v);
+
+constexpr bool kHasClusters = true;
 inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
-void store_in_block(float* shared, int rank, float v);
+inline void open_inbox(Inbox*) { cluster_arrive(); }
+inline void wait_for_inboxes() { cluster_wait(); }
+inline void send(Inbox* inbox, int rank, float v) { store_in_block(&inbox->number[cluster_rank()], rank, v); }
+inline void wait_for_numbers(Inbox*) {
+  cluster_arrive();
+  cluster_wait();
+}
 
 // Ends the launch with an error; the fiber does not go on. (AddressSanitizer stumbles over [[noreturn]] on a fiber's stack.)
 void fail(const char* what);
@@ -151,3 +159,12 @@ Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, St
 }  // namespace gemma_norm::device
 
 #include "reciprocal_root.h"
+
+namespace gemma_norm::device {
+
+template <bool kQuick>
+float reciprocal_root(float v) {
+  return newton_reciprocal_root(v);
+}
+
+}  // namespace gemma_norm::device

@@ -172,3 +172,12 @@ Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, St
 
 #include "no_clusters.h"
 #include "reciprocal_root.h"
+
+namespace gemma_norm::device {
+
+template <bool kQuick>
+GEMMA_NORM_DEVICE float reciprocal_root(float v) {
+  return newton_reciprocal_root(v);
+}
+
+}  // namespace gemma_norm::device

@@ -10,13 +10,19 @@
 //   load(p)                        16 bytes that others will want too
 //   in_all_lanes(condition)        false where one lane of the wave differs; elsewhere what suits the device
 //   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even
-//   reciprocal_root(v)             1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal
+//   reciprocal_root<kQuick>(v)     1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal; kQuick: for kernels
+//                                  with registers to spare
 //   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
 //   keep_nan(v)                    v; a NaN that pack<bfloat16> would not keep, as one that it does: those made of bfloat16 are
 //   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
 //                                                                           the pointers are worked out before the wait
 //
-//   kHasClusters, and where true cluster_arrive() cluster_wait() cluster_rank() cluster_blocks() store_in_block(shared, rank, v)
+//   kHasClusters, and where true, called by every thread of every block of a cluster:
+//   cluster_rank() cluster_blocks()
+//   open_inbox(inbox)             before all else
+//   wait_for_inboxes()            until all blocks have opened theirs
+//   send(inbox, rank, v)          (by one thread) v to the block of that rank, as this block's number
+//   wait_for_numbers(inbox)       until all have come
 //
 // and for the host side: Stream, launch(kernel, blocks or clusters, plan, stream, facts, args...), facts(), Error and error_text().
 #pragma once

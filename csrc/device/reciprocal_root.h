@@ -1,5 +1,5 @@
-// 1 / sqrt(v) where the hardware has but approximations, of one unit in the last place: Newton's steps, half the instructions of an
-// IEEE square root and an IEEE division. Needs GEMMA_NORM_DEVICE, fma() and approximate_rsqrt().
+// 1 / sqrt(v) from the hardware's approximation by Newton's steps: with the bits of an IEEE square root and an IEEE division, at
+// half their cost. Needs GEMMA_NORM_DEVICE, fma() and approximate_rsqrt().
 #pragma once
 
 namespace gemma_norm::device {
@@ -19,7 +19,7 @@ GEMMA_NORM_DEVICE float refine_reciprocal_root(float v, float r) {
   return fma(fma(-root, y, 1.0f), y, y);
 }
 
-GEMMA_NORM_DEVICE float reciprocal_root(float v) {
+GEMMA_NORM_DEVICE float newton_reciprocal_root(float v) {
   const bool tiny = v < 0x1p-96f;
   const float scaled = tiny ? v * 0x1p64f : v, r = approximate_rsqrt(scaled);
   const float y = refine_reciprocal_root(scaled, r) * (tiny ? 0x1p32f : 1.0f);

@@ -63,7 +63,9 @@ Kernel choose_kernel(const LaunchPlan& plan) {
                              : rows<X, W, kAdd, Scope::kWave, 4, 64, kAligned>();
   if constexpr (kAligned) {
     if constexpr (device::kHasClusters) {
-      if (plan.scope == Scope::kCluster) return rows<X, W, kAdd, Scope::kCluster, 8, 1024, true>();
+      if (plan.scope == Scope::kCluster)
+        return plan.most_threads == 256 ? rows<X, W, kAdd, Scope::kCluster, 8, 256, true>()
+                                        : rows<X, W, kAdd, Scope::kCluster, 8, 1024, true>();
     }
     if (plan.scope == Scope::kBlock) {
       if (plan.vectors == 2) return rows<X, W, kAdd, Scope::kBlock, 2, 256, true>();

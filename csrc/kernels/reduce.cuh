@@ -38,18 +38,21 @@ GEMMA_NORM_DEVICE float sum_over_block(float v) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Every thread of the cluster gets the sum of its blocks' sums. The blocks have arrived at the cluster's barrier once before: none
-// may write into another that has not started.
+GEMMA_NORM_DEVICE Inbox* cluster_inbox() {
+  GEMMA_NORM_SHARED Inbox inbox;
+  return &inbox;
+}
+
+// Every thread of the cluster gets the sum of its blocks' sums. The block's inbox has been opened.
 GEMMA_NORM_DEVICE float sum_over_cluster(float v) {
-  GEMMA_NORM_SHARED float block_sums[kMaxCluster];
+  Inbox* const inbox = cluster_inbox();
   const int blocks = device::cluster_blocks(), thread = device::thread_index();
-  device::cluster_wait();
-  if (thread < blocks) device::store_in_block(&block_sums[device::cluster_rank()], thread, v);
-  device::cluster_arrive();
-  device::cluster_wait();
+  device::wait_for_inboxes();
+  if (thread < blocks) device::send(inbox, thread, v);
+  device::wait_for_numbers(inbox);
   float sum[kMaxCluster];
 #pragma unroll
-  for (int i = 0; i < kMaxCluster; ++i) sum[i] = i < blocks ? block_sums[i] : 0.0f;
+  for (int i = 0; i < kMaxCluster; ++i) sum[i] = i < blocks ? inbox->number[i] : 0.0f;
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 

@@ -30,17 +30,20 @@ struct SquareSums {
   }
 };
 
+template <bool kQuick>
 GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
-  return device::reciprocal_root(device::fma(square_sum, p.inv_hidden, p.eps));
+  return device::reciprocal_root<kQuick>(device::fma(square_sum, p.inv_hidden, p.eps));
 }
 
 // Threads of rms_norm_rows that a multiprocessor should hold: as many registers as NVIDIA's have, 65536, are shared out among them.
 // The row's data in flight is 48 to 128 KB then (docs/performance.md).
 constexpr int resident_threads(int vectors, int threads, bool add, bool wide_weights, bool aligned) {
   if (!aligned) return threads;
-  if (vectors == 2) return add || wide_weights ? 1024 : 1536;
-  if (vectors == 4) return !add ? 1024 : wide_weights ? 896 : 768;
-  if (threads == 192) return !add ? 576 : wide_weights ? 512 : 384;
+  const bool lean = !add && !wide_weights;
+  if (vectors == 2) return lean ? 1536 : 1024;
+  if (vectors == 4) return add ? 512 : 1024;
+  if (threads == 192) return lean ? 768 : !add ? 576 : wide_weights ? 512 : 384;
+  if (threads == 256) return lean ? 768 : 512;
   return threads <= 512 ? 512 : 1024;
 }
 template <class X, class W, bool kAdd, int kVectors, int kThreads, bool kAligned>
@@ -60,7 +63,7 @@ rms_norm_rows(RowParams p, Layout layout) {
     slot &= (1 << log2) - 1;
   }
   if constexpr (kScope == Scope::kCluster) {
-    device::cluster_arrive();
+    device::open_inbox(cluster_inbox());
     slot += device::cluster_rank() * device::block_threads();
     r = p.first_row + device::block_index() / device::cluster_blocks();
   }
@@ -141,7 +144,7 @@ rms_norm_rows(RowParams p, Layout layout) {
     if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
   }
   device::allow_next_kernel();
-  const float rstd = reciprocal_std(sum, p);
+  const float rstd = reciprocal_std<(kVectors <= 4)>(sum, p);
 
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
@@ -163,7 +166,7 @@ rms_norm_stream(RowParams p, Layout layout) {
   int slot = device::thread_index();
   int64_t r = p.first_row + device::block_index();
   if constexpr (kScope == Scope::kCluster) {
-    device::cluster_arrive();
+    device::open_inbox(cluster_inbox());
     slot += device::cluster_rank() * device::block_threads();
     r = p.first_row + device::block_index() / device::cluster_blocks();
   }
@@ -187,7 +190,7 @@ rms_norm_stream(RowParams p, Layout layout) {
   float sum = sum_over_block<kThreads>(squares.total());
   if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
   device::allow_next_kernel();
-  const float rstd = reciprocal_std(sum, p);
+  const float rstd = reciprocal_std<false>(sum, p);
 
   const X* again = kAdd ? row.residual_out : row.x;  // each thread reads back what it wrote itself
   for (int k = 0; k < layout.vectors; ++k) {

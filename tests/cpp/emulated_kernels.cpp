@@ -6,7 +6,7 @@
 namespace gemma_norm::kernels {
 // What GEMMA_NORM_SHARED declares.
 Words partials[kMaxWaves / 4];
-float block_sums[kMaxCluster];
+Inbox inbox;
 }  // namespace gemma_norm::kernels
 
 namespace gemma_norm {
@@ -38,7 +38,6 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
 gemma_norm::Status gemma_norm_emulated(const gemma_norm::NormArgs* args, const gemma_norm::EmulatedGpu* gpu,
                                        gemma_norm::Message* message) {
   namespace kernels = gemma_norm::kernels;
-  gemma_norm::device::set_machine(
-      *gpu, {{kernels::partials, sizeof kernels::partials}, {kernels::block_sums, sizeof kernels::block_sums}});
+  gemma_norm::device::set_machine(*gpu, {{kernels::partials, sizeof kernels::partials}, {&kernels::inbox, sizeof kernels::inbox}});
   return kernels::run(*args, {}, message);
 }

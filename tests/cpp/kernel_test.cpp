@@ -51,11 +51,20 @@ void for_all_cases(const Check& check) {
   }
 }
 
-// The same bits in each case from all these targets.
-void expect_same_bits(const std::vector<Target*>& same) {
+// The scope of the row's plan on a GPU that has clusters of blocks, or has not.
+Scope scope_of(const Case& c, bool clusters) {
+  return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, clusters ? kMaxCluster : 1}).scope;
+}
+bool takes_cluster(const Case& c) { return scope_of(c, true) == Scope::kCluster; }
+
+bool every_case(const Case&) { return true; }
+
+// The same bits in each chosen case from all these targets.
+void expect_same_bits(const std::vector<Target*>& same, bool chosen(const Case&) = every_case) {
   for_all_cases([&](const Case& c) {
-    const Inputs inputs = make_inputs(c);
     std::string error;
+    if (!chosen(c)) return error;
+    const Inputs inputs = make_inputs(c);
     const Outputs want = run_case(*same[0], c, inputs, &error);
     for (size_t i = 1; i < same.size(); ++i) {
       const Outputs got = run_case(*same[i], c, inputs, &error);
@@ -74,9 +83,6 @@ class Kernels : public testing::TestWithParam<const char*> {
   }
   Target& target() { return find_target(GetParam()); }
 };
-
-// Does the row go to a cluster of blocks, on a GPU that has them? All else is as on one that has not.
-bool takes_cluster(const Case& c) { return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, 8}).scope == Scope::kCluster; }
 
 TEST_P(Kernels, AreRightInEveryCase) {
   const bool only_clusters = target().name() == "emulated_clusters";
@@ -108,6 +114,11 @@ INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", 
 
 TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
   expect_same_bits({&find_target("emulated32"), &find_target("emulated64")});
+}
+
+TEST(EmulatedKernels, HaveTheSameBitsInAClusterAsInABlock) {
+  expect_same_bits({&find_target("emulated32"), &find_target("emulated_clusters")},
+                   [](const Case& c) { return takes_cluster(c) && scope_of(c, false) == Scope::kBlock; });
 }
 
 TEST(EmulatedKernels, AreAllReachedByTheCases) {

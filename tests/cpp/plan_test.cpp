@@ -60,7 +60,8 @@ TEST_P(Plans, FitTheGpu) {
         EXPECT_LT(plan.block_threads - plan.slots, wave) << "a wave with nothing to do";
         break;
       case Scope::kCluster:
-        EXPECT_TRUE(is_power_of_two(plan.cluster));
+        EXPECT_TRUE(is_power_of_two(plan.block_threads)) << "the sum's tree would not be that of one block";
+        EXPECT_LT(plan.group_threads - plan.slots, plan.block_threads) << "a block with nothing to do";
         EXPECT_EQ(plan.group_threads, plan.cluster * plan.block_threads);
         EXPECT_LE(plan.block_threads, kMaxBlockThreads);
         break;
