@@ -156,7 +156,7 @@ inline const char* error_text(Error e) {
 }
 
 // Of the current device, asked for once. `kernel` is any of this library's.
-inline Error facts(DeviceFacts* result, const void* kernel) {
+static Error facts(DeviceFacts* result, const void* kernel) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch + 2 * clusters + 4 * processors
   int device;

@@ -147,7 +147,7 @@ inline const char* error_text(Error e) {
 }
 
 // Of the current device, asked for once.
-inline Error facts(DeviceFacts* result, const void*) {
+static Error facts(DeviceFacts* result, const void*) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];  // 0: not yet; else the wave width
   int device;

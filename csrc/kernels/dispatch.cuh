@@ -8,6 +8,7 @@
 #include "rms_norm.cuh"
 
 namespace gemma_norm::kernels {
+namespace {  // the tests link CUDA's and the emulated device's into one program
 
 template <class T>
 struct Type {
@@ -17,7 +18,7 @@ template <auto kValue>
 using Constant = std::integral_constant<decltype(kValue), kValue>;
 
 // Can every access be a whole, aligned vector? A property of this call's memory: it picks the instructions, never the layout.
-inline bool is_aligned(const RowParams& p, const LaunchPlan& plan) {
+bool is_aligned(const RowParams& p, const LaunchPlan& plan) {
   uint64_t bits = 0;
   for (const void* pointer : {p.x, p.residual, p.post_residual_addition, p.weight, const_cast<const void*>(p.out),
                               const_cast<const void*>(p.residual_out)})
@@ -86,7 +87,7 @@ Kernel choose_kernel(const LaunchPlan& plan) {
                                   : Kernel{&rms_norm_stream<X, W, kAdd, Scope::kStream, 1024, false>, 1024};
 }
 
-inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
+device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
   const auto launch = [&](const Kernel& kernel) {
     const int64_t most = max_blocks(plan, facts);
     device::Error error = device::kSuccess;
@@ -110,7 +111,7 @@ inline device::Error launch_rows(RowParams p, const LaunchPlan& plan, const Devi
   });
 }
 
-inline Status run(const NormArgs& args, device::Stream stream, Message* message) {
+Status run(const NormArgs& args, device::Stream stream, Message* message) {
   RowParams params;
   RowSlices slices;
   if (const Status status = check(args, &params, &slices, message); status != Status::kOk) return status;
@@ -128,4 +129,5 @@ inline Status run(const NormArgs& args, device::Stream stream, Message* message)
   return Status::kDeviceError;
 }
 
+}  // namespace
 }  // namespace gemma_norm::kernels
