@@ -106,10 +106,15 @@ GEMMA_NORM_DEVICE void allow_next_kernel() {
 #endif
 }
 
-// Numbers travel by st.async, which an mbarrier beside the inbox counts. The cluster's own barrier, were it to order memory, would
+// Numbers travel by st.async, which the inbox's mbarrier counts. The cluster's own barrier, were it to order memory, would
 // flush it to the whole GPU: a microsecond.
 constexpr bool kHasClusters = true;
 #if __CUDA_ARCH__ >= 900
+GEMMA_NORM_DEVICE int64_t cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
 GEMMA_NORM_DEVICE int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -133,8 +138,8 @@ GEMMA_NORM_DEVICE void open_inbox(Inbox* inbox) {
 GEMMA_NORM_DEVICE void wait_for_inboxes() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 GEMMA_NORM_DEVICE void send(Inbox* inbox, int rank, float v) {
   asm volatile(
-      "{\n .reg .u32 to, barrier;\n mapa.shared::cluster.u32 to, %0, %2;\n mapa.shared::cluster.u32 barrier, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [barrier];\n}" ::"r"(
+      "{\n .reg .u32 to, counter;\n mapa.shared::cluster.u32 to, %0, %2;\n mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [counter];\n}" ::"r"(
           shared_address(&inbox->number[cluster_rank()])),
       "r"(shared_address(&inbox->barrier)), "r"(rank), "r"(__float_as_uint(v))
       : "memory");

@@ -37,6 +37,7 @@ void cluster_wait();
 void store_in_block(float* shared, int rank, float v);
 
 constexpr bool kHasClusters = true;
+inline int64_t cluster_index() { return here.block / here.cluster_blocks; }
 inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
 inline void open_inbox(Inbox*) { cluster_arrive(); }

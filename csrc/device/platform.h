@@ -8,17 +8,17 @@
 //                                added as a balanced binary tree, neighbours first
 //   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
 //   load(p)                        16 bytes that others will want too
-//   in_all_lanes(condition)        false where one lane of the wave differs; elsewhere what suits the device
+//   in_all_lanes(condition)        for a branch: where a device gains by it, of the wave as one; elsewhere of this lane alone
 //   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even
 //   reciprocal_root<kQuick>(v)     1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal; kQuick: for kernels
 //                                  with registers to spare
 //   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
-//   keep_nan(v)                    v; a NaN that pack<bfloat16> would not keep, as one that it does: those made of bfloat16 are
+//   keep_nan(v)                    v; a NaN as one that pack<bfloat16> keeps: needed where its lower 16 bits may not be 0
 //   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
 //                                                                           the pointers are worked out before the wait
 //
 //   kHasClusters, and where true, called by every thread of every block of a cluster:
-//   cluster_rank() cluster_blocks()
+//   cluster_index() cluster_rank() cluster_blocks()       of the cluster in the grid, of the block in it; how many there are in it
 //   open_inbox(inbox)             before all else
 //   wait_for_inboxes()            until all blocks have opened theirs
 //   send(inbox, rank, v)          (by one thread) v to the block of that rank, as this block's number

@@ -52,7 +52,7 @@ struct Kernel {
 template <class X, class W, bool kAdd, Scope kScope, int kVectors, int kThreads, bool kAligned>
 Kernel rows() {
   return {&rms_norm_rows<X, W, kAdd, kScope, kVectors, kThreads, kAligned>,
-          kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned> / kThreads * kThreads};
+          kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned>};
 }
 
 // Exactly the shapes of the ladder in plan.cpp. Picking single elements for many vectors would spill registers: streamed instead,

@@ -7,7 +7,7 @@
 namespace gemma_norm::kernels {
 
 constexpr int kMaxWaves = kMaxBlockThreads / 32;
-static_assert(kMaxWaves <= 32 && kMaxCluster == 8, "as many terms are added below");
+static_assert(kMaxWaves <= 32 && kMaxCluster == 8 && sizeof(Inbox::number) == 8 * sizeof(float), "as many terms are added below");
 
 // Every thread of the block, of at most kThreads, gets the sum.
 template <int kThreads>
@@ -23,7 +23,7 @@ GEMMA_NORM_DEVICE float sum_over_block(float v) {
     const int i = lane % kMaxWaves;
     return device::sum_over_lanes(i < waves ? reinterpret_cast<const float*>(partials)[i] : 0.0f, kMaxWaves);
   }
-  // A few broadcast reads are quicker than exchanges between lanes.
+  // A few broadcast reads are quicker than exchanges between lanes. Two waves there are.
   float sum[4] = {};
 #pragma unroll
   for (int i = 0; i < (kThreads / width + 3) / 4; ++i) {

@@ -42,7 +42,7 @@ constexpr int resident_threads(int vectors, int threads, bool add, bool wide_wei
   const bool lean = !add && !wide_weights;
   if (vectors == 2) return lean ? 1536 : 1024;
   if (vectors == 4) return add ? 512 : 1024;
-  if (threads == 192) return lean ? 768 : !add ? 576 : wide_weights ? 512 : 384;
+  if (threads == 192) return lean ? 768 : add ? 384 : 576;
   if (threads == 256) return lean ? 768 : 512;
   return threads <= 512 ? 512 : 1024;
 }
@@ -65,7 +65,7 @@ rms_norm_rows(RowParams p, Layout layout) {
   if constexpr (kScope == Scope::kCluster) {
     device::open_inbox(cluster_inbox());
     slot += device::cluster_rank() * device::block_threads();
-    r = p.first_row + device::block_index() / device::cluster_blocks();
+    r = p.first_row + device::cluster_index();
   }
   // Threads without a part of a row still take part in the exchanges.
   const bool active = (kScope != Scope::kWave || r < p.rows) && slot < layout.slots;
@@ -168,7 +168,7 @@ rms_norm_stream(RowParams p, Layout layout) {
   if constexpr (kScope == Scope::kCluster) {
     device::open_inbox(cluster_inbox());
     slot += device::cluster_rank() * device::block_threads();
-    r = p.first_row + device::block_index() / device::cluster_blocks();
+    r = p.first_row + device::cluster_index();
   }
   const int step = item_step(layout);
   const int64_t end = slot < layout.slots ? p.hidden : 0;

@@ -1,6 +1,8 @@
 // How a thread reaches its part of a row: where the row is, which elements a slot owns, and how they become floats.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/platform.h"
 #include "../plan.h"
 #include "row_params.h"
@@ -125,7 +127,7 @@ struct Weights {
     for (int i = 0; i < kVectors; ++i) unpack_items<W>(v[i], reinterpret_cast<float(&)[kItems<W>]>(w[i * kItems<W>]));
 #pragma unroll
     for (int i = 0; i < kItems<X>; ++i) {
-      if constexpr (sizeof(W) != sizeof(X)) w[i] = device::keep_nan(w[i]);
+      if constexpr (std::is_same_v<X, bfloat16> && sizeof(W) != sizeof(X)) w[i] = device::keep_nan(w[i]);
       y[i] = y[i] * rstd * (w[i] + offset);
     }
     return pack_items<X>(y);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <set>
+#include <tuple>
 #include <vector>
 
 #include "cases.h"
@@ -45,6 +46,7 @@ TEST_P(Plans, FitTheGpu) {
   const int32_t wave = GetParam().wave_width;
   for_all([&](const LaunchPlan& plan, int64_t, DType) {
     EXPECT_EQ(0, plan.block_threads % wave);
+    EXPECT_LE(plan.block_threads, plan.most_threads);
     EXPECT_LE(1, plan.slots);
     EXPECT_LE(plan.slots, plan.group_threads);
     switch (plan.scope) {
@@ -105,7 +107,7 @@ TEST_P(Plans, CoverTheRowExactly) {
 }
 
 // Which slot owns what decides the order of the sum: not the wave width, nor limits, nor which of two dtypes of one size it is.
-// (Clusters do; they are a fact of the GPU.)
+// (Whether there are clusters does, for rows that no single block holds.)
 TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
     for (const DeviceFacts& other :
@@ -117,6 +119,10 @@ TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
         EXPECT_EQ(plan.slots, same.slots);
         EXPECT_EQ(plan.whole_vectors, same.whole_vectors);
       }
+    const LaunchPlan block = make_plan(hidden, dtype, {32, kNoLimit, false, 1});
+    if (block.scope == Scope::kBlock) {
+      EXPECT_EQ(std::tie(block.vectors, block.slots), std::tie(plan.vectors, plan.slots));
+    }
   });
 }
 

@@ -1,4 +1,4 @@
-// The reciprocal root that AMD's GPUs compute by Newton's steps: the bits of an IEEE square root and division.
+// The reciprocal root by Newton's steps: the bits of an IEEE square root and division.
 #include <gtest/gtest.h>
 
 #include <cmath>

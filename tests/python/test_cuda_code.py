@@ -33,7 +33,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, in
 
 
 def test_rows_that_models_have_are_not_spilled(kernels: dict[str, tuple[int, int]]) -> None:
-    """Up to hidden 16384, that is; longer rows of 16-bit elements take blocks of 1024 threads of 64 registers each."""
+    """Longer ones (here, from 131072 16-bit elements on) take blocks of 1024 threads, which have 64 registers each."""
     for_long_rows = re.compile(r"rms_norm_\w+<gemma_norm::b?float16, .* 1024, (true|false)>")
     spilled = {name: found[0] for name, found in kernels.items() if found[0] and not for_long_rows.search(name)}
     assert len(kernels) > 100 and not spilled
@@ -42,16 +42,19 @@ def test_rows_that_models_have_are_not_spilled(kernels: dict[str, tuple[int, int
 def test_as_many_rows_are_in_flight_as_planned(kernels: dict[str, tuple[int, int]]) -> None:
     """The plain bfloat16 kernels: blocks on a multiprocessor of 65536 registers, given out 8 a thread at a time."""
 
-    def blocks(vectors: int, threads: int) -> int:
+    def blocks(scope: int, vectors: int, threads: int) -> int:
         bfloat16 = "gemma_norm::bfloat16"
-        name = rf"rms_norm_rows<{bfloat16}, {bfloat16}, false, .*1, {vectors}, {threads}, true>"
+        name = rf"rms_norm_rows<{bfloat16}, {bfloat16}, false, .*{scope}, {vectors}, {threads}, true>"
         (used,) = (found[1] for kernel, found in kernels.items() if re.search(name, kernel))
         return 65536 // (-(-used // 8) * 8 * threads)
 
-    assert {(v, t): blocks(v, t) for v, t in [(2, 256), (4, 256), (8, 192), (8, 256), (8, 1024)]} == {
-        (2, 256): 6,
-        (4, 256): 4,
-        (8, 192): 4,
-        (8, 256): 3,
-        (8, 1024): 1,
+    block, cluster = 1, 2  # gemma_norm::Scope
+    planned = {
+        (block, 2, 256): 6,
+        (block, 4, 256): 4,
+        (block, 8, 192): 4,
+        (block, 8, 256): 3,
+        (block, 8, 1024): 1,
+        (cluster, 8, 256): 3,
     }
+    assert {kernel: blocks(*kernel) for kernel in planned} == planned
