@@ -43,8 +43,7 @@ template <int Control>
 GEMMA_NORM_DEVICE float dpp(float v) {
   return as_float(__builtin_amdgcn_update_dpp(0, as_bits(v), Control, 0xf, 0xf, true));
 }
-constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141, kMirrorRow = 0x140,  // a row is 16 lanes
-    kLastOfRow = 0x142, kLastOfHalf = 0x143;
+constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141, kMirrorRow = 0x140;  // a row is 16 lanes
 
 GEMMA_NORM_DEVICE float lane_value(float v, int lane) { return as_float(__builtin_amdgcn_readlane(as_bits(v), lane)); }
 
@@ -55,14 +54,9 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   if (lanes > 4) v += dpp<kMirrorHalfRow>(v);
   if (lanes > 8) v += dpp<kMirrorRow>(v);
 #if defined(__GFX9__)
-  if (lanes > 32) {
-    v += dpp<kLastOfRow>(v);  // of the row before; then of the second row, so that the last lane has all
-    v += dpp<kLastOfHalf>(v);
-    return lane_value(v, 63);
-  }
   if (lanes > 16) {
     const float low = lane_value(v, 0) + lane_value(v, 16), high = lane_value(v, 32) + lane_value(v, 48);
-    v = threadIdx.x & 32 ? high : low;
+    v = lanes > 32 ? low + high : threadIdx.x & 32 ? high : low;
   }
 #else
   if (lanes > 16) v += as_float(__builtin_amdgcn_permlanex16(0, as_bits(v), 0x76543210, 0xfedcba98, true, false));
