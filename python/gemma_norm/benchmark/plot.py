@@ -67,7 +67,7 @@ def _figure(pyplot: Any, suite: str, facts: Mapping[str, str], results: Sequence
     if axis:
         known = [panel.get_legend_handles_labels() for panel in axes.flat]
         legend = {label: line for lines, labels in known for line, label in zip(lines, labels, strict=True)}
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     threads = results[0].threads
     device = facts.get("cpu" if threads else "gpu", "unknown device") + (f", {threads} threads" if threads else "")
     what = f"{device}, {results[0].dtype}, torch {facts.get('torch', '?')}"
