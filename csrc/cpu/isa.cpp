@@ -9,6 +9,7 @@ const char* isa_name(Isa isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kNeon: return "neon";
   }
   return "unknown";
@@ -18,10 +19,11 @@ bool isa_supported(Isa isa) {
   switch (isa) {
     case Isa::kGeneric: return true;
 #if defined(__x86_64__)
-    case Isa::kAvx2: return __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
+    case Isa::kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx512Bf16: return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__)
     case Isa::kNeon: return true;  // part of the base architecture
 #endif
@@ -30,7 +32,7 @@ bool isa_supported(Isa isa) {
 }
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kNeon})
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kNeon})
     if (isa_supported(isa)) return isa;
   return Isa::kGeneric;
 }
@@ -40,6 +42,7 @@ void cpu_rows(Isa isa, const RowParams& params, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
     case Isa::kAvx2: return rows_avx2(params, begin, end);
     case Isa::kAvx512: return rows_avx512(params, begin, end);
+    case Isa::kAvx512Bf16: return rows_avx512_bf16(params, begin, end);
 #elif defined(__aarch64__)
     case Isa::kNeon: return rows_neon(params, begin, end);
 #endif

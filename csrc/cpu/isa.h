@@ -7,9 +7,9 @@
 
 namespace gemma_norm {
 
-enum class Isa { kGeneric, kAvx2, kAvx512, kNeon };
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kNeon };
 
-constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kNeon};
+constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kNeon};
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // compiled in, and the processor has it
@@ -23,6 +23,7 @@ void cpu_rows(Isa isa, const RowParams& params, int64_t begin, int64_t end);
 void rows_generic(const RowParams& params, int64_t begin, int64_t end);
 void rows_avx2(const RowParams& params, int64_t begin, int64_t end);
 void rows_avx512(const RowParams& params, int64_t begin, int64_t end);
+void rows_avx512_bf16(const RowParams& params, int64_t begin, int64_t end);
 void rows_neon(const RowParams& params, int64_t begin, int64_t end);
 
 }  // namespace gemma_norm

@@ -1,4 +1,4 @@
-// The row kernel for AVX2 and F16C (Haswell, Zen and later).
+// The row kernel for AVX2, F16C and FMA (Haswell, Zen and later).
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -8,9 +8,9 @@
 #include <cstring>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,f16c,fma")
 #endif
 
 #include "row_kernel.h"
@@ -60,6 +60,11 @@ struct F32x32 {
 
   F32x32 operator+(const F32x32& b) const { return {v[0] + b.v[0], v[1] + b.v[1], v[2] + b.v[2], v[3] + b.v[3]}; }
   F32x32 operator*(const F32x32& b) const { return {v[0] * b.v[0], v[1] * b.v[1], v[2] * b.v[2], v[3] * b.v[3]}; }
+
+  static F32x32 multiply_add(const F32x32& a, const F32x32& b, const F32x32& c) {
+    return {_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1]),
+            _mm256_fmadd_ps(a.v[2], b.v[2], c.v[2]), _mm256_fmadd_ps(a.v[3], b.v[3], c.v[3])};
+  }
 
   F32x32 without_payload() const {
     return {without_payload(v[0]), without_payload(v[1]), without_payload(v[2]), without_payload(v[3])};

@@ -74,6 +74,12 @@ struct F32x32 {
     return r;
   }
 
+  static F32x32 multiply_add(const F32x32& a, const F32x32& b, const F32x32& c) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vfmaq_f32(c.v[j], a.v[j], b.v[j]);
+    return r;
+  }
+
   F32x32 without_payload() const {
     F32x32 r;
     for (int j = 0; j < 8; ++j) r.v[j] = vbslq_f32(vceqq_f32(v[j], v[j]), v[j], vdupq_n_f32(__builtin_nanf("")));

@@ -1,9 +1,10 @@
 // The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (rms_norm_*.cpp).
 //
-// A thread takes its rows one by one, or four by four where they are short, and passes over them twice, the second time out of
-// the cache:
+// Each row is passed over twice, the second time out of the cache:
 //   statistics  s = the sum of the inputs, stored where there is something to add; rstd = 1 / sqrt(mean(s^2) + eps)
 //   normalize   y = s * rstd * (weight + offset)
+// A thread with many rows does the second of a row and the first of the next one side by side: memory is read while the
+// processor computes, and the latencies of a row's end (tree, root, division) hide behind other rows.
 //
 // The bits are the same on every instruction set, NaN payloads aside. Every operation on V is one IEEE operation a lane, and the
 // order of a sum of squares depends on hidden and dtype alone: lane j of sum k adds up the elements that V::load_for_sum puts
@@ -34,20 +35,16 @@ constexpr int kSums = 2;  // an addition takes some cycles: have more than one u
 constexpr int kStep = kLanes * kSums;
 constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
 
-// Short rows, of which four and their outputs share the L1 cache easily, go four by four: they hide each other's latencies
-// (tree, root, division) and share each weight that is loaded and converted. Four of 4096 bytes took 1.7x the time of one by one:
-// rows at a stride of a page compete for the same cache sets.
-constexpr int64_t kShortBytes = 2048;
-constexpr int kBlock = 4;
-
 // What a thread with many rows sets up: weights converted once, which saves a fifth of the time of long bfloat16 rows, and a
-// place for sums. Rows that are longer still do without.
+// place for two rows' sums. Rows that are longer still do without, and go one by one.
 constexpr int64_t kManyRows = 4;
 constexpr int64_t kBufferElements = 16384;
 
 // Outputs from here on are written around the caches: most would leave them before anybody reads them, and an ordinary store
-// first reads from memory what it overwrites. At this size, norm and copy in turn took 10 % less so, at half of it the same.
+// first reads from memory what it overwrites. At this size, norm and copy in turn took 10 % less so. At half of it, they took 14 %
+// less where one thread wrote it all, but 40 % more where two did.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytesOfThread = kStreamBytes / 2;
 
 // --- The first pass
 
@@ -77,6 +74,15 @@ template <class V, class T, Addition kAddition, bool kStream>
   }
 }
 
+// A 16-bit number's square is exact in float32 unless it underflows: one operation does for two.
+template <class T, class V>
+[[gnu::always_inline]] inline V add_square(const V& sum, const V& s) {
+  if constexpr (sizeof(T) == 2)
+    return V::multiply_add(s, s, sum);
+  else
+    return sum + s * s;
+}
+
 // The squares of the last, incomplete step.
 template <class V, class T, Addition kAddition>
 [[gnu::noinline]] void rest_squares(Row<T> row, int64_t i, int64_t rest, float (&squares)[kStep]) {
@@ -95,104 +101,142 @@ template <class V, class T, Addition kAddition>
   }
 }
 
+// A row's squares, added up: sums of sums, as one long chain of additions would drift.
 template <class V, class T, Addition kAddition, bool kStream>
-void statistics(const RowParams& p, const Row<T>* rows, int count, float* rstd) {
-  const int64_t hidden = p.hidden;
-  for (int r = 0; r < count; ++r) {
-    const Row<T> row = rows[r];
-    V sums[kSums] = {V::broadcast(0), V::broadcast(0)};
-    int64_t i = 0;
-    while (i + kStep <= hidden) {  // sums of sums: one long chain of additions would drift
-      V part[kSums] = {V::broadcast(0), V::broadcast(0)};
-      const int64_t end = hidden - i < kChunk ? hidden : i + kChunk;
-      for (; i + kStep <= end; i += kStep) {
-        for (int k = 0; k < kSums; ++k) {
-          const V s = sum_at<V, T, kAddition, kStream>(row, i + k * kLanes);
-          part[k] = part[k] + s * s;
-        }
-      }
-      for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + part[k];
+class Squares {
+ public:
+  explicit Squares(const Row<T>& row) : row_(row) {}
+
+  [[gnu::always_inline]] void add_step(int64_t i) {
+    for (int k = 0; k < kSums; ++k) {
+      const V s = sum_at<V, T, kAddition, kStream>(row_, i + k * kLanes);
+      part_[k] = add_square<T>(part_[k], s);
     }
-    if (i < hidden) {
-      float squares[kStep];
-      rest_squares<V, T, kAddition>(row, i, hidden - i, squares);
-      for (int k = 0; k < kSums; ++k) sums[k] = sums[k] + V::load(squares + k * kLanes);
-    }
-    const float mean = (sums[0] + sums[1]).sum() * p.inv_hidden;
-    rstd[r] = 1.0f / __builtin_sqrtf(mean + p.eps);
   }
-}
+  [[gnu::always_inline]] void end_chunk() {
+    for (int k = 0; k < kSums; ++k) {
+      sums_[k] = sums_[k] + part_[k];
+      part_[k] = V::broadcast(0);
+    }
+  }
+  [[gnu::always_inline]] void add_rest(int64_t i, int64_t rest) {
+    float squares[kStep];
+    rest_squares<V, T, kAddition>(row_, i, rest, squares);
+    for (int k = 0; k < kSums; ++k) sums_[k] = sums_[k] + V::load(squares + k * kLanes);
+  }
+  [[gnu::always_inline]] float rstd(const RowParams& p) const {
+    const float mean = (sums_[0] + sums_[1]).sum() * p.inv_hidden;
+    return 1.0f / __builtin_sqrtf(mean + p.eps);
+  }
+
+ private:
+  const Row<T> row_;
+  V sums_[kSums] = {V::broadcast(0), V::broadcast(0)};
+  V part_[kSums] = {V::broadcast(0), V::broadcast(0)};
+};
 
 // --- The second pass
 
-// Brings in what V will want soon of a row, if there is one.
+// Writes a row's outputs. Prepared weights reach to the end of the last vector.
+template <class V, class T, class Factors, bool kStream>
+class Normalizer {
+ public:
+  Normalizer(Factors factors, const Row<T>& row, float rstd)
+      : factors_(factors), s_(row.sum ? row.sum : row.x), out_(row.out), scale_(V::broadcast(rstd)) {}
+
+  [[gnu::always_inline]] void vector(int64_t i) const {
+    const V y = V::load(s_ + i) * scale_ * factors_.template at<V>(i);
+    if constexpr (kStream)
+      y.stream(out_ + i);
+    else
+      y.store(out_ + i);
+  }
+  [[gnu::always_inline]] void rest(int64_t i, int64_t hidden) const {
+    for (; i + kLanes <= hidden; i += kLanes) vector(i);
+    if (const int64_t rest = hidden - i) {
+      T y[kLanes] = {};
+      copy(y, s_ + i, rest);
+      (V::load(y) * scale_ * factors_.template rest_at<V>(i, rest)).store(y);
+      copy(out_ + i, y, rest);
+    }
+  }
+
+ private:
+  const Factors factors_;
+  const T* const s_;
+  T* const out_;
+  const V scale_;
+};
+
+// --- Both
+
+// Calls step(i) for all whole steps of a row and end_chunk() after every chunk of them; returns where the rest begins.
+template <class Step, class EndChunk>
+[[gnu::always_inline]] inline int64_t each_step(int64_t hidden, Step step, EndChunk end_chunk) {
+  int64_t i = 0;
+  while (i + kStep <= hidden) {
+    const int64_t end = hidden - i < kChunk ? hidden : i + kChunk;
+    for (; i + kStep <= end; i += kStep) step(i);
+    end_chunk();
+  }
+  return i;
+}
+
+template <class V, class T, Addition kAddition, bool kStream>
+float statistics(const RowParams& p, const Row<T>& row) {
+  Squares<V, T, kAddition, kStream> squares(row);
+  const int64_t i = each_step(p.hidden, [&](int64_t i) { squares.add_step(i); }, [&] { squares.end_chunk(); });
+  if (i < p.hidden) squares.add_rest(i, p.hidden - i);
+  return squares.rstd(p);
+}
+
+template <class V, class T, class Factors, bool kStream>
+void normalize(const RowParams& p, Factors factors, const Row<T>& row, float rstd) {
+  Normalizer<V, T, Factors, kStream>(factors, row, rstd).rest(0, p.hidden);
+}
+
+// Brings in what a V will want soon.
 template <class T>
 [[gnu::always_inline]] inline void prefetch(const T* row, int64_t i) {
-  if (!row) return;
   constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < kLanes; j += kLine) __builtin_prefetch(row + i + j, 0, 2);
 }
 
-// Where a row goes alone, the memory of the next one is brought in meanwhile; it would idle while the processor computes. 1024
-// rows of 4096 bfloat16, in the L3 cache, took a quarter more without.
-template <class V, class T, class Factors, int kRows, bool kStream>
-void normalize(const RowParams& p, Factors factors, const Row<T>* rows, const float* rstd, Row<T> next) {
-  const int64_t hidden = p.hidden;
-  const T* s[kRows];
-  T* out[kRows];
-  V scale[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    s[r] = p.residual ? rows[r].sum : rows[r].x;
-    out[r] = rows[r].out;
-    scale[r] = V::broadcast(rstd[r]);
-  }
-
-  int64_t i = 0;
-  for (; i + kLanes <= hidden; i += kLanes) {
-    if constexpr (kRows == 1) {
-      prefetch(next.x, i);
-      prefetch(next.residual, i);
-      prefetch(next.out, i);
-      prefetch(next.residual_out, i);
+// Normalises `row` and returns the rstd of `next`, while the memory in `ahead` is brought in.
+template <class V, class T, Addition kAddition, bool kStreamSum, bool kStreamOut>
+[[gnu::always_inline]] inline float normalize_beside(const RowParams& p, PreparedWeights factors, const Row<T>& row, float rstd,
+                                                     const Row<T>& next, Row<T> ahead) {
+  Squares<V, T, kAddition, kStreamSum> squares(next);
+  const Normalizer<V, T, PreparedWeights, kStreamOut> normalizer(factors, row, rstd);
+  const auto step = [&](int64_t i) {
+    squares.add_step(i);
+    for (int k = 0; k < kStep; k += kLanes) {
+      prefetch(ahead.x, i + k);
+      if constexpr (!kStreamOut) prefetch(ahead.out, i + k);
+      if constexpr (kAddition != Addition::kNone) {
+        prefetch(ahead.residual, i + k);
+        if constexpr (!kStreamSum) prefetch(ahead.residual_out, i + k);
+      }
+      normalizer.vector(i + k);
     }
-    const V w = factors.template at<V>(i);
-    for (int r = 0; r < kRows; ++r) {
-      const V y = V::load(s[r] + i) * scale[r] * w;
-      if constexpr (kStream)
-        y.stream(out[r] + i);
-      else
-        y.store(out[r] + i);
-    }
-  }
-  if (const int64_t rest = hidden - i) {
-    const V w = factors.template rest_at<V>(i, rest);
-    for (int r = 0; r < kRows; ++r) {
-      T y[kLanes] = {};
-      copy(y, s[r] + i, rest);
-      (V::load(y) * scale[r] * w).store(y);
-      copy(out[r] + i, y, rest);
-    }
-  }
+  };
+  const int64_t i = each_step(p.hidden, step, [&] { squares.end_chunk(); });
+  if (i < p.hidden) squares.add_rest(i, p.hidden - i);
+  normalizer.rest(i, p.hidden);
+  return squares.rstd(p);
 }
-
-// --- Both
 
 // Whether to write an output around the caches: it is large, none of it is in them as an input, and it is made of whole lines.
 template <class T>
-bool streams(const RowParams& p, const void* out, const int64_t* strides) {
+bool streams(const RowParams& p, int64_t rows_of_thread, const void* out, const int64_t* strides) {
   constexpr int64_t kItem = sizeof(T);
-  if (p.rows * p.hidden * kItem < kStreamBytes) return false;
+  const int64_t row_bytes = p.hidden * kItem;
+  if (p.rows * row_bytes < kStreamBytes && rows_of_thread * row_bytes < kStreamBytesOfThread) return false;
   if (out == p.x || out == p.residual || out == p.post_residual_addition) return false;
   bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
   for (int d = 0; d < p.row_dims; ++d) aligned = aligned && strides[d] * kItem % kCacheLine == 0;
   return aligned;
 }
-
-template <class T>
-struct Buffers {
-  alignas(kCacheLine) T sums[kBufferElements];
-  alignas(kCacheLine) float factors[kBufferElements];
-};
 
 template <class V, class T, bool kStream>
 auto choose_statistics(const RowParams& p) {
@@ -201,61 +245,68 @@ auto choose_statistics(const RowParams& p) {
                                      : &statistics<V, T, Addition::kResidualAndPost, kStream>;
 }
 
+// Row by row.
 template <class V, class T, class W>
-void run(const RowParams& p, int64_t begin, int64_t end, Buffers<T>* buffers) {
-  const int block = p.hidden * static_cast<int64_t>(sizeof(T)) <= kShortBytes ? kBlock : 1;
-  const bool use_prepared = buffers && block == 1 && p.hidden <= kBufferElements;
-  const bool stream_out = streams<T>(p, p.out, p.out_strides);
-  const bool stream_sum =
-      buffers && p.residual && block * p.hidden <= kBufferElements && streams<T>(p, p.residual_out, p.residual_out_strides);
-
-  const auto first_pass = stream_sum ? choose_statistics<V, T, true>(p) : choose_statistics<V, T, false>(p);
-  const auto block_pass =
-      stream_out ? &normalize<V, T, Weights<T, W>, kBlock, true> : &normalize<V, T, Weights<T, W>, kBlock, false>;
-  const auto row_pass = stream_out ? &normalize<V, T, Weights<T, W>, 1, true> : &normalize<V, T, Weights<T, W>, 1, false>;
-  const auto prepared_pass = stream_out ? &normalize<V, T, PreparedWeights, 1, true> : &normalize<V, T, PreparedWeights, 1, false>;
-  const Weights<T, W> weights{static_cast<const W*>(p.weight), p.weight_offset};
-  const PreparedWeights prepared = use_prepared ? prepare<V>(weights, p.hidden, buffers->factors) : PreparedWeights{};
-
-  RowCursor<T> cursor(p, begin), ahead(p, begin + 1);
-  while (begin < end) {
-    const int count = end - begin < block ? 1 : block;
-    begin += count;
-    Row<T> rows[kBlock], next = {};
-    for (int r = 0; r < count; ++r) {
-      rows[r] = cursor.next();
-      if (stream_sum) rows[r].sum = buffers->sums + r * p.hidden;
-    }
-    if (block == 1 && begin < end) {
-      next = ahead.next();
-      if (stream_out || p.out == p.x) next.out = nullptr;
-      if (stream_sum || p.residual_out == p.residual) next.residual_out = nullptr;
-    }
-    float rstd[kBlock];
-    first_pass(p, rows, count, rstd);
-    if (count == kBlock)
-      block_pass(p, weights, rows, rstd, next);
-    else if (use_prepared)
-      prepared_pass(p, prepared, rows, rstd, next);
-    else
-      row_pass(p, weights, rows, rstd, next);
+void run_few(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
+  const auto first_pass = choose_statistics<V, T, false>(p);
+  const auto second_pass = streams<T>(p, end - begin, p.out, p.out_strides) ? &normalize<V, T, Weights<T, W>, true>
+                                                                            : &normalize<V, T, Weights<T, W>, false>;
+  RowCursor<T> cursor(p, begin);
+  for (; begin < end; ++begin) {
+    const Row<T> row = cursor.next();
+    second_pass(p, weights, row, first_pass(p, row));
   }
-  V::fence();
+}
+
+// Each row beside the next. `sums` holds two rows.
+template <class V, class T, Addition kAddition, bool kStreamSum, bool kStreamOut>
+void run_beside(const RowParams& p, PreparedWeights weights, T* sums, int64_t begin, int64_t end) {
+  RowCursor<T> cursor(p, begin);
+  const auto take = [&](int64_t taken) {
+    Row<T> row = cursor.next();
+    if constexpr (kStreamSum) row.sum = sums + taken % 2 * kBufferElements;
+    return row;
+  };
+  Row<T> row = take(begin), next = take(begin + 1);
+  float rstd = statistics<V, T, kAddition, kStreamSum>(p, row);
+  for (; begin + 1 < end; ++begin) {
+    const Row<T> after = take(begin + 2);  // after the last row of all comes the first
+    const Row<T> ahead{after.x, after.residual, nullptr, next.out, after.residual_out, nullptr};
+    rstd = normalize_beside<V, T, kAddition, kStreamSum, kStreamOut>(p, weights, row, rstd, next, ahead);
+    row = next;
+    next = after;
+  }
+  normalize<V, T, PreparedWeights, kStreamOut>(p, weights, row, rstd);
+}
+
+template <class V, class T, bool kStreamSum, bool kStreamOut>
+auto choose_beside(const RowParams& p) {
+  return !p.residual                 ? &run_beside<V, T, Addition::kNone, false, kStreamOut>
+         : !p.post_residual_addition ? &run_beside<V, T, Addition::kResidual, kStreamSum, kStreamOut>
+                                     : &run_beside<V, T, Addition::kResidualAndPost, kStreamSum, kStreamOut>;
 }
 
 // Large buffers have a stack frame of their own: not even touched for few rows.
 template <class V, class T, class W>
-[[gnu::noinline]] void run_buffered(const RowParams& p, int64_t begin, int64_t end) {
-  Buffers<T> buffers;
-  run<V, T, W>(p, begin, end, &buffers);
+[[gnu::noinline]] void run_many(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
+  alignas(kCacheLine) T sums[2 * kBufferElements];
+  alignas(kCacheLine) float factors[kBufferElements];
+  const bool stream_out = streams<T>(p, end - begin, p.out, p.out_strides);
+  const bool stream_sum = p.residual && streams<T>(p, end - begin, p.residual_out, p.residual_out_strides);
+  const auto run = stream_sum   ? stream_out ? choose_beside<V, T, true, true>(p) : choose_beside<V, T, true, false>(p)
+                     : stream_out ? choose_beside<V, T, false, true>(p)
+                                : choose_beside<V, T, false, false>(p);
+  run(p, prepare<V>(weights, p.hidden, factors), sums, begin, end);
 }
 
 template <class V, class T, class W>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  if (end - begin < kManyRows)
-    run<V, T, W>(p, begin, end, nullptr);
+  const Weights<T, W> weights{static_cast<const W*>(p.weight), p.weight_offset};
+  if (end - begin < kManyRows || p.hidden > kBufferElements)
+    run_few<V>(p, weights, begin, end);
   else
-    run_buffered<V, T, W>(p, begin, end);
+    run_many<V>(p, weights, begin, end);
+  V::fence();
 }
 
 template <class V, class T>
