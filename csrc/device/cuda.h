@@ -41,8 +41,7 @@ GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
 }
 // Not the read-only path: with overlapped launches the kernel before may have written this memory.
 GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*reinterpret_cast<const uint4*>(p)); }
-// An evict-first load is slower (docs/performance.md).
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
+GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__ldcs(reinterpret_cast<const uint4*>(p))); }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
