@@ -89,9 +89,10 @@ rms_norm_rows(RowParams p, Layout layout) {
   };
   const auto load = [&](auto end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
-      if constexpr (kAdd && kWholeResidual) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
+    if constexpr (kAdd && kWholeResidual) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
     }
     if constexpr (kEarlyWeights && !kWeightsAfterResidual) load_weights(end);
   };
