@@ -1,4 +1,4 @@
-// 32 floats in AVX-512's registers (F, BW, DQ, VL). Part of row_kernel.h: the anonymous namespace is the same.
+// 32 floats in AVX-512's registers (F, BW, DQ, VL), for rms_norm_avx512*.cpp. The anonymous namespace is row_kernel.h's.
 #pragma once
 
 #include <immintrin.h>
@@ -92,7 +92,8 @@ struct F32x32 {
   }
   __m512i bfloat() const {
     if constexpr (kConvertsToBf16) {  // takes subnormals for zero: look out for zeros
-      const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+      __m512i words = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+      asm("" : "+v"(words));  // clang 19 would recognise bfloat16 numbers and compare them one by one
       const __mmask32 zeros = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));
       if (__builtin_expect(zeros == 0, 1)) return words;
     }

@@ -15,8 +15,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include "avx512.h"
 #include "row_kernel.h"
+
+#include "avx512.h"  // after row_kernel.h, which says that products and sums are rounded one by one
 
 namespace gemma_norm {
 

@@ -96,7 +96,8 @@ struct F32x32 {
     return r;
   }
 
-  // Rounded once for 16-bit numbers a and b: double holds their product, and what it cuts off the sum is no tie of float32's.
+  // As if rounded once, for 16-bit numbers a and b: double holds their product, and where it must round the sum, the smaller term
+  // is far below half a unit of the larger in float32.
   static F32x32 multiply_add(const F32x32& a, const F32x32& b, const F32x32& c) {
     F32x32 r;
     for (int j = 0; j < kLanes; ++j) r.v[j] = static_cast<float>(static_cast<double>(a.v[j]) * b.v[j] + c.v[j]);

@@ -74,7 +74,7 @@ template <class V, class T, Addition kAddition, bool kStream>
   }
 }
 
-// A 16-bit number's square is exact in float32 unless it underflows: one operation does for two.
+// A 16-bit number's square is exact in float32, underflow aside: one operation does for two.
 template <class T, class V>
 [[gnu::always_inline]] inline V add_square(const V& sum, const V& s) {
   if constexpr (sizeof(T) == 2)
@@ -238,17 +238,12 @@ bool streams(const RowParams& p, int64_t rows_of_thread, const void* out, const 
   return aligned;
 }
 
-template <class V, class T, bool kStream>
-auto choose_statistics(const RowParams& p) {
-  return !p.residual                 ? &statistics<V, T, Addition::kNone, false>
-         : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual, kStream>
-                                     : &statistics<V, T, Addition::kResidualAndPost, kStream>;
-}
-
 // Row by row.
 template <class V, class T, class W>
 void run_few(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  const auto first_pass = choose_statistics<V, T, false>(p);
+  const auto first_pass = !p.residual                 ? &statistics<V, T, Addition::kNone, false>
+                          : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual, false>
+                                                      : &statistics<V, T, Addition::kResidualAndPost, false>;
   const auto second_pass = streams<T>(p, end - begin, p.out, p.out_strides) ? &normalize<V, T, Weights<T, W>, true>
                                                                             : &normalize<V, T, Weights<T, W>, false>;
   RowCursor<T> cursor(p, begin);
@@ -262,15 +257,15 @@ void run_few(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t e
 template <class V, class T, Addition kAddition, bool kStreamSum, bool kStreamOut>
 void run_beside(const RowParams& p, PreparedWeights weights, T* sums, int64_t begin, int64_t end) {
   RowCursor<T> cursor(p, begin);
-  const auto take = [&](int64_t taken) {
+  const auto take = [&](int64_t index) {
     Row<T> row = cursor.next();
-    if constexpr (kStreamSum) row.sum = sums + taken % 2 * kBufferElements;
+    if constexpr (kStreamSum) row.sum = sums + index % 2 * kBufferElements;
     return row;
   };
   Row<T> row = take(begin), next = take(begin + 1);
   float rstd = statistics<V, T, kAddition, kStreamSum>(p, row);
   for (; begin + 1 < end; ++begin) {
-    const Row<T> after = take(begin + 2);  // after the last row of all comes the first
+    const Row<T> after = take(begin + 2);  // perhaps another thread's: it is prefetched at most
     const Row<T> ahead{after.x, after.residual, nullptr, next.out, after.residual_out, nullptr};
     rstd = normalize_beside<V, T, kAddition, kStreamSum, kStreamOut>(p, weights, row, rstd, next, ahead);
     row = next;
@@ -293,10 +288,14 @@ template <class V, class T, class W>
   alignas(kCacheLine) float factors[kBufferElements];
   const bool stream_out = streams<T>(p, end - begin, p.out, p.out_strides);
   const bool stream_sum = p.residual && streams<T>(p, end - begin, p.residual_out, p.residual_out_strides);
-  const auto run = stream_sum   ? stream_out ? choose_beside<V, T, true, true>(p) : choose_beside<V, T, true, false>(p)
-                     : stream_out ? choose_beside<V, T, false, true>(p)
-                                : choose_beside<V, T, false, false>(p);
-  run(p, prepare<V>(weights, p.hidden, factors), sums, begin, end);
+  auto pass = choose_beside<V, T, false, false>(p);
+  if (stream_sum && stream_out)
+    pass = choose_beside<V, T, true, true>(p);
+  else if (stream_sum)
+    pass = choose_beside<V, T, true, false>(p);
+  else if (stream_out)
+    pass = choose_beside<V, T, false, true>(p);
+  pass(p, prepare<V>(weights, p.hidden, factors), sums, begin, end);
 }
 
 template <class V, class T, class W>
