@@ -10,8 +10,10 @@
 namespace gemma_norm {
 namespace {
 
-template <bool kConvertsToBf16>
+template <bool kHasBf16>
 struct F32x32 {
+  static constexpr bool kPacksBFloat16 = kHasBf16;
+
   __m512 lo, hi;
 
   static F32x32 broadcast(float f) { return {_mm512_set1_ps(f), _mm512_set1_ps(f)}; }
@@ -20,14 +22,15 @@ struct F32x32 {
   static F32x32 load(const Float16* p) { return {_mm512_cvtph_ps(load16(p)), _mm512_cvtph_ps(load16(p + 16))}; }
   static F32x32 load(const BFloat16* p) { return {widen(load16(p)), widen(load16(p + 16))}; }
 
-  template <class T>
-  static F32x32 load_for_sum(const T* p) {
-    return load(p);
+  // Lane j of lo beside lane j of hi, each in half a lane.
+  static void pack(const BFloat16* p, BFloat16* packed) {
+    const __m512i from =
+        _mm512_add_epi32(_mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(16 << 16));
+    _mm512_storeu_si512(packed, _mm512_permutexvar_epi16(from, _mm512_loadu_si512(p)));
   }
-  static F32x32 load_for_sum(const BFloat16* p) {
+  static F32x32 load_packed(const BFloat16* p) {
     const __m512i pairs = _mm512_loadu_si512(p);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+    return {evens(pairs), odds(pairs)};
   }
 
   void store(float* p) const {
@@ -58,6 +61,11 @@ struct F32x32 {
     return {_mm512_fmadd_ps(a.lo, b.lo, c.lo), _mm512_fmadd_ps(a.hi, b.hi, c.hi)};
   }
 
+  // sum + odd elements^2 + even elements^2, in this order.
+  static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
+    return {add_squares(sum.lo, _mm512_loadu_si512(p)), add_squares(sum.hi, _mm512_loadu_si512(p + 32))};
+  }
+
   F32x32 without_payload() const { return {without_payload(lo), without_payload(hi)}; }
 
   float sum() const {
@@ -79,6 +87,17 @@ struct F32x32 {
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, from, _mm512_castsi256_si512(words)));
   }
 
+  static __m512 add_squares(__m512 sum, __m512i pairs) {
+    if constexpr (kHasBf16) return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)pairs);
+    const __m512 odd = odds(pairs), even = evens(pairs);
+    return _mm512_fmadd_ps(even, even, _mm512_fmadd_ps(odd, odd, sum));
+  }
+
+  static __m512 evens(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static __m512 odds(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
   static __m512 without_payload(__m512 f) {
     return _mm512_mask_mov_ps(f, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_nanf("")));
   }
@@ -91,7 +110,7 @@ struct F32x32 {
     return _mm512_mask_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd, u, _mm512_set1_epi32(0x8000));
   }
   __m512i bfloat() const {
-    if constexpr (kConvertsToBf16) {  // takes subnormals for zero: look out for zeros
+    if constexpr (kHasBf16) {  // takes subnormals for zero: look out for zeros
       __m512i words = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
       asm("" : "+v"(words));  // clang 19 would recognise bfloat16 numbers and compare them one by one
       const __mmask32 zeros = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));

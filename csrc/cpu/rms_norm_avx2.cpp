@@ -19,6 +19,8 @@ namespace gemma_norm {
 namespace {
 
 struct F32x32 {
+  static constexpr bool kPacksBFloat16 = false;
+
   __m256 v[4];
 
   static F32x32 broadcast(float f) {
@@ -29,16 +31,6 @@ struct F32x32 {
   template <class T>
   static F32x32 load(const T* p) {
     return {load8(p), load8(p + 8), load8(p + 16), load8(p + 24)};
-  }
-
-  template <class T>
-  static F32x32 load_for_sum(const T* p) {
-    return load(p);
-  }
-  static F32x32 load_for_sum(const BFloat16* p) {
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
-    return {evens(a), evens(b), odds(a), odds(b)};
   }
 
   void store(float* p) const {
@@ -66,6 +58,11 @@ struct F32x32 {
             _mm256_fmadd_ps(a.v[2], b.v[2], c.v[2]), _mm256_fmadd_ps(a.v[3], b.v[3], c.v[3])};
   }
 
+  // sum + odd elements^2 + even elements^2, in this order.
+  static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
+    return {add_squares(sum.v[0], p), add_squares(sum.v[1], p + 16), add_squares(sum.v[2], p + 32), add_squares(sum.v[3], p + 48)};
+  }
+
   F32x32 without_payload() const {
     return {without_payload(v[0]), without_payload(v[1]), without_payload(v[2]), without_payload(v[3])};
   }
@@ -83,9 +80,11 @@ struct F32x32 {
   static __m256 load8(const Float16* p) { return _mm256_cvtph_ps(words(p)); }
   static __m256 load8(const BFloat16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16)); }
 
-  static __m256 evens(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-  static __m256 odds(__m256i pairs) {
-    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  static __m256 add_squares(__m256 sum, const BFloat16* p) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256 odds = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    const __m256 evens = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    return _mm256_fmadd_ps(evens, evens, _mm256_fmadd_ps(odds, odds, sum));
   }
 
   static __m256 without_payload(__m256 f) {

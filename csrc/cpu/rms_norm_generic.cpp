@@ -49,6 +49,8 @@ void narrow(float f, Float16* to) {
 }
 
 struct F32x32 {
+  static constexpr bool kPacksBFloat16 = false;
+
   float v[kLanes];
 
   static F32x32 broadcast(float f) {
@@ -61,16 +63,6 @@ struct F32x32 {
   static F32x32 load(const T* p) {
     F32x32 r;
     for (int j = 0; j < kLanes; ++j) r.v[j] = widen(p[j]);
-    return r;
-  }
-
-  template <class T>
-  static F32x32 load_for_sum(const T* p) {
-    return load(p);
-  }
-  static F32x32 load_for_sum(const BFloat16* p) {
-    F32x32 r;
-    for (int j = 0; j < kLanes; ++j) r.v[j] = widen(p[2 * j % kLanes + 2 * j / kLanes]);
     return r;
   }
 
@@ -96,11 +88,19 @@ struct F32x32 {
     return r;
   }
 
-  // As if rounded once, for 16-bit numbers a and b: double holds their product, and where it must round the sum, the smaller term
-  // is far below half a unit of the larger in float32.
   static F32x32 multiply_add(const F32x32& a, const F32x32& b, const F32x32& c) {
     F32x32 r;
-    for (int j = 0; j < kLanes; ++j) r.v[j] = static_cast<float>(static_cast<double>(a.v[j]) * b.v[j] + c.v[j]);
+    for (int j = 0; j < kLanes; ++j) r.v[j] = multiply_add(a.v[j], b.v[j], c.v[j]);
+    return r;
+  }
+
+  // sum + odd elements^2 + even elements^2, in this order.
+  static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) {
+      const float even = widen(p[2 * j]), odd = widen(p[2 * j + 1]);
+      r.v[j] = multiply_add(even, even, multiply_add(odd, odd, sum.v[j]));
+    }
     return r;
   }
 
@@ -116,6 +116,11 @@ struct F32x32 {
       for (int j = 0; j < half; ++j) r.v[j] += r.v[j + half];
     return r.v[0];
   }
+
+ private:
+  // As if rounded once, for 16-bit numbers a and b: double holds their product, and where it must round the sum, the smaller term
+  // is far below half a unit of the larger in float32.
+  static float multiply_add(float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }
 };
 
 }  // namespace

@@ -10,6 +10,8 @@ namespace gemma_norm {
 namespace {
 
 struct F32x32 {
+  static constexpr bool kPacksBFloat16 = false;
+
   float32x4_t v[8];
 
   static F32x32 broadcast(float f) {
@@ -30,20 +32,6 @@ struct F32x32 {
   static F32x32 load(const BFloat16* p) {
     F32x32 r;
     for (int j = 0; j < 8; ++j) r.v[j] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p[4 * j].bits), 16));
-    return r;
-  }
-
-  template <class T>
-  static F32x32 load_for_sum(const T* p) {
-    return load(p);
-  }
-  static F32x32 load_for_sum(const BFloat16* p) {
-    F32x32 r;
-    for (int j = 0; j < 4; ++j) {
-      const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(&p[8 * j].bits));
-      r.v[j] = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
-      r.v[j + 4] = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000)));
-    }
     return r;
   }
 
@@ -77,6 +65,18 @@ struct F32x32 {
   static F32x32 multiply_add(const F32x32& a, const F32x32& b, const F32x32& c) {
     F32x32 r;
     for (int j = 0; j < 8; ++j) r.v[j] = vfmaq_f32(c.v[j], a.v[j], b.v[j]);
+    return r;
+  }
+
+  // sum + odd elements^2 + even elements^2, in this order.
+  static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) {
+      const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(&p[8 * j].bits));
+      const float32x4_t odds = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000)));
+      const float32x4_t evens = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+      r.v[j] = vfmaq_f32(vfmaq_f32(sum.v[j], odds, odds), evens, evens);
+    }
     return r;
   }
 
