@@ -25,13 +25,11 @@
 
 #include "../kernels/row_params.h"
 #include "rows.h"
+#include "squares.h"
 #include "weights.h"
 
 namespace gemma_norm {
 namespace {
-
-constexpr int kStep = 2 * kLanes;       // an addition takes some cycles: have more than one under way
-constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
 
 // What a thread with many rows sets up: weights converted once, which saves a fifth of the time of long bfloat16 rows, and a
 // place for two rows' sums. Rows that are longer still do without, and go one by one.
@@ -47,124 +45,6 @@ constexpr int64_t kPackedFrom = (32 << 10) / (sizeof(float) + 3 * sizeof(BFloat1
 // less where one thread wrote it all, but 40 % more where two did.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kStreamBytesOfThread = kStreamBytes / 2;
-
-// --- The first pass
-
-enum class Addition { kNone, kResidual, kResidualAndPost };
-
-template <class V, class T>
-V rounded(V value) {
-  T elements[kLanes];
-  value.store(elements);
-  return V::load(elements);
-}
-
-// s of kLanes elements from i on, written down.
-template <class V, class T, Addition kAddition, bool kStream>
-[[gnu::always_inline]] inline void store_sum(const Row<T>& row, int64_t i) {
-  V r = V::load(row.residual + i);
-  if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
-  const V s = V::load(row.x + i) + r;
-  s.store(row.sum + i);
-  if constexpr (kStream) s.stream(row.residual_out + i);
-}
-
-// The last, incomplete step's s, padded with zeros.
-template <class V, class T, Addition kAddition>
-[[gnu::noinline]] void rest_of_sum(Row<T> row, int64_t i, int64_t rest, T (&sum)[kStep]) {
-  if constexpr (kAddition == Addition::kNone) {
-    copy(sum, row.x + i, rest);
-  } else {
-    T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {};
-    copy(x, row.x + i, rest);
-    copy(residual, row.residual + i, rest);
-    if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row.post + i, rest);
-    const Row<T> padded{x, residual, post, nullptr, nullptr, sum};
-    for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, false>(padded, k);
-    copy(row.sum + i, sum, rest);
-    copy(row.residual_out + i, sum, rest);
-  }
-}
-
-// How the lanes of a V add up squares: how many elements each takes of a step, and the number that its sum starts from. A 16-bit
-// number's square is exact in float32, underflow aside, so that one operation does for two.
-template <class T>
-struct LaneSum {
-  static constexpr int kElements = 1;
-  static constexpr float kStart = 0;
-
-  template <class V>
-  [[gnu::always_inline]] static V add_squares(const V& sum, const T* s) {
-    const V v = V::load(s);
-    if constexpr (sizeof(T) == 2)
-      return V::multiply_add(v, v, sum);
-    else
-      return sum + v * v;
-  }
-};
-
-// AVX-512 has an operation for pairs of bfloat16. It takes subnormal numbers for zero: a sum that starts from the least normal
-// one never is subnormal, and never sees the square of one.
-template <>
-struct LaneSum<BFloat16> {
-  static constexpr int kElements = 2;
-  static constexpr float kStart = 0x1p-126f;
-
-  template <class V>
-  [[gnu::always_inline]] static V add_squares(const V& sum, const BFloat16* s) {
-    return V::add_squares_of_pairs(sum, s);
-  }
-};
-
-// A row's squares, added up: sums of sums, as one long chain of additions would drift.
-template <class V, class T, Addition kAddition, bool kStream>
-class Squares {
- public:
-  explicit Squares(const Row<T>& row) : row_(row) {
-    for (int k = 0; k < kSums; ++k) {
-      sums_[k] = V::broadcast(0);
-      part_[k] = V::broadcast(LaneSum<T>::kStart);
-    }
-  }
-
-  [[gnu::always_inline]] void add_step(int64_t i) {
-    if constexpr (kAddition == Addition::kNone) {
-      add(row_.x + i);
-    } else {
-      for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, kStream>(row_, i + k);
-      add(row_.sum + i);
-    }
-  }
-  [[gnu::always_inline]] void end_chunk() {
-    for (int k = 0; k < kSums; ++k) {
-      sums_[k] = sums_[k] + (part_[k] + V::broadcast(-LaneSum<T>::kStart));
-      part_[k] = V::broadcast(LaneSum<T>::kStart);
-    }
-  }
-  [[gnu::always_inline]] void add_rest(int64_t i, int64_t rest) {
-    T sum[kStep] = {};
-    rest_of_sum<V, T, kAddition>(row_, i, rest, sum);
-    add(sum);
-    end_chunk();
-  }
-  [[gnu::always_inline]] float rstd(const RowParams& p) const {
-    V sum = sums_[0];
-    for (int k = 1; k < kSums; ++k) sum = sum + sums_[k];
-    return 1.0f / __builtin_sqrtf(sum.sum() * p.inv_hidden + p.eps);
-  }
-
- private:
-  static constexpr int kWidth = kLanes * LaneSum<T>::kElements;
-  static constexpr int kSums = kStep / kWidth;
-
-  [[gnu::always_inline]] void add(const T* s) {
-    for (int k = 0; k < kSums; ++k) part_[k] = LaneSum<T>::add_squares(part_[k], s + k * kWidth);
-  }
-
-  const Row<T> row_;
-  V sums_[kSums];
-  V part_[kSums];
-};
 
 // --- The second pass
 
@@ -312,8 +192,10 @@ auto choose_beside(const RowParams& p) {
                                      : &run_beside<V, T, Factors, Addition::kResidualAndPost, kStreamSum, kStreamOut>;
 }
 
+// Large buffers have stack frames of their own, here and below: not even touched for few rows.
 template <class V, class T, class Factors>
-void run_beside(const RowParams& p, Factors factors, T* sums, int64_t begin, int64_t end) {
+void run_many(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
+  alignas(kCacheLine) T sums[2 * kBufferElements];
   const bool stream_out = streams<T>(p, end - begin, p.out, p.out_strides);
   const bool stream_sum = p.residual && streams<T>(p, end - begin, p.residual_out, p.residual_out_strides);
   auto pass = choose_beside<V, T, Factors, false, false>(p);
@@ -326,19 +208,16 @@ void run_beside(const RowParams& p, Factors factors, T* sums, int64_t begin, int
   pass(p, factors, sums, begin, end);
 }
 
-// Large buffers have stack frames of their own: not even touched for few rows.
 template <class V, class T, class W>
 [[gnu::noinline]] void run_prepared(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  alignas(kCacheLine) T sums[2 * kBufferElements];
   alignas(kCacheLine) float factors[kBufferElements];
-  run_beside<V>(p, prepare<V>(weights, p.hidden, factors), sums, begin, end);
+  run_many<V, T>(p, prepare<V>(weights, p.hidden, factors), begin, end);
 }
 
 template <class V, class T, class W>
 [[gnu::noinline]] void run_packed(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  alignas(kCacheLine) T sums[2 * kBufferElements];
   alignas(kCacheLine) W packed[kBufferElements];
-  run_beside<V>(p, pack<V>(weights, p.hidden, packed), sums, begin, end);
+  run_many<V, T>(p, pack<V>(weights, p.hidden, packed), begin, end);
 }
 
 template <class V, class T, class W>

@@ -1,0 +1,132 @@
+// The first pass over a row: the sum of the inputs and its squares. Part of row_kernel.h: the anonymous namespace is the same.
+#pragma once
+
+#include <cstdint>
+
+#include "../kernels/row_params.h"
+#include "rows.h"
+
+namespace gemma_norm {
+namespace {
+
+constexpr int kStep = 2 * kLanes;       // an addition takes some cycles: have more than one under way
+constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
+
+enum class Addition { kNone, kResidual, kResidualAndPost };
+
+template <class V, class T>
+V rounded(V value) {
+  T elements[kLanes];
+  value.store(elements);
+  return V::load(elements);
+}
+
+// s of kLanes elements from i on, written down.
+template <class V, class T, Addition kAddition, bool kStream>
+[[gnu::always_inline]] inline void store_sum(const Row<T>& row, int64_t i) {
+  V r = V::load(row.residual + i);
+  if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
+  const V s = V::load(row.x + i) + r;
+  s.store(row.sum + i);
+  if constexpr (kStream) s.stream(row.residual_out + i);
+}
+
+// The last, incomplete step's s, padded with zeros.
+template <class V, class T, Addition kAddition>
+[[gnu::noinline]] void rest_of_sum(Row<T> row, int64_t i, int64_t rest, T (&sum)[kStep]) {
+  if constexpr (kAddition == Addition::kNone) {
+    copy(sum, row.x + i, rest);
+  } else {
+    T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {};
+    copy(x, row.x + i, rest);
+    copy(residual, row.residual + i, rest);
+    if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row.post + i, rest);
+    const Row<T> padded{x, residual, post, nullptr, nullptr, sum};
+    for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, false>(padded, k);
+    copy(row.sum + i, sum, rest);
+    copy(row.residual_out + i, sum, rest);
+  }
+}
+
+// How the lanes of a V add up squares: how many elements each takes of a step, and the number that its sum starts from. A 16-bit
+// number's square is exact in float32, underflow aside, so that one operation does for two.
+template <class T>
+struct LaneSum {
+  static constexpr int kElements = 1;
+  static constexpr float kStart = 0;
+
+  template <class V>
+  [[gnu::always_inline]] static V add_squares(const V& sum, const T* s) {
+    const V v = V::load(s);
+    if constexpr (sizeof(T) == 2)
+      return V::multiply_add(v, v, sum);
+    else
+      return sum + v * v;
+  }
+};
+
+// AVX-512 has an operation for pairs of bfloat16. It takes subnormal numbers for zero: a sum that starts from the least normal
+// one never is subnormal, and never sees the square of one.
+template <>
+struct LaneSum<BFloat16> {
+  static constexpr int kElements = 2;
+  static constexpr float kStart = 0x1p-126f;
+
+  template <class V>
+  [[gnu::always_inline]] static V add_squares(const V& sum, const BFloat16* s) {
+    return V::add_squares_of_pairs(sum, s);
+  }
+};
+
+// A row's squares, added up: sums of sums, as one long chain of additions would drift.
+template <class V, class T, Addition kAddition, bool kStream>
+class Squares {
+ public:
+  explicit Squares(const Row<T>& row) : row_(row) {
+    for (int k = 0; k < kSums; ++k) {
+      sums_[k] = V::broadcast(0);
+      part_[k] = V::broadcast(LaneSum<T>::kStart);
+    }
+  }
+
+  [[gnu::always_inline]] void add_step(int64_t i) {
+    if constexpr (kAddition == Addition::kNone) {
+      add(row_.x + i);
+    } else {
+      for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, kStream>(row_, i + k);
+      add(row_.sum + i);
+    }
+  }
+  [[gnu::always_inline]] void end_chunk() {
+    for (int k = 0; k < kSums; ++k) {
+      sums_[k] = sums_[k] + (part_[k] + V::broadcast(-LaneSum<T>::kStart));
+      part_[k] = V::broadcast(LaneSum<T>::kStart);
+    }
+  }
+  [[gnu::always_inline]] void add_rest(int64_t i, int64_t rest) {
+    T sum[kStep] = {};
+    rest_of_sum<V, T, kAddition>(row_, i, rest, sum);
+    add(sum);
+    end_chunk();
+  }
+  [[gnu::always_inline]] float rstd(const RowParams& p) const {
+    V sum = sums_[0];
+    for (int k = 1; k < kSums; ++k) sum = sum + sums_[k];
+    return 1.0f / __builtin_sqrtf(sum.sum() * p.inv_hidden + p.eps);
+  }
+
+ private:
+  static constexpr int kWidth = kLanes * LaneSum<T>::kElements;
+  static constexpr int kSums = kStep / kWidth;
+
+  [[gnu::always_inline]] void add(const T* s) {
+    for (int k = 0; k < kSums; ++k) part_[k] = LaneSum<T>::add_squares(part_[k], s + k * kWidth);
+  }
+
+  const Row<T> row_;
+  V sums_[kSums];
+  V part_[kSums];
+};
+
+}  // namespace
+}  // namespace gemma_norm
