@@ -1,4 +1,4 @@
-// The row kernel for AVX-512 with conversion to bfloat16 (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+// The row kernel for AVX-512 with its bfloat16 operations (Cooper Lake, Sapphire Rapids, Zen 4 and later).
 #include "isa.h"
 
 #if defined(__x86_64__)

@@ -31,7 +31,7 @@ template <class V, class T, Addition kAddition, bool kStream>
   if constexpr (kStream) s.stream(row.residual_out + i);
 }
 
-// The last, incomplete step's s, padded with zeros.
+// s of the last, incomplete step; the rest of `sum` stays or becomes zero.
 template <class V, class T, Addition kAddition>
 [[gnu::noinline]] void rest_of_sum(Row<T> row, int64_t i, int64_t rest, T (&sum)[kStep]) {
   if constexpr (kAddition == Addition::kNone) {

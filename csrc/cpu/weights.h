@@ -62,7 +62,7 @@ constexpr bool kPacks = false;
 template <class V>
 constexpr bool kPacks<V, BFloat16> = V::kPacksBFloat16;
 
-// The same in half the space: 16-bit weights, padded and in an order that V is quick to convert.
+// In half the space of PreparedWeights: the weights as they are, padded and in an order that V is quick to convert.
 template <class W>
 struct PackedWeights {
   const W* weight;

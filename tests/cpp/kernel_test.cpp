@@ -161,6 +161,11 @@ TEST(CpuKernels, TreatManyRowsLikeFew) {
     for (const Operands operands : {Operands::kPlain, Operands::kAddPost}) {
       const Case c{dtype, dtype, operands, true, 4128, {"rows", {64}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 4};
       EXPECT_EQ("", check_repeated(find_target("cpu"), c, 80)) << describe(c);
+
+      for (const int64_t hidden : {3276, 3277, 16383, 16384}) {  // on either side of what many rows set up
+        const Case one{dtype, dtype, operands, true, hidden, {"rows", {1}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 4};
+        EXPECT_EQ("", check_repeated(find_target("cpu"), one, 6)) << describe(one);
+      }
     }
 }
 
