@@ -26,6 +26,19 @@ constexpr Rung kLadder[] = {
 
 constexpr int32_t kStreamThreads = 512, kClusterBlockThreads = 256;
 
+// What one multiprocessor moves in the time that a cluster's exchange of sums takes, about (docs/performance.md).
+constexpr int64_t kWorthSpreading = 24 * 1024;
+
+// Over blocks of `threads`, or of more where a cluster has too few blocks for that. A power of two, so that the tree over the slots
+// is as that of one block.
+void use_cluster(LaunchPlan* plan, int32_t threads) {
+  while (threads * kMaxCluster < plan->slots) threads *= 2;
+  plan->scope = Scope::kCluster;
+  plan->block_threads = threads;
+  plan->cluster = static_cast<int32_t>(divide_up(plan->slots, threads));
+  plan->group_threads = plan->cluster * threads;
+}
+
 }  // namespace
 
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
@@ -54,17 +67,22 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
       while (plan.group_threads < plan.slots) plan.group_threads *= 2;
       plan.block_threads = rung->most_threads;
       break;
-    case Scope::kCluster:  // a power of two of threads a block, so that the tree over the slots is as that of one block
-      plan.block_threads = kClusterBlockThreads;
-      while (plan.block_threads * kMaxCluster < plan.slots) plan.block_threads *= 2;
-      plan.cluster = static_cast<int32_t>(divide_up(plan.slots, plan.block_threads));
-      plan.group_threads = plan.cluster * plan.block_threads;
-      break;
+    case Scope::kCluster: use_cluster(&plan, kClusterBlockThreads); break;
     default:
       plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
       plan.block_threads = plan.group_threads;
   }
   return plan;
+}
+
+LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device) {
+  if (device.max_cluster != kMaxCluster || (plan.scope != Scope::kBlock && plan.scope != Scope::kCluster)) return plan;
+  LaunchPlan wide = plan;
+  use_cluster(&wide, device.wave_width);
+  wide.most_threads = kClusterBlockThreads;
+  const int64_t blocks_a_processor = std::min<int64_t>(row_bytes / kWorthSpreading, 2);
+  const bool idle = rows * wide.cluster <= blocks_a_processor * device.processors;
+  return idle && wide.block_threads < plan.block_threads ? wide : plan;
 }
 
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {

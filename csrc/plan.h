@@ -1,5 +1,6 @@
 // How a row is laid over threads: a pure function of hidden size, dtype and device facts, never of the number of rows, so that a
-// row's bits do not depend on what else is in the batch. Knows nothing of any GPU runtime: tested without one.
+// row's bits do not depend on what else is in the batch. (How many blocks share those threads may: see spread().) Knows nothing of
+// any GPU runtime: tested without one.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@ struct DeviceFacts {
   int64_t max_threads;     // the most threads a launch may have in all (HIP: 2^32 - 1)
   bool overlap_launch;     // the next kernel may start before this one ends (programmatic dependent launch)
   int32_t max_cluster;     // blocks that can exchange sums directly (thread block clusters); 1 where there is no such thing
-  int32_t processors = 0;  // streaming multiprocessors; needed for overlap_launch alone
+  int32_t processors = 0;  // streaming multiprocessors; needed where there are clusters or overlap_launch
 };
 
 enum class Scope : int32_t {
@@ -45,6 +46,10 @@ struct LaunchPlan {
 };
 
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device);
+
+// The plan for this many rows, of `row_bytes` to read and write each. Where they leave most of the GPU idle, a row's threads are
+// spread over the blocks of a cluster: the same slots, which own the same elements, in the same tree. The same bits, therefore.
+LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device);
 
 // The most blocks (kCluster: clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);

@@ -55,8 +55,8 @@ Kernel rows() {
           kResidentThreads<X, W, kAdd, kVectors, kThreads, kAligned>};
 }
 
-// Exactly the shapes of the ladder in plan.cpp. Picking single elements for many vectors would spill registers: streamed instead,
-// in the same layout, hence with the same result.
+// Exactly the shapes of the ladder in plan.cpp, those of one block also spread over a cluster. Picking single elements for many
+// vectors would spill registers: streamed instead, in the same layout, hence with the same result.
 template <class X, class W, bool kAdd, bool kAligned>
 Kernel choose_kernel(const LaunchPlan& plan) {
   if (plan.scope == Scope::kWave)
@@ -64,9 +64,12 @@ Kernel choose_kernel(const LaunchPlan& plan) {
                              : rows<X, W, kAdd, Scope::kWave, 4, 64, kAligned>();
   if constexpr (kAligned) {
     if constexpr (device::kHasClusters) {
-      if (plan.scope == Scope::kCluster)
+      if (plan.scope == Scope::kCluster) {
+        if (plan.vectors == 2) return rows<X, W, kAdd, Scope::kCluster, 2, 256, true>();
+        if (plan.vectors == 4) return rows<X, W, kAdd, Scope::kCluster, 4, 256, true>();
         return plan.most_threads == 256 ? rows<X, W, kAdd, Scope::kCluster, 8, 256, true>()
                                         : rows<X, W, kAdd, Scope::kCluster, 8, 1024, true>();
+      }
     }
     if (plan.scope == Scope::kBlock) {
       if (plan.vectors == 2) return rows<X, W, kAdd, Scope::kBlock, 2, 256, true>();
@@ -87,8 +90,10 @@ Kernel choose_kernel(const LaunchPlan& plan) {
                                   : Kernel{&rms_norm_stream<X, W, kAdd, Scope::kStream, 1024, false>, 1024};
 }
 
-device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts& facts, device::Stream stream) {
-  const auto launch = [&](const Kernel& kernel) {
+device::Error launch_rows(RowParams p, const LaunchPlan& whole, const DeviceFacts& facts, device::Stream stream) {
+  const int tensors = p.residual == nullptr ? 2 : p.post_residual_addition == nullptr ? 4 : 5;
+  const int64_t row_bytes = p.hidden * (tensors * size_of(p.dtype) + size_of(p.weight_dtype));
+  const auto launch = [&](const LaunchPlan& plan, const Kernel& kernel) {
     const int64_t most = max_blocks(plan, facts);
     device::Error error = device::kSuccess;
     for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
@@ -102,8 +107,10 @@ device::Error launch_rows(RowParams p, const LaunchPlan& plan, const DeviceFacts
   };
   return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
     return with_bool(p.residual != nullptr, [&](auto add) {
-      return with_bool(is_aligned(p, plan), [&](auto aligned) {
+      return with_bool(is_aligned(p, whole), [&](auto aligned) {
+        const LaunchPlan plan = aligned ? spread(whole, p.rows, row_bytes, facts) : whole;
         return launch(
+            plan,
             choose_kernel<typename decltype(x)::type, typename decltype(w)::type, decltype(add)::value, decltype(aligned)::value>(
                 plan));
       });

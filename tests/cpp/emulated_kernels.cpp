@@ -16,19 +16,23 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
   for (const auto& [x, weight] : kDTypePairs)
     for (const int32_t max_cluster : {1, kMaxCluster})
       for (int64_t hidden = 1; hidden <= most_hidden; ++hidden) {
-        const LaunchPlan plan = make_plan(hidden, x, {32, int64_t{1} << 42, false, max_cluster});
-        for (const bool aligned : {false, plan.whole_vectors})
-          kernels::with_dtypes(x, weight, [&](auto x, auto w) {
-            using X = typename decltype(x)::type;
-            using W = typename decltype(w)::type;
-            return kernels::with_bool(aligned, [&](auto aligned) {
-              constexpr bool kAligned = decltype(aligned)::value;
-              for (const auto& kernel :
-                   {kernels::choose_kernel<X, W, false, kAligned>(plan), kernels::choose_kernel<X, W, true, kAligned>(plan)})
-                all.insert(reinterpret_cast<const void*>(kernel.function));
-              return device::kSuccess;
+        const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
+        const LaunchPlan whole = make_plan(hidden, x, facts);
+        for (const bool aligned : {false, whole.whole_vectors})
+          for (const int64_t rows : {1, 1000000}) {
+            const LaunchPlan plan = aligned ? spread(whole, rows, hidden * (2 * size_of(x) + size_of(weight)), facts) : whole;
+            kernels::with_dtypes(x, weight, [&](auto x, auto w) {
+              using X = typename decltype(x)::type;
+              using W = typename decltype(w)::type;
+              return kernels::with_bool(aligned, [&](auto aligned) {
+                constexpr bool kAligned = decltype(aligned)::value;
+                for (const auto& kernel :
+                     {kernels::choose_kernel<X, W, false, kAligned>(plan), kernels::choose_kernel<X, W, true, kAligned>(plan)})
+                  all.insert(reinterpret_cast<const void*>(kernel.function));
+                return device::kSuccess;
+              });
             });
-          });
+          }
       }
   return all;
 }

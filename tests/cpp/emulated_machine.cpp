@@ -252,7 +252,7 @@ void fail(const char* what) {
 }
 
 Error facts(DeviceFacts* result, const void*) {
-  *result = {machine.gpu.wave_width, machine.gpu.max_threads, false, machine.gpu.max_cluster, 0};
+  *result = {machine.gpu.wave_width, machine.gpu.max_threads, false, machine.gpu.max_cluster, machine.gpu.processors};
   return kSuccess;
 }
 Error run_grid(const void* kernel, int64_t blocks, int threads, int cluster, const std::function<void()>& thread) {

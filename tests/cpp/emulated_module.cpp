@@ -59,9 +59,9 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
   py::class_<Memory>(m, "Memory")
       .def(py::init<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string>(), py::arg("address"), py::arg("sizes"),
            py::arg("strides"), py::arg("dtype"));
-  py::class_<EmulatedGpu>(m, "Gpu").def(py::init<int32_t, int64_t, int32_t, uint32_t>(), py::arg("wave_width"),
-                                        py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1,
-                                        py::arg("order") = 0);
+  py::class_<EmulatedGpu>(m, "Gpu").def(py::init<int32_t, int64_t, int32_t, uint32_t, int32_t>(), py::arg("wave_width"),
+                                        py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1, py::arg("order") = 0,
+                                        py::arg("processors") = 0);
   m.def("norm", &norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("residual"), py::arg("post_residual_addition"),
         py::arg("residual_out"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"));
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), "How a row is laid over threads, in words.");

@@ -51,11 +51,13 @@ void for_all_cases(const Check& check) {
   }
 }
 
-// The scope of the row's plan on a GPU that has clusters of blocks, or has not.
-Scope scope_of(const Case& c, bool clusters) {
-  return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, clusters ? kMaxCluster : 1}).scope;
+// Is the row held by one block where a GPU has no clusters of blocks? And where it has, may it be spread over one?
+bool takes_block(const Case& c) { return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, 1}).scope == Scope::kBlock; }
+bool takes_cluster(const Case& c) {
+  const DeviceFacts device{32, int64_t{1} << 42, true, kMaxCluster, 132};
+  const int64_t most_bytes = c.hidden * 5 * size_of(c.dtype) + c.hidden * size_of(c.weight_dtype);
+  return spread(make_plan(c.hidden, c.dtype, device), c.row_count(), most_bytes, device).scope == Scope::kCluster;
 }
-bool takes_cluster(const Case& c) { return scope_of(c, true) == Scope::kCluster; }
 
 bool every_case(const Case&) { return true; }
 
@@ -118,7 +120,7 @@ TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
 
 TEST(EmulatedKernels, HaveTheSameBitsInAClusterAsInABlock) {
   expect_same_bits({&find_target("emulated32"), &find_target("emulated_clusters")},
-                   [](const Case& c) { return takes_cluster(c) && scope_of(c, false) == Scope::kBlock; });
+                   [](const Case& c) { return takes_cluster(c) && takes_block(c); });
 }
 
 TEST(EmulatedKernels, AreAllReachedByTheCases) {

@@ -126,6 +126,40 @@ TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   });
 }
 
+// A row has the same bits alone and among thousands: the same slots, which own the same, and waves and blocks that cut the tree
+// over them where one block's waves do.
+TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
+  DeviceFacts device = GetParam();
+  device.processors = 132;
+  std::set<int32_t> vectors;
+  for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
+    for (const int tensors : {3, 5, 6}) {
+      const int64_t bytes = tensors * hidden * size_of(dtype);
+      const LaunchPlan one = spread(plan, 1, bytes, device);
+      EXPECT_EQ(std::tie(plan.vectors, plan.slots, plan.whole_vectors), std::tie(one.vectors, one.slots, one.whole_vectors));
+      for (const int64_t rows : {8, 264, 1000000}) {
+        const LaunchPlan more = spread(plan, rows, bytes, device);
+        EXPECT_TRUE(more.cluster == one.cluster || more.cluster == plan.cluster);
+        EXPECT_FALSE(rows > device.processors && more.cluster != plan.cluster) << "there is enough to do";
+      }
+      if (one.cluster == plan.cluster) {
+        EXPECT_EQ(std::tie(plan.scope, plan.block_threads), std::tie(one.scope, one.block_threads));
+        continue;
+      }
+      vectors.insert(one.vectors);
+      EXPECT_EQ(Scope::kCluster, one.scope);
+      EXPECT_TRUE(is_power_of_two(one.block_threads));
+      EXPECT_EQ(0, one.block_threads % device.wave_width);
+      EXPECT_LT(one.block_threads, plan.block_threads);
+      EXPECT_LE(one.block_threads, one.most_threads);
+      EXPECT_LE(one.cluster, device.max_cluster);
+      EXPECT_EQ(one.group_threads, one.cluster * one.block_threads);
+      EXPECT_LT(one.group_threads - one.slots, one.block_threads) << "a block with nothing to do";
+    }
+  });
+  EXPECT_EQ(device.max_cluster > 1 ? (std::set<int32_t>{2, 4, 8}) : std::set<int32_t>{}, vectors);
+}
+
 TEST_P(Plans, KeepWithinTheLimitsOfALaunch) {
   for_all([&](const LaunchPlan& plan, int64_t, DType) {
     const int64_t blocks = max_blocks(plan, GetParam());
