@@ -175,7 +175,14 @@ static Error facts(DeviceFacts* result, const void* kernel) {
     if (const Error e = cudaFuncGetAttributes(&attributes, kernel)) return e;
     // Code compiled for less than sm_90 has no wait in it, also when the driver translated its PTX for a newer GPU.
     const bool has_sm90_code = major >= 9 && attributes.ptxVersion >= 90;
-    state = 1 + has_sm90_code + 2 * (has_sm90_code && major <= 10) + 4 * processors;
+    int cluster = 1;
+    if (has_sm90_code && major <= 10) {  // a slice of a GPU may be too small for the largest
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(kMaxCluster);
+      config.blockDim = dim3(32);
+      if (const Error e = cudaOccupancyMaxPotentialClusterSize(&cluster, kernel, &config)) return e;
+    }
+    state = 1 + has_sm90_code + 2 * (cluster >= kMaxCluster) + 4 * processors;
     if (device < kMaxDevices) known[device].store(state, std::memory_order_relaxed);
   }
   *result = {32, int64_t{1} << 42, (state - 1 & 1) != 0, (state - 1 & 2) != 0 ? kMaxCluster : 1, state - 1 >> 2};

@@ -108,6 +108,7 @@ device::Error launch_rows(RowParams p, const LaunchPlan& whole, const DeviceFact
   return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
     return with_bool(p.residual != nullptr, [&](auto add) {
       return with_bool(is_aligned(p, whole), [&](auto aligned) {
+        // Rows picked element by element stay with one block.
         const LaunchPlan plan = aligned ? spread(whole, p.rows, row_bytes, facts) : whole;
         return launch(
             plan,
