@@ -143,7 +143,8 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
         EXPECT_FALSE(rows > device.processors && more.cluster != plan.cluster) << "there is enough to do";
       }
       if (one.cluster == plan.cluster) {
-        EXPECT_EQ(std::tie(plan.scope, plan.block_threads), std::tie(one.scope, one.block_threads));
+        EXPECT_EQ(std::tie(plan.scope, plan.block_threads, plan.most_threads),
+                  std::tie(one.scope, one.block_threads, one.most_threads));
         continue;
       }
       vectors.insert(one.vectors);
