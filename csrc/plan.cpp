@@ -26,7 +26,8 @@ constexpr Rung kLadder[] = {
 
 constexpr int32_t kStreamThreads = 512, kClusterBlockThreads = 256;
 
-// What one multiprocessor moves in the time that a cluster's exchange of sums takes, about (docs/performance.md).
+// Bytes that one multiprocessor moves in about the time of a cluster's exchange of sums: with no more of a row, nothing is gained
+// by spreading it (docs/performance.md).
 constexpr int64_t kWorthSpreading = 24 * 1024;
 
 // Over blocks of `threads`, or of more where a cluster has too few blocks for that. A power of two, so that the tree over the slots
@@ -79,10 +80,11 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
   if (device.max_cluster != kMaxCluster || (plan.scope != Scope::kBlock && plan.scope != Scope::kCluster)) return plan;
   LaunchPlan wide = plan;
   use_cluster(&wide, device.wave_width);
-  wide.most_threads = kClusterBlockThreads;
-  const int64_t blocks_a_processor = std::min<int64_t>(row_bytes / kWorthSpreading, 2);
-  const bool idle = rows * wide.cluster <= blocks_a_processor * device.processors;
-  return idle && wide.block_threads < plan.block_threads ? wide : plan;
+  wide.most_threads = kClusterBlockThreads;  // what has larger blocks is not spread
+  // Starting blocks takes time as well: the larger a row, the more of them pay. Beyond two a multiprocessor none do.
+  const int64_t blocks_a_processor = row_bytes < 2 * kWorthSpreading ? 1 : 2;
+  const bool pays = row_bytes > kWorthSpreading && rows * wide.cluster <= blocks_a_processor * device.processors;
+  return pays && wide.block_threads < plan.block_threads ? wide : plan;
 }
 
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {

@@ -39,7 +39,7 @@ struct LaunchPlan {
   int32_t slots;          // threads that own part of a row
   int32_t group_threads;  // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves or blocks
   int32_t block_threads;  // threads of a block
-  int32_t most_threads;   // of any block of this rung of the ladder: what the kernel is compiled for
+  int32_t most_threads;   // what the kernel is compiled for: the most that any plan of its shape has in a block
   int32_t cluster;        // blocks that work on a row: 1 but for kCluster
   bool whole_vectors;     // hidden is a multiple of the vector
   int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }  // of each block, or cluster

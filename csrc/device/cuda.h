@@ -176,7 +176,7 @@ static Error facts(DeviceFacts* result, const void* kernel) {
     // Code compiled for less than sm_90 has no wait in it, also when the driver translated its PTX for a newer GPU.
     const bool has_sm90_code = major >= 9 && attributes.ptxVersion >= 90;
     int cluster = 1;
-    if (has_sm90_code && major <= 10) {  // a slice of a GPU may be too small for the largest
+    if (has_sm90_code && major <= 10) {  // a slice of a GPU may have too few multiprocessors side by side
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(kMaxCluster);
       config.blockDim = dim3(32);

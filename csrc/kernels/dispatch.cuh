@@ -90,7 +90,7 @@ Kernel choose_kernel(const LaunchPlan& plan) {
                                   : Kernel{&rms_norm_stream<X, W, kAdd, Scope::kStream, 1024, false>, 1024};
 }
 
-device::Error launch_rows(RowParams p, const LaunchPlan& whole, const DeviceFacts& facts, device::Stream stream) {
+device::Error launch_rows(RowParams p, const LaunchPlan& unspread, const DeviceFacts& facts, device::Stream stream) {
   const int tensors = p.residual == nullptr ? 2 : p.post_residual_addition == nullptr ? 4 : 5;
   const int64_t row_bytes = p.hidden * (tensors * size_of(p.dtype) + size_of(p.weight_dtype));
   const auto launch = [&](const LaunchPlan& plan, const Kernel& kernel) {
@@ -107,9 +107,9 @@ device::Error launch_rows(RowParams p, const LaunchPlan& whole, const DeviceFact
   };
   return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
     return with_bool(p.residual != nullptr, [&](auto add) {
-      return with_bool(is_aligned(p, whole), [&](auto aligned) {
-        // Rows picked element by element stay with one block.
-        const LaunchPlan plan = aligned ? spread(whole, p.rows, row_bytes, facts) : whole;
+      return with_bool(is_aligned(p, unspread), [&](auto aligned) {
+        // Rows that are picked element by element keep their plan: they are streamed, for which spreading was never measured.
+        const LaunchPlan plan = aligned ? spread(unspread, p.rows, row_bytes, facts) : unspread;
         return launch(
             plan,
             choose_kernel<typename decltype(x)::type, typename decltype(w)::type, decltype(add)::value, decltype(aligned)::value>(

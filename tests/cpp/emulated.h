@@ -10,7 +10,7 @@ struct EmulatedGpu {
   int64_t max_threads;     // of a launch in all: fewer blocks than rows make the kernels stride
   int32_t max_cluster;     // blocks of a thread block cluster: 1, or 8 as on Hopper
   uint32_t order;          // 0: blocks, waves and lanes run first to last; else in the random order of this seed
-  int32_t processors = 0;  // multiprocessors: with none, few rows are no reason to spread them
+  int32_t processors = 0;  // multiprocessors; 0: rows are never spread
 };
 
 }  // namespace gemma_norm

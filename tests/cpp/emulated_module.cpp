@@ -49,8 +49,10 @@ void norm(const Memory& x, const Memory& weight, const Memory& out, const std::o
   }
 }
 
-std::string plan(int64_t hidden, const std::string& dtype, const EmulatedGpu& gpu) {
-  return describe(make_plan(hidden, dtype_of(dtype), {gpu.wave_width, gpu.max_threads, false, gpu.max_cluster}), dtype_of(dtype));
+std::string plan(int64_t hidden, const std::string& dtype, const EmulatedGpu& gpu, int64_t rows) {
+  const DType type = dtype_of(dtype);
+  const DeviceFacts facts{gpu.wave_width, gpu.max_threads, false, gpu.max_cluster, gpu.processors};
+  return describe(spread(make_plan(hidden, type, facts), rows, 3 * hidden * size_of(type), facts), type);
 }
 
 }  // namespace
@@ -64,7 +66,8 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
                                         py::arg("processors") = 0);
   m.def("norm", &norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("residual"), py::arg("post_residual_addition"),
         py::arg("residual_out"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"));
-  m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), "How a row is laid over threads, in words.");
+  m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), py::arg("rows") = 1,
+        "How a row of a plain norm of so many is laid over threads, in words.");
 }
 
 }  // namespace gemma_norm

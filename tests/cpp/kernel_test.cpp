@@ -53,7 +53,7 @@ void for_all_cases(const Check& check) {
 
 // Is the row held by one block where a GPU has no clusters of blocks? And where it has, may it be spread over one?
 bool takes_block(const Case& c) { return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, 1}).scope == Scope::kBlock; }
-bool takes_cluster(const Case& c) {
+bool may_take_cluster(const Case& c) {
   const DeviceFacts device{32, int64_t{1} << 42, true, kMaxCluster, 132};
   const int64_t most_bytes = c.hidden * 5 * size_of(c.dtype) + c.hidden * size_of(c.weight_dtype);
   return spread(make_plan(c.hidden, c.dtype, device), c.row_count(), most_bytes, device).scope == Scope::kCluster;
@@ -88,7 +88,7 @@ class Kernels : public testing::TestWithParam<const char*> {
 
 TEST_P(Kernels, AreRightInEveryCase) {
   const bool only_clusters = target().name() == "emulated_clusters";
-  for_all_cases([&](const Case& c) { return only_clusters && !takes_cluster(c) ? "" : check_case(target(), c); });
+  for_all_cases([&](const Case& c) { return only_clusters && !may_take_cluster(c) ? "" : check_case(target(), c); });
 }
 
 TEST_P(Kernels, DoNothingWithNoRows) {
@@ -120,14 +120,14 @@ TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
 
 TEST(EmulatedKernels, HaveTheSameBitsInAClusterAsInABlock) {
   expect_same_bits({&find_target("emulated32"), &find_target("emulated_clusters")},
-                   [](const Case& c) { return takes_cluster(c) && takes_block(c); });
+                   [](const Case& c) { return may_take_cluster(c) && takes_block(c); });
 }
 
 TEST(EmulatedKernels, AreAllReachedByTheCases) {
   for_all_cases([&](const Case& c) {
     std::string error;
     for (const char* name : {"emulated32", "emulated_clusters"})
-      if (name == std::string("emulated32") || takes_cluster(c)) run_case(find_target(name), c, make_inputs(c), &error);
+      if (name == std::string("emulated32") || may_take_cluster(c)) run_case(find_target(name), c, make_inputs(c), &error);
     return error;
   });
   const std::set<const void*> reachable = reachable_kernels(600000), &launched = device::launched_kernels();
@@ -170,6 +170,24 @@ TEST(CpuKernels, TreatManyRowsLikeFew) {
       }
     }
 }
+
+// Too many rows to be spread over clusters, and a few of them, which are.
+class Spreading : public testing::TestWithParam<const char*> {};
+
+TEST_P(Spreading, TreatsManyRowsLikeFew) {
+  Target& target = find_target(GetParam());
+  if (const std::string why = target.missing(); !why.empty()) GTEST_SKIP() << why;
+  for (const auto& [dtype, weight_dtype] : kDTypePairs)
+    for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kFusedPost})
+      for (const int64_t hidden : {2560, 4096, 5120, 8192, 12288, 16384, 32768}) {
+        constexpr uint32_t kWithProcessors = 8;  // see EmulatedTarget
+        const Case c{dtype,           weight_dtype, operands,       true, hidden, {"rows", {2}, {0}, 0}, Alignment::kWhole,
+                     Values::kNormal, 1e-6,         kWithProcessors};
+        EXPECT_EQ("", check_repeated(target, c, 70)) << describe(c);
+      }
+}
+
+INSTANTIATE_TEST_SUITE_P(, Spreading, testing::Values("emulated_clusters", "cuda"), [](const auto& info) { return info.param; });
 
 // The arithmetic is IEEE's on both. (On a GPU without clusters compare with emulated32.)
 TEST(CudaKernels, HaveTheBitsOfTheEmulatedOnes) {

@@ -152,6 +152,7 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
       EXPECT_TRUE(is_power_of_two(one.block_threads));
       EXPECT_EQ(0, one.block_threads % device.wave_width);
       EXPECT_LT(one.block_threads, plan.block_threads);
+      EXPECT_EQ(256, one.most_threads) << "what the kernels are compiled for";
       EXPECT_LE(one.block_threads, one.most_threads);
       EXPECT_LE(one.cluster, device.max_cluster);
       EXPECT_EQ(one.group_threads, one.cluster * one.block_threads);
@@ -196,6 +197,24 @@ TEST(Ladder, HoldsTheRowsOfModelsInRegisters) {
       EXPECT_NE(Scope::kStream, plan.scope) << hidden;
       EXPECT_EQ(hidden <= 256, plan.scope == Scope::kWave) << hidden;
     }
+}
+
+// Where it pays on an H200 (docs/performance.md): the most rows that are spread, by hidden size and tensors of bfloat16 moved.
+TEST(Spread, StopsWhereItNoLongerPays) {
+  const auto most_rows = [](int64_t hidden, int tensors, int32_t processors) {
+    const DeviceFacts device{32, kNoLimit, true, 8, processors};
+    const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, device);
+    int64_t rows = 0;
+    while (spread(plan, rows + 1, hidden * tensors * 2, device).cluster != plan.cluster) ++rows;
+    return rows;
+  };
+  const auto plain = [&](int64_t hidden) { return most_rows(hidden, 3, 132); };
+  const auto fused = [&](int64_t hidden) { return most_rows(hidden, 5, 132); };
+  EXPECT_EQ((std::vector<int64_t>{0, 0, 26, 33, 33, 33}),
+            (std::vector<int64_t>{plain(2048), plain(4096), plain(5120), plain(8192), plain(16384), plain(65536)}));
+  EXPECT_EQ((std::vector<int64_t>{0, 26, 16, 52, 33, 33}),
+            (std::vector<int64_t>{fused(2048), fused(2560), fused(4096), fused(5120), fused(8192), fused(65536)}));
+  EXPECT_EQ(4, most_rows(8192, 3, 16)) << "a slice of a GPU";
 }
 
 TEST(Plan, PrintsItself) {

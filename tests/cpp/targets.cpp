@@ -16,7 +16,8 @@ class EmulatedTarget : public HostTarget {
       : name_(name), wave_width_(wave_width), max_cluster_(max_cluster) {}
   std::string name() const override { return name_; }
   Status run(const NormArgs& args, uint32_t seed, Message* message) override {
-    // Half of the runs on a GPU that takes so few threads, though at least a block or cluster, that there must be several launches.
+    // Half of the runs on a GPU that takes so few threads, though at least a block or cluster, that there must be several launches;
+    // half with processors, where few rows are spread if there are clusters.
     const int64_t few = max_cluster_ * kMaxBlockThreads;
     const EmulatedGpu gpu{wave_width_, seed % 2 ? few : int64_t{1} << 32, max_cluster_, seed / 2 % 4, seed / 8 % 2 ? 132 : 0};
     return gemma_norm_emulated(&args, &gpu, message);

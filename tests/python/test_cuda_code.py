@@ -55,6 +55,8 @@ def test_as_many_rows_are_in_flight_as_planned(kernels: dict[str, tuple[int, int
         (block, 8, 192): 4,
         (block, 8, 256): 3,
         (block, 8, 1024): 1,
+        (cluster, 2, 256): 6,
+        (cluster, 4, 256): 4,
         (cluster, 8, 256): 3,
     }
     assert {kernel: blocks(*kernel) for kernel in planned} == planned

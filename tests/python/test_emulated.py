@@ -147,18 +147,21 @@ def test_right_on_clusters(emulated: ModuleType, call: dict[str, Any], order: in
     normalise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order))
 
 
-@given(call=calls(hidden=st.integers(128, 2500).map(lambda n: 8 * n), most_dims=1), order=ORDERS)
+@given(call=calls(hidden=st.integers(512, 2500).map(lambda n: 8 * n), most_dims=1), order=ORDERS)
 @settings(max_examples=20)
 def test_right_and_alike_when_rows_are_spread(emulated: ModuleType, call: dict[str, Any], order: int) -> None:
     call["layouts"] = [(tuple(s + -s % 8 if s > 1 else s for s in strides), 0) for strides, _ in call["layouts"]]
-    alone = normalise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order, processors=132))
-    among_others = normalise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order))
-    assert_same_bits(alone, among_others)
+    spread = normalise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order, processors=132))
+    whole = normalise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order))
+    assert_same_bits(spread, whole)
 
 
 def test_a_plan_prints_itself(emulated: ModuleType) -> None:
     assert emulated.plan(4096, "bfloat16", emulated.Gpu(32)).startswith("block: ")
     assert emulated.plan(128, "bfloat16", emulated.Gpu(64)).startswith("wave: ")
+    hopper = emulated.Gpu(32, max_cluster=8, processors=132)
+    assert emulated.plan(8192, "bfloat16", hopper).startswith("cluster: 256 of 256 threads a row")
+    assert emulated.plan(8192, "bfloat16", hopper, rows=1000).startswith("block: ")
 
 
 def test_bad_arguments_are_refused(emulated: ModuleType) -> None:
