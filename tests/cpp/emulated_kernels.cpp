@@ -19,20 +19,21 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
         const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
         const LaunchPlan whole = make_plan(hidden, x, facts);
         for (const bool aligned : {false, whole.whole_vectors})
-          for (const int64_t rows : {1, 1000000}) {
-            const LaunchPlan plan = aligned ? spread(whole, rows, hidden * (2 * size_of(x) + size_of(weight)), facts) : whole;
-            kernels::with_dtypes(x, weight, [&](auto x, auto w) {
-              using X = typename decltype(x)::type;
-              using W = typename decltype(w)::type;
-              return kernels::with_bool(aligned, [&](auto aligned) {
-                constexpr bool kAligned = decltype(aligned)::value;
-                for (const auto& kernel :
-                     {kernels::choose_kernel<X, W, false, kAligned>(plan), kernels::choose_kernel<X, W, true, kAligned>(plan)})
-                  all.insert(reinterpret_cast<const void*>(kernel.function));
-                return device::kSuccess;
+          for (const int64_t rows : {1, 1000000})
+            for (const bool add : {false, true}) {
+              const int64_t most_bytes = hidden * ((add ? 5 : 2) * size_of(x) + size_of(weight));
+              const LaunchPlan plan = aligned ? spread(whole, rows, most_bytes, facts) : whole;
+              kernels::with_dtypes(x, weight, [&](auto x, auto w) {
+                return kernels::with_bool(add, [&](auto add) {
+                  return kernels::with_bool(aligned, [&](auto aligned) {
+                    const auto kernel = kernels::choose_kernel<typename decltype(x)::type, typename decltype(w)::type,
+                                                               decltype(add)::value, decltype(aligned)::value>(plan);
+                    all.insert(reinterpret_cast<const void*>(kernel.function));
+                    return device::kSuccess;
+                  });
+                });
               });
-            });
-          }
+            }
       }
   return all;
 }
