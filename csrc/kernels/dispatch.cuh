@@ -14,8 +14,6 @@ template <class T>
 struct Type {
   using type = T;
 };
-template <auto kValue>
-using Constant = std::integral_constant<decltype(kValue), kValue>;
 
 // Can every access be a whole, aligned vector? A property of this call's memory: it picks the instructions, never the layout.
 bool is_aligned(const RowParams& p, const LaunchPlan& plan) {
@@ -30,7 +28,7 @@ bool is_aligned(const RowParams& p, const LaunchPlan& plan) {
 }
 
 template <class Call>
-device::Error with_dtypes(DType x, DType weight, Call&& call) {
+auto with_dtypes(DType x, DType weight, Call&& call) {
   switch (x) {
     case DType::kFloat32: return call(Type<float>{}, Type<float>{});
     case DType::kFloat16: return weight == x ? call(Type<float16>{}, Type<float16>{}) : call(Type<float16>{}, Type<float>{});
@@ -40,7 +38,7 @@ device::Error with_dtypes(DType x, DType weight, Call&& call) {
 }
 
 template <class Call>
-device::Error with_bool(bool value, Call&& call) {
+auto with_bool(bool value, Call&& call) {
   return value ? call(std::true_type{}) : call(std::false_type{});
 }
 
@@ -90,33 +88,35 @@ Kernel choose_kernel(const LaunchPlan& plan) {
                                   : Kernel{&rms_norm_stream<X, W, kAdd, Scope::kStream, 1024, false>, 1024};
 }
 
-device::Error launch_rows(RowParams p, const LaunchPlan& unspread, const DeviceFacts& facts, device::Stream stream) {
-  const int tensors = p.residual == nullptr ? 2 : p.post_residual_addition == nullptr ? 4 : 5;
-  const int64_t row_bytes = p.hidden * (tensors * size_of(p.dtype) + size_of(p.weight_dtype));
-  const auto launch = [&](const LaunchPlan& plan, const Kernel& kernel) {
-    const int64_t most = max_blocks(plan, facts);
-    device::Error error = device::kSuccess;
-    for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
-      const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
-                    blocks = all < most ? all : most;
-      const bool room = 2 * blocks * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
-      const Layout layout{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors, room};
-      error = device::launch(kernel.function, blocks, plan, stream, facts, p, layout);
-    }
-    return error;
-  };
-  return with_dtypes(p.dtype, p.weight_dtype, [&](auto x, auto w) {
-    return with_bool(p.residual != nullptr, [&](auto add) {
-      return with_bool(is_aligned(p, unspread), [&](auto aligned) {
-        // Rows that are picked element by element keep their plan: they are streamed, for which spreading was never measured.
-        const LaunchPlan plan = aligned ? spread(unspread, p.rows, row_bytes, facts) : unspread;
-        return launch(
-            plan,
-            choose_kernel<typename decltype(x)::type, typename decltype(w)::type, decltype(add)::value, decltype(aligned)::value>(
-                plan));
+Kernel choose_kernel(DType x, DType weight, bool add, bool aligned, const LaunchPlan& plan) {
+  return with_dtypes(x, weight, [&](auto x, auto w) {
+    return with_bool(add, [&](auto add) {
+      return with_bool(aligned, [&](auto aligned) {
+        using X = typename decltype(x)::type;
+        using W = typename decltype(w)::type;
+        return choose_kernel<X, W, decltype(add)::value, decltype(aligned)::value>(plan);
       });
     });
   });
+}
+
+device::Error launch_rows(RowParams p, LaunchPlan plan, const DeviceFacts& facts, device::Stream stream) {
+  const bool add = p.residual != nullptr, aligned = is_aligned(p, plan);
+  const int tensors = !add ? 2 : p.post_residual_addition == nullptr ? 4 : 5;
+  const int64_t row_bytes = p.hidden * (tensors * size_of(p.dtype) + size_of(p.weight_dtype));
+  // Rows that are picked element by element keep their plan: they are streamed, for which spreading was never measured.
+  if (aligned) plan = spread(plan, p.rows, row_bytes, facts);
+  const Kernel kernel = choose_kernel(p.dtype, p.weight_dtype, add, aligned, plan);
+  const int64_t most = max_blocks(plan, facts);
+  device::Error error = device::kSuccess;
+  for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
+    const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
+                  blocks = all < most ? all : most;
+    const bool room = 2 * blocks * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
+    const Layout layout{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors, room};
+    error = device::launch(kernel.function, blocks, plan, stream, facts, p, layout);
+  }
+  return error;
 }
 
 Status run(const NormArgs& args, device::Stream stream, Message* message) {

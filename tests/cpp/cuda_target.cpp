@@ -15,7 +15,8 @@ class CudaTarget : public Target {
   std::string missing() const override {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
-    return error != cudaSuccess ? cudaGetErrorString(error) : devices == 0 ? "no NVIDIA GPU" : "";
+    if (error == cudaSuccess && devices > 0) return "";
+    return std::string("needs an NVIDIA GPU and its driver, run it where nvidia-smi lists one: ") + cudaGetErrorString(error);
   }
 
   // Exactly `bytes` and no more, so that compute-sanitizer sees an access beyond.

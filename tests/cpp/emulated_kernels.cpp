@@ -1,4 +1,6 @@
 // The kernels, compiled for the host by its own compiler, and their entry of the C interface.
+#include <vector>
+
 #include "cases.h"
 #include "emulated_machine.h"
 #include "kernels/dispatch.cuh"
@@ -18,22 +20,14 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
       for (int64_t hidden = 1; hidden <= most_hidden; ++hidden) {
         const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
         const LaunchPlan whole = make_plan(hidden, x, facts);
-        for (const bool aligned : {false, whole.whole_vectors})
+        for (const bool add : {false, true}) {
+          const int64_t most_bytes = hidden * ((add ? 5 : 2) * size_of(x) + size_of(weight));
+          std::vector<kernels::Kernel> chosen = {kernels::choose_kernel(x, weight, add, false, whole)};
           for (const int64_t rows : {1, 1000000})
-            for (const bool add : {false, true}) {
-              const int64_t most_bytes = hidden * ((add ? 5 : 2) * size_of(x) + size_of(weight));
-              const LaunchPlan plan = aligned ? spread(whole, rows, most_bytes, facts) : whole;
-              kernels::with_dtypes(x, weight, [&](auto x, auto w) {
-                return kernels::with_bool(add, [&](auto add) {
-                  return kernels::with_bool(aligned, [&](auto aligned) {
-                    const auto kernel = kernels::choose_kernel<typename decltype(x)::type, typename decltype(w)::type,
-                                                               decltype(add)::value, decltype(aligned)::value>(plan);
-                    all.insert(reinterpret_cast<const void*>(kernel.function));
-                    return device::kSuccess;
-                  });
-                });
-              });
-            }
+            if (whole.whole_vectors)
+              chosen.push_back(kernels::choose_kernel(x, weight, add, true, spread(whole, rows, most_bytes, facts)));
+          for (const kernels::Kernel& kernel : chosen) all.insert(reinterpret_cast<const void*>(kernel.function));
+        }
       }
   return all;
 }

@@ -172,18 +172,16 @@ TEST(CpuKernels, TreatManyRowsLikeFew) {
 }
 
 // Too many rows to be spread over clusters, and a few of them, which are.
-class Spreading : public testing::TestWithParam<const char*> {};
+class Spreading : public Kernels {};
 
 TEST_P(Spreading, TreatsManyRowsLikeFew) {
-  Target& target = find_target(GetParam());
-  if (const std::string why = target.missing(); !why.empty()) GTEST_SKIP() << why;
   for (const auto& [dtype, weight_dtype] : kDTypePairs)
     for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kFusedPost})
       for (const int64_t hidden : {2560, 4096, 5120, 8192, 12288, 16384, 32768}) {
         constexpr uint32_t kWithProcessors = 8;  // see EmulatedTarget
         const Case c{dtype,           weight_dtype, operands,       true, hidden, {"rows", {2}, {0}, 0}, Alignment::kWhole,
                      Values::kNormal, 1e-6,         kWithProcessors};
-        EXPECT_EQ("", check_repeated(target, c, 70)) << describe(c);
+        EXPECT_EQ("", check_repeated(target(), c, 70)) << describe(c);
       }
 }
 

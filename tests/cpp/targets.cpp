@@ -53,7 +53,9 @@ class IsaTarget : public HostTarget {
  public:
   explicit IsaTarget(Isa isa) : isa_(isa) {}
   std::string name() const override { return std::string("cpu_") + isa_name(isa_); }
-  std::string missing() const override { return isa_supported(isa_) ? "" : std::string("this processor has no ") + isa_name(isa_); }
+  std::string missing() const override {
+    return isa_supported(isa_) ? "" : std::string("needs a processor with ") + isa_name(isa_);
+  }
   Status run(const NormArgs& args, uint32_t, Message* message) override {
     RowParams params;
     RowSlices slices;
