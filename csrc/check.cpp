@@ -182,6 +182,7 @@ Status check(const NormArgs& args, RowParams* params, RowSlices* slices, Message
     slices->count *= slices->sizes[d] = sizes[p.row_dims + d];
     for (int t = 0; t < kTensors; ++t) slices->strides[t][d] = strides[t][p.row_dims + d];
   }
+  if (args.before_write) args.before_write(args.context);
   return Status::kOk;
 }
 

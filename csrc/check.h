@@ -7,7 +7,7 @@
 namespace gemma_norm {
 
 // Checks `args` and collapses their leading dimensions into `params`. On kInvalidArgument `message` reads like
-// "rms_norm: weight must have shape [4096], got [4095]" and nothing may be launched.
+// "rms_norm: weight must have shape [4096], got [4095]" and nothing may be launched. On kOk, args.before_write has been called.
 //
 // More than kMaxRowDims dimensions that do not collapse are cut into `*slices` equal launches: call select_slice for each.
 // `*slices` is 0 when there is nothing to do.

@@ -6,7 +6,8 @@
 //   y = round(s * rstd * (gemma ? 1 + weight : weight)),   rstd = 1 / sqrt(mean(s^2) + eps)
 //
 // round() is to x's dtype, nearest even; everything else is float32. y goes to `out`, s to `residual_out`.
-// A function checks its arguments before anything is written, and neither throws, prints, exits nor synchronises.
+// A function checks its arguments before anything is written, and neither throws (but see NormArgs::before_write), prints, exits
+// nor synchronises.
 #pragma once
 
 #include <cstddef>
@@ -44,6 +45,10 @@ struct NormArgs {
   const Tensor* residual_out;            // [..., hidden], null exactly when residual is; exactly residual's memory or disjoint
   double eps;                            // finite, >= 0
   bool gemma;                            // multiply by 1 + weight
+  // Called once, after the last check and before the first write; null: not called. What it throws passes through: nothing has
+  // been written then.
+  void (*before_write)(const void* context) = nullptr;
+  const void* context = nullptr;
 };
 
 // The message of a status that is not kOk, always terminated.

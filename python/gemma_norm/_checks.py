@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DIFFERENTIABLE = {
@@ -30,44 +31,66 @@ def layout_name(t: Tensor) -> str:
     return "a quantised tensor" if t.is_quantized else f"layout {t.layout}"
 
 
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a dual tensor of forward-mode differentiation."""
+    unpack_dual: Any = forward_ad.unpack_dual  # not typed
+    return forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
 def check_arguments(
     op: str,
     x: Tensor,
     weight: Tensor,
     eps: float,
-    residual: Tensor | None = None,
-    post_residual_addition: Tensor | None = None,
-    out: Tensor | None = None,
+    *,
+    transformed: bool = False,
+    **like_x: Tensor | None,
 ) -> None:
-    """All checks but those of memory, see :func:`check_memory`. Raises RuntimeError."""
-    optional = {"out": out, "residual": residual, "post_residual_addition": post_residual_addition}
-    like_x = {name: t for name, t in optional.items() if t is not None}
-    tensors = {"x": x, "weight": weight, **like_x}
+    """All checks but those of memory, see :func:`check_memory`. Raises RuntimeError.
+
+    ``like_x``: the other tensors of the call by name, of which post_residual_addition may be None. ``transformed``: for an
+    implementation in plain PyTorch that PyTorch differentiates or batches. Gradients may be required then, and strides,
+    which a batch dimension may lie between, are not looked at.
+    """
+    if like_x.get("post_residual_addition") is None:
+        like_x.pop("post_residual_addition", None)
+    out = like_x.get("out")
+    tensors: dict[str, Any] = {"x": x, "weight": weight, **like_x}
+    for name, t in tensors.items():
+        _require(isinstance(t, Tensor), f"{op}: {name} must be a tensor, got {t}")
     for name, t in tensors.items():
         dense = t.layout == torch.strided and not t.is_quantized and not t.is_nested
         _require(dense, f"{op}: {name} must be a dense tensor, got {layout_name(t)}")
     for name, t in tensors.items():
         _require(t.device == x.device, f"{op}: {name} must be on x's device {x.device}, got {t.device}")
-    if torch.is_grad_enabled():
-        call = DIFFERENTIABLE[op] + (" without out" if out is not None else "")
-        advice = (
-            f"torch.ops.gemma_norm records no gradient: call {call}, which is differentiable, or use torch.no_grad()"
-        )
-        rule = "must not require grad while grad mode is enabled, got requires_grad=True"
+    if not transformed:
+        call = f"call {DIFFERENTIABLE[op]}{' without out' if out is not None else ''}, which is differentiable"
+        grad_rule = "must not require grad while grad mode is enabled, got requires_grad=True"
+        grad_advice = f"torch.ops.gemma_norm records no gradient: {call}, or use torch.no_grad()"
+        tangent_rule = "must not have a tangent, got a dual tensor"
+        tangent_advice = f"torch.ops.gemma_norm records no derivative: {call}"
+        recording = torch.is_grad_enabled()
         for name, t in tensors.items():
-            _require(not t.requires_grad, f"{op}: {name} {rule}; {advice}")
+            _require(not (recording and t.requires_grad), f"{op}: {name} {grad_rule}; {grad_advice}")
+            _require(not has_tangent(t), f"{op}: {name} {tangent_rule}; {tangent_advice}")
 
     _require(x.dtype in DTYPES, f"{op}: x must have dtype float32, float16 or bfloat16, got {dtype_name(x.dtype)}")
     _require(x.dim() >= 1, f"{op}: x must have at least one dimension, got shape []")
     _require(x.shape[-1] >= 1, f"{op}: x must have a last dimension of at least 1, got shape {list(x.shape)}")
-    _check_rows(op, "x", x)
-    _check_weight(op, x, weight)
-    for name, t in like_x.items():
+    if not transformed:
+        _check_rows(op, "x", x)
+    _check_weight(op, x, weight, transformed)
+    for name, t in tensors.items():
+        if name in ("x", "weight"):
+            continue
         expected = f"{op}: {name} must have x's"
         _require(t.dtype == x.dtype, f"{expected} dtype {dtype_name(x.dtype)}, got {dtype_name(t.dtype)}")
         for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
             _require(same, f"{expected} shape {list(x.shape)}, got {list(t.shape)}")
-        _check_rows(op, name, t)
+        if not transformed:
+            _check_rows(op, name, t)
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
     if not in_range:  # Dynamo cannot print a number that it keeps dynamic
         _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
@@ -127,14 +150,14 @@ def _row_starts(a: Tensor) -> Tensor:
     return starts.sort().values
 
 
-def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
+def _check_weight(op: str, x: Tensor, weight: Tensor, transformed: bool) -> None:
     hidden = x.shape[-1]
     for same in (weight.dim() == 1, *(n == hidden for n in weight.shape)):
         _require(same, f"{op}: weight must have shape [{hidden}], got {list(weight.shape)}")
     legal = dtype_name(x.dtype) if x.dtype == torch.float32 else f"{dtype_name(x.dtype)} (x's) or float32"
     matches = weight.dtype in (x.dtype, torch.float32)
     _require(matches, f"{op}: weight must have dtype {legal}, got {dtype_name(weight.dtype)}")
-    contiguous = weight.stride(0) == 1 or hidden == 1
+    contiguous = transformed or weight.stride(0) == 1 or hidden == 1
     _require(contiguous, f"{op}: weight must be contiguous (stride 1), got stride {weight.stride(0)}")
 
 

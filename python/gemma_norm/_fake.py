@@ -35,7 +35,9 @@ def _fused_add_rms_norm(
     gemma: bool = False,
     post_residual_addition: Tensor | None = None,
 ) -> None:
-    check_arguments("fused_add_rms_norm", x, weight, eps, residual, post_residual_addition)
+    check_arguments(
+        "fused_add_rms_norm", x, weight, eps, residual=residual, post_residual_addition=post_residual_addition
+    )
 
 
 def _add_rms_norm(
@@ -46,7 +48,7 @@ def _add_rms_norm(
     gemma: bool = False,
     post_residual_addition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments("add_rms_norm", x, weight, eps, residual, post_residual_addition)
+    check_arguments("add_rms_norm", x, weight, eps, residual=residual, post_residual_addition=post_residual_addition)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 

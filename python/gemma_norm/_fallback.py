@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from . import reference
+from . import _autograd, reference
 from ._checks import check_arguments, check_memory, layout_name
 from ._library import operator_implementations, why_not_native
 
@@ -43,7 +43,9 @@ def fused_add_rms_norm(
     gemma: bool = False,
     post_residual_addition: Tensor | None = None,
 ) -> None:
-    check_arguments("fused_add_rms_norm", x, weight, eps, residual, post_residual_addition)
+    check_arguments(
+        "fused_add_rms_norm", x, weight, eps, residual=residual, post_residual_addition=post_residual_addition
+    )
     written = {"x": x, "residual": residual}
     check_memory("fused_add_rms_norm", written, {**written, "post_residual_addition": post_residual_addition}, weight)
     _tell(x)
@@ -60,7 +62,7 @@ def add_rms_norm(
     gemma: bool = False,
     post_residual_addition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_arguments("add_rms_norm", x, weight, eps, residual, post_residual_addition)
+    check_arguments("add_rms_norm", x, weight, eps, residual=residual, post_residual_addition=post_residual_addition)
     _tell(x)
     y, s = reference.add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
     return y.contiguous(), s.contiguous()
@@ -81,6 +83,23 @@ def _refuse_nested(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dic
             op_name = op._schema.name.split("::")[1]
             raise RuntimeError(f"{op_name}: {name} must be a dense tensor, got {layout_name(value)}")
     raise AssertionError("no argument is nested")
+
+
+def _resolve_negative(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    post_residual_addition: Tensor | None = None,
+) -> None:
+    """Tensors that PyTorch negates when they are read. It can do so for our other operators, but not for this one."""
+    for name, t in {"x": x, "residual": residual}.items():
+        if t.is_neg():
+            rule = "is written and must not be negated lazily, got a tensor with its negative bit set"
+            raise RuntimeError(f"fused_add_rms_norm: {name} {rule}; call resolve_neg() on it")
+    post = None if post_residual_addition is None else post_residual_addition.resolve_neg()
+    torch.ops.gemma_norm.fused_add_rms_norm.default(x, residual, weight.resolve_neg(), eps, gemma, post)
 
 
 def _register() -> Any:
@@ -106,6 +125,8 @@ def _register() -> Any:
         for key in ("NestedTensorCPU", "NestedTensorCUDA"):
             library.impl(name, strided_nested, key)
         torch.library.register_torch_dispatch(f"gemma_norm::{name}", NestedTensor, jagged_nested, lib=library)
+    library.impl("fused_add_rms_norm", _resolve_negative, "Negative")
+    _autograd.install(library)
     return library
 
 

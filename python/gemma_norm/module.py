@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import ops, reference, routing
 
 Output = Tensor | tuple[Tensor, Tensor]
 
+_functorch_is_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
+_is_inference_mode_enabled = torch.is_inference_mode_enabled
 _on_rocm = torch.version.hip is not None
 
 
@@ -23,10 +28,16 @@ class RMSNorm(nn.Module):
 
     Args:
         hidden_size: size of the last dimension of the inputs.
-        eps: added to the mean of squares.
+        eps: added to the mean of squares. A number: None, which ``torch.nn.RMSNorm`` takes for the dtype's epsilon, is
+            refused.
         device, dtype: of the weight, which may be float32 with 16-bit inputs and is read anew in every call.
         backend: what :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`: "auto" or, to force one,
             "native", "aiter", "vllm" or "torch". Other devices have one backend.
+        inplace: whether :meth:`forward` may overwrite x and residual, under the conditions stated there. False: never.
+        elementwise_affine, has_weight: what ``torch.nn.RMSNorm`` and vLLM call having a weight. False is refused.
+
+    Raises:
+        ValueError: for an argument that breaks a rule above.
     """
 
     gemma: ClassVar[bool] = False
@@ -40,13 +51,31 @@ class RMSNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        inplace: bool = True,
+        elementwise_affine: bool = True,
+        has_weight: bool = True,
     ) -> None:
         super().__init__()
+        self._check(hidden_size, eps, elementwise_affine=elementwise_affine, has_weight=has_weight)
         self.backend = routing.checked(backend)
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
+        self.inplace = inplace
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def _check(self, hidden_size: int, eps: float, **weight: bool) -> None:
+        name = type(self).__name__
+        if not isinstance(hidden_size, Integral) or hidden_size < 1:
+            rule = "hidden_size must be an integer of at least 1, the size of the dimension that is normalised"
+            raise ValueError(f"{name}: {rule}, got {hidden_size!r}")
+        if not isinstance(eps, Real):
+            hint = "; torch.nn.RMSNorm takes torch.finfo(dtype).eps for None" if eps is None else ""
+            raise ValueError(f"{name}: eps must be a number, got {eps!r}{hint}")
+        for argument, value in weight.items():
+            if not value:
+                hint = f"freeze a weight of {'zeros' if self.gemma else 'ones'} for a norm without scale"
+                raise ValueError(f"{name}: {argument} must be True, got {value!r}; {hint}")
 
     def reset_parameters(self) -> None:
         """The identity's weight: ones, or zeros where it is zero-centred."""
@@ -57,11 +86,25 @@ class RMSNorm(nn.Module):
     ) -> Output:
         """``y``; with a residual ``(y, s)``, ``s = round(x + residual)`` being the next residual.
 
-        With a residual, in inference (``torch.no_grad()`` or ``inference_mode()``), the work is done in place as in
-        SGLang and vLLM: **the results are x and residual themselves, overwritten**. While gradients are recorded they
-        are new tensors. ``post_residual_addition`` is added to the residual first, and needs one.
+        With a residual in inference, the work is done in place as in SGLang and vLLM: **the results are x and residual
+        themselves, overwritten**, and so is whatever shares their memory, such as a hidden state that was kept. That
+        is done where no gradient can depend on the old values, which is when all of this holds:
+
+        - the module's ``inplace`` is True, as it is by default;
+        - grad mode is off, and the module is in eval mode or the call in ``torch.inference_mode()``;
+        - x, residual and post_residual_addition require no gradient, and none is a dual tensor or inside a
+          ``torch.func`` transform;
+        - x and residual are plain tensors, not parameters or views of one, nor of another subclass;
+        - x and residual lie apart, and no two elements of either share memory.
+
+        Else the results are new tensors, and x and residual stay as they are. An exported program returns new tensors.
+        ``torch.compile`` decides while it traces, by the same rule but for ``torch.inference_mode()`` and views of
+        parameters, of which it knows nothing.
+
+        ``post_residual_addition`` is added to the residual first, and needs one.
         """
-        if x.is_cuda:
+        # A traced value of torch.fx has no device yet, and no truth value: it goes to the operator, which any device has.
+        if x.is_cuda is True:
             if _on_rocm:
                 return self.forward_hip(x, residual, post_residual_addition)
             return self.forward_cuda(x, residual, post_residual_addition)
@@ -85,10 +128,24 @@ class RMSNorm(nn.Module):
         if residual is None:
             self._refuse_lone(post_residual_addition)
             return ops.rms_norm(x, weight, self.variance_epsilon, self.gemma)
-        if _is_grad_enabled():
-            return ops.add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
-        ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
-        return x, residual
+        if self._may_overwrite(x, residual, post_residual_addition):
+            try:
+                ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
+                return x, residual
+            except RuntimeError as error:  # nothing has been written
+                if "overlap" not in str(error):
+                    raise
+        return ops.add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
+
+    def _may_overwrite(self, x: Tensor, residual: Tensor, post_residual_addition: Tensor | None) -> bool:
+        """Whether the conditions in :meth:`forward` hold, except that of memory, which the operator checks."""
+        if _is_grad_enabled() or not self.inplace or (self.training and not _in_inference_mode()):
+            return False
+        if post_residual_addition is not None and post_residual_addition.requires_grad:
+            return False
+        if forward_ad._current_level >= 0 or _functorch_is_active() or _is_exporting():
+            return False
+        return _is_expendable(x) and _is_expendable(residual)
 
     # One method a device, as in SGLang and vLLM, for subclasses to replace. The operators' own dispatch serves these
     # two, and through forward_cpu meta tensors and devices on plain PyTorch as well.
@@ -109,6 +166,34 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.variance_epsilon}, gemma={self.gemma}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in place of this module, which has two signatures: ``y = norm(x)`` alone."""
+        return _Scriptable(self)
+
+
+class _Scriptable(nn.Module):
+    """``y = norm(x)`` for TorchScript: the operator in inference, its definition while gradients are recorded."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.gemma = norm.weight, norm.variance_epsilon, norm.gemma
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
+        y: Tensor = torch.ops.gemma_norm.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
+        return y
+
+
+def _in_inference_mode() -> bool:
+    return not _is_compiling() and _is_inference_mode_enabled()
+
+
+def _is_expendable(t: Tensor) -> bool:
+    """Whether nobody else can expect t to keep its values: a plain tensor without a gradient, no view of a parameter."""
+    return type(t) is Tensor and not t.requires_grad and (_is_compiling() or not isinstance(t._base, nn.Parameter))
 
 
 class GemmaRMSNorm(RMSNorm):

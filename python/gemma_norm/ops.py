@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
+from . import _autograd, reference
 from ._autograd import AddRMSNormFunction, RMSNormFunction
+from ._checks import has_tangent
 
+_functorch_is_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
 _rms_norm = torch.ops.gemma_norm.rms_norm.default
 _rms_norm_out = torch.ops.gemma_norm.rms_norm.out
@@ -27,20 +34,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
         eps: finite and not negative; used as a float32.
         gemma: the weight is stored zero-centred, as in Gemma and Qwen3-Next (transformers' ``GemmaRMSNorm``).
         out: where to write instead of a new tensor: x's shape, dtype and device, last dimension contiguous; x itself or
-            memory apart from it. Records no gradient.
+            memory apart from it. Records no derivative, and refuses tensors of which one is expected.
 
     Returns:
-        ``out``, or a new row-major tensor of x's shape and dtype. Differentiable in x and weight, once.
+        ``out``, or a new row-major tensor of x's shape and dtype. Derivatives of any order and mode with respect to x
+        and weight are supported, and so are the transforms of ``torch.func``.
 
     Raises:
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
+        torch.OutOfMemoryError: there is no memory for the result.
     """
-    if out is not None:
-        result: Tensor = _rms_norm_out(x, weight, eps, gemma, out=out)
-    elif _is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        result = RMSNormFunction.apply(x, weight, eps, gemma)  # type: ignore[no-untyped-call]
-    else:
-        result = _rms_norm(x, weight, eps, gemma)
+    if has_torch_function_variadic(x, weight, out):
+        if out is None and _is_in_onnx_export():
+            return reference.rms_norm(x, weight, eps, gemma)
+        arguments = (x, weight, out)
+        overridden: Tensor = handle_torch_function(rms_norm, arguments, x, weight, eps=eps, gemma=gemma, out=out)
+        return overridden
+    try:
+        if out is not None:
+            result: Tensor = _rms_norm_out(x, weight, eps, gemma, out=out)
+        elif forward_ad._current_level >= 0 and has_tangent(x, weight):
+            result = _autograd.rms_norm(x, weight, eps, gemma)
+        elif _is_grad_enabled() and _require_grad(x, weight):
+            result = RMSNormFunction.apply(x, weight, eps, gemma)  # type: ignore[no-untyped-call]
+        else:
+            result = _rms_norm(x, weight, eps, gemma)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
     return result
 
 
@@ -63,12 +84,17 @@ def fused_add_rms_norm(
         weight, eps, gemma: as for :func:`rms_norm`.
         post_residual_addition: like residual, read alone.
 
-    Records no gradient and refuses tensors that require one while grad mode is on: :func:`add_rms_norm` is for them.
+    Records no derivative. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside a
+    ``torch.func`` transform are refused: :func:`add_rms_norm` is for them.
 
     Raises:
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
     """
-    _fused_add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+    tensors = (x, residual, weight, post_residual_addition)
+    if has_torch_function(tensors):
+        handle_torch_function(fused_add_rms_norm, tensors, x, residual, weight, eps, gemma, post_residual_addition)
+    else:
+        _fused_add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
 
 
 def add_rms_norm(
@@ -82,20 +108,47 @@ def add_rms_norm(
     """``(rms_norm(s), s)`` with ``s = round(x + residual)``: :func:`fused_add_rms_norm` into two new tensors.
 
     The arguments are the same, none is written, and they may overlap. The results are row-major, of x's shape and
-    dtype, bit for bit those of :func:`fused_add_rms_norm`, and differentiable, once, in x, residual, weight and
-    post_residual_addition.
+    dtype, and bit for bit those of :func:`fused_add_rms_norm`. Derivatives of any order and mode with respect to x,
+    residual, weight and post_residual_addition are supported, and so are the transforms of ``torch.func``.
 
     Raises:
         RuntimeError: for an argument that breaks a rule.
+        torch.OutOfMemoryError: there is no memory for the results.
     """
-    if _is_grad_enabled() and (
-        x.requires_grad
-        or residual.requires_grad
-        or weight.requires_grad
-        or (post_residual_addition is not None and post_residual_addition.requires_grad)
-    ):
-        apply = AddRMSNormFunction.apply
-        y, s = apply(x, residual, weight, eps, gemma, post_residual_addition)  # type: ignore[no-untyped-call]
-    else:
-        y, s = _add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+    tensors = (x, residual, weight, post_residual_addition)
+    if has_torch_function(tensors):
+        arguments = (x, residual, weight, eps, gemma, post_residual_addition)
+        if _is_in_onnx_export():
+            return reference.add_rms_norm(*arguments)
+        overridden: tuple[Tensor, Tensor] = handle_torch_function(add_rms_norm, tensors, *arguments)
+        return overridden
+    try:
+        if forward_ad._current_level >= 0 and has_tangent(*tensors):
+            y, s = _autograd.add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+        elif _is_grad_enabled() and _require_grad(*tensors):
+            apply = AddRMSNormFunction.apply
+            y, s = apply(x, residual, weight, eps, gemma, post_residual_addition)  # type: ignore[no-untyped-call]
+        else:
+            y, s = _add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
     return y, s
+
+
+def _is_in_onnx_export() -> bool:
+    """Whether the call is traced for ONNX, which has no such operator and takes its definition. Importing torch.onnx is
+    slow, and there is no export before it has been imported."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and bool(onnx.is_in_onnx_export())
+
+
+def _require_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is to be recorded here. Inside a torch.func transform the operator itself sees to it."""
+    return any(getattr(t, "requires_grad", False) for t in tensors) and not _functorch_is_active()
+
+
+def _raise_out_of_memory(error: RuntimeError) -> None:
+    """The operators can only raise a RuntimeError; memory that is short has a type of its own in PyTorch."""
+    if " out of memory" in str(error) and type(error) is RuntimeError:
+        raise torch.OutOfMemoryError(str(error)) from None

@@ -74,7 +74,10 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
     if recording:
         return module.forward_native(x, residual, post)
     peer = _found[name]
-    check_arguments("rms_norm" if residual is None else "fused_add_rms_norm", x, weight, eps, residual, post)
+    if residual is None:
+        check_arguments("rms_norm", x, weight, eps)
+    else:
+        check_arguments("fused_add_rms_norm", x, weight, eps, residual=residual, post_residual_addition=post)
     flag = gemma and hidden <= peer.gemma_up_to
     w = weight if peer is PLAIN else (1 + weight if gemma and not flag else weight).to(x.dtype)
     x_rows = x.reshape(-1, hidden).contiguous()

@@ -62,12 +62,21 @@ def eps(value: float) -> Bad:
     return Bad(f"eps: {value}", f"eps must be finite in float32 and at least 0, got {value:g}", lambda: {"eps": value})
 
 
+def none(name: str, ops: tuple[str, ...] = OPS) -> Bad:
+    return Bad(f"{name}: None", f"{name} must be a tensor, got None", lambda: {name: None}, ops)
+
+
 ROWS = "must have a contiguous last dimension (stride 1), got stride"
 CONTIGUOUS = "weight must be contiguous (stride 1), got stride"
 WEIGHT = "weight must have shape [16], got"
 BAD = [
     *map(x_dtype, (torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)),
-    *map(x_dtype, (torch.complex64, torch.complex128, torch.float8_e4m3fn)),
+    *map(x_dtype, (torch.complex64, torch.complex128, torch.complex32, torch.uint16, torch.uint32, torch.uint64)),
+    *map(x_dtype, (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e8m0fnu)),
+    none("x"),
+    none("weight"),
+    none("residual", ADD_OPS),
+    none("out", OUT),
     Bad("x: 0-dim", "x must have at least one dimension, got shape []", lambda: {"x": ones(())}),
     Bad("hidden 0", "x must have a last dimension of at least 1, got shape [4, 0]", lambda: {"x": ones(4, 0)}),
     Bad("x: strided", f"x {ROWS} 24", lambda: {"x": ones(16, 4, 6).movedim(0, -1)}),

@@ -153,12 +153,15 @@ def test_compiled_module(device, kind):
     with torch.no_grad():
         module.weight.copy_(randn(64, device=device) / 2)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    mine, theirs = arguments(device), arguments(device)
-    with torch.no_grad():
-        for a, b in zip(compiled(mine[0], mine[1], mine[3]), module(theirs[0], theirs[1], theirs[3]), strict=True):
+    for mode in ("eval", "train"):
+        mine, theirs, kept = arguments(device), arguments(device), arguments(device)
+        module.train(mode == "train")
+        with torch.no_grad():
+            for a, b in zip(compiled(mine[0], mine[1], mine[3]), module(theirs[0], theirs[1], theirs[3]), strict=True):
+                assert_same_bits(a, b)
+        for a, b, before in zip(mine[:2], theirs[:2], kept[:2], strict=True):
             assert_same_bits(a, b)
-        assert_same_bits(mine[0], theirs[0])  # in place, both
-        assert_same_bits(mine[1], theirs[1])
+            assert torch.equal(a, before) == (mode == "train")  # in place in eval mode
     y, s = compiled(*arguments(device)[:2])
     (y * s).sum().backward()
     got, module.weight.grad = module.weight.grad, None
@@ -167,20 +170,47 @@ def test_compiled_module(device, kind):
     torch.testing.assert_close(got, module.weight.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_export():
-    module = gemma_norm.GemmaRMSNorm(64)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    """An exported program writes into none of its inputs, also where the module itself does."""
+    module = gemma_norm.GemmaRMSNorm(64).eval()
     x, residual, _, _ = arguments("cpu")
-    rows = torch.export.Dim("rows")
+    shapes = {"x": {0: torch.export.Dim("rows")}, "residual": {0: torch.export.Dim("rows")}}
     with torch.no_grad():
-        program = torch.export.export(
-            module, (x.contiguous(), residual.clone()), dynamic_shapes={"x": {0: rows}, "residual": {0: rows}}
-        )
+        program = torch.export.export(module, (x.contiguous(), residual.clone()), dynamic_shapes=shapes, strict=strict)
         for n in (2, 9):
             x, residual = randn(n, 3, 64), randn(n, 3, 64, seed=1)
             want = module(x.clone(), residual.clone())
             for a, b in zip(program.module()(x, residual), want, strict=True):
                 assert_same_bits(a, b)
-            assert_same_bits(residual, want[1])
+            assert_same_bits(residual, randn(n, 3, 64, seed=1))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("way", ["torch.onnx.export", "from an exported program"])
+def test_onnx(context, way):
+    """ONNX has no such operators: a model is exported with their definition, an exported program is given it."""
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript: pip install 'gemma-norm[test]'")
+    from onnx.reference import ReferenceEvaluator
+
+    module = gemma_norm.GemmaRMSNorm(16).eval()
+    module.weight.data.copy_(make_weight(16, torch.float32, "cpu", True))
+    x, residual = randn(3, 16), randn(3, 16, seed=1)
+    with context():
+        if way == "torch.onnx.export":
+            program = torch.onnx.export(module, (x, residual), dynamo=True)
+        else:
+            table = torch.export.default_decompositions()
+            table[OPS.add_rms_norm.default] = gemma_norm.reference.add_rms_norm
+            program = torch.onnx.export(torch.export.export(module, (x, residual)).run_decompositions(table))
+    names = [value.name for value in program.model.graph.inputs]
+    got = ReferenceEvaluator(program.model_proto).run(
+        None, dict(zip(names, (x.numpy(), residual.numpy()), strict=True))
+    )
+    with torch.no_grad():
+        y, s = module(x.clone(), residual.clone())
+    torch.testing.assert_close([torch.from_numpy(t) for t in got], [y, s])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
