@@ -42,8 +42,9 @@ def show_installation(screen: Screen) -> bool:
         state = screen.good("loaded") if backend.loaded else screen.dim("not loaded" if backend.built else "not built")
         rows.append([backend.name, state, backend.compiler, " ".join(backend.architectures)])
         notes += [backend.reason] if backend.built and backend.reason else []
-        notes += [screen.bad(device) for device in backend.unsupported_devices]
-        healthy = healthy and not backend.unsupported_devices
+        works = bool(backend.served_devices) or not backend.unsupported_devices
+        notes += [device if works else screen.bad(device) for device in backend.unsupported_devices]
+        healthy = healthy and works
         if backend.loaded:
             notes.append(f"{backend.name}: {backend.path}")
     screen.table(rows, left=4)

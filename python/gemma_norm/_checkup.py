@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import _library, ops, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HIDDEN = (256, 2048, 4096, 5120, 1023)
@@ -41,7 +41,9 @@ class Result:
 
 
 def devices() -> list[str]:
-    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    """The CPU and the GPUs, but for those that the library has no code for."""
+    count, unserved = torch.cuda.device_count() if torch.cuda.is_available() else 0, _library.unserved_gpus()
+    return ["cpu", *(f"cuda:{index}" for index in range(count) if index not in unserved)]
 
 
 def check(progress: Callable[[str], None]) -> Iterator[Result]:

@@ -52,7 +52,7 @@ def _add_rms_norm(
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_library = operator_implementations()
+_library = operator_implementations(__name__)
 _library.impl("rms_norm.out", _rms_norm_out_functional, "Functionalize")
 torch.library.register_fake("gemma_norm::rms_norm", _rms_norm, lib=_library)
 torch.library.register_fake("gemma_norm::rms_norm.out", _rms_norm_out, lib=_library)

@@ -103,7 +103,7 @@ def _resolve_negative(
 
 
 def _register() -> Any:
-    library = operator_implementations()
+    library = operator_implementations(__name__)
     kernels: dict[str, Callable[..., Any]] = {
         "rms_norm": rms_norm,
         "rms_norm.out": rms_norm_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,18 @@ LIBRARY_DIR = Path(__file__).parent / "lib"
 BACKENDS = ("cpu", "cuda", "hip")
 _torch: Any = torch  # not all of it is typed
 
+# The AMD processors on which code for a generic one runs: LLVM's "User Guide for AMDGPU Backend" (AMDGPUUsage), table
+# "AMDGPU Generic Processors".
+GENERIC_PROCESSORS = {
+    "gfx9-generic": "gfx900 gfx902 gfx904 gfx906 gfx909 gfx90c",
+    "gfx9-4-generic": "gfx942 gfx950",
+    "gfx10-1-generic": "gfx1010 gfx1011 gfx1012 gfx1013",
+    "gfx10-3-generic": "gfx1030 gfx1031 gfx1032 gfx1033 gfx1034 gfx1035 gfx1036",
+    "gfx11-generic": "gfx1100 gfx1101 gfx1102 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153",
+    "gfx12-generic": "gfx1200 gfx1201",
+    "gfx12-5-generic": "gfx1250 gfx1251",
+}
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -37,8 +50,14 @@ class Backend:
     architectures: tuple[str, ...]
     reason: str
     """Why it is not loaded; empty when it is."""
+    served_devices: tuple[str, ...]
+    """Devices of this machine that it serves, by PyTorch's names; none before it is loaded."""
     unsupported_devices: tuple[str, ...]
-    """Devices of this machine that it should serve and has no machine code for, each as a sentence."""
+    """GPUs of this machine that it has no machine code for, each as a sentence.
+
+    They do no harm beside GPUs that are served: a processor's integrated GPU or a display card often stands beside the
+    GPU that computes. An installation is at fault where ``served_devices`` is empty and this is not.
+    """
 
 
 def backends() -> dict[str, Backend]:
@@ -75,25 +94,54 @@ def _reason(name: str) -> str:
 def has_code_for(architectures: tuple[str, ...], device: str) -> bool:
     """Does a library compiled for ``architectures`` hold code that ``device`` can run?
 
-    ``sm_XY`` runs on its own major version from minor Y on, ``compute_XY`` (PTX) on everything from XY on, ``sm_XYa``
-    on XY alone; a gfx target on itself alone.
+    On NVIDIA, ``sm_XY`` runs on its own major version from minor Y on, ``compute_XY`` (PTX) on everything from XY on.
+    An ``a`` at the end restricts either to XY alone, an ``f`` to its major version.
+
+    On AMD, both are target IDs: a processor, then settings of its features, as in ``gfx90a:sramecc+:xnack-``. Code runs
+    on the processor that it names, or on each of those that a generic name stands for. Every setting that it names must
+    be the device's; code that names none runs with either.
     """
-    if not device.startswith("sm_"):
-        return device in architectures
-    number = int(device[3:])
-    for architecture in architectures:
-        kind, _, version = architecture.partition("_")
-        base = int(version.rstrip("af"))
-        portable = not version.endswith("a") and base <= number
-        if base == number or (portable and (kind == "compute" or base // 10 == number // 10)):
-            return True
-    return False
+    runs = _amd_code_runs if device.startswith("gfx") else _nvidia_code_runs
+    return any(runs(architecture, device) for architecture in architectures)
+
+
+def _amd_code_runs(target: str, device: str) -> bool:
+    processor, *settings = target.split(":")
+    device_processor, *device_settings = device.split(":")
+    processors = GENERIC_PROCESSORS.get(processor, processor).split()
+    return device_processor in processors and set(settings) <= set(device_settings)
+
+
+def _nvidia_code_runs(architecture: str, device: str) -> bool:
+    number = int(device.removeprefix("sm_"))
+    kind, _, version = architecture.partition("_")
+    base = int(version.rstrip("af"))
+    if version.endswith("a"):
+        return base == number
+    same_major = base // 10 == number // 10
+    return base <= number and (same_major or (kind == "compute" and not version.endswith("f")))
+
+
+def unserved_gpus() -> dict[int, str]:
+    """The GPUs that the loaded library has no machine code for: why, in a sentence, by index. May initialise CUDA."""
+    name = gpu_backend()
+    if name not in _loaded or not torch.cuda.is_available():
+        return {}
+    architectures = tuple(BUILD[name].get("architectures", ()))
+    unserved = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        device = properties.gcnArchName if name == "hip" else f"sm_{properties.major}{properties.minor}"
+        if not has_code_for(architectures, device):
+            has = f"the {name} library has code for {', '.join(architectures)}"
+            unserved[index] = f"cuda:{index} ({properties.name}) is {device}, {has}"
+    return unserved
 
 
 def load() -> None:
     """Load the CPU library, which defines the operators, and the one for this PyTorch's GPUs, if built."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < MINIMUM_TORCH:
+    parsed = re.match(r"(\d+)\.(\d+)", torch.__version__)  # pre-releases too: 2.10.0a0+git, 2.10.0.dev20251101
+    if parsed is None or (int(parsed[1]), int(parsed[2])) < MINIMUM_TORCH:
         minimum = ".".join(map(str, MINIMUM_TORCH))
         raise ImportError(f"gemma_norm {VERSION} needs PyTorch {minimum} or newer, got {torch.__version__}")
     if "cpu" not in BUILD:
@@ -103,12 +151,31 @@ def load() -> None:
             _load(name)
 
 
-def operator_implementations() -> Any:
-    """A torch.library.Library, which adds implementations to the operators for as long as it lives."""
-    return _torch.library.Library("gemma_norm", "IMPL")
+def operator_implementations(owner: str) -> Any:
+    """A torch.library.Library that adds ``owner``'s implementations to the operators, in place of its earlier ones.
+
+    ``owner`` is the module that registers them. Where it runs a second time in a process (it was reloaded, or the
+    package was imported anew after its modules had been dropped), the implementations of the first time are still
+    registered: they refer to their module, which keeps them alive. Two of a kind are refused or warned of, so the first
+    ones are taken out here. What the first import left behind (functions, modules of a model) goes on working, since it
+    calls the operators, which the new implementations serve.
+
+    The Library stays alive as long as the operators, so ``owner`` need not keep it.
+    """
+    libraries: dict[str, Any] = _of_process("python_libraries", {})
+    owner = owner.rpartition(".")[2]  # whatever the package was imported as
+    if owner in libraries:
+        libraries.pop(owner)._destroy()
+    libraries[owner] = _torch.library.Library("gemma_norm", "IMPL")
+    return libraries[owner]
 
 
 _loaded: set[str] = set()
+
+
+def _of_process(name: str, initial: Any) -> Any:
+    """What belongs to the operators, of which a process has one set, not to this module, which may run repeatedly."""
+    return vars(_torch.ops.gemma_norm).setdefault(f"_gemma_norm_{name}", initial)
 
 
 def _load(name: str) -> None:
@@ -118,12 +185,40 @@ def _load(name: str) -> None:
         raise ImportError(f"gemma_norm: the {name} library is missing: {path} ({built}); reinstall gemma_norm")
     if damage := _damage(path):
         raise ImportError(f"gemma_norm: the {name} library is damaged: {path}: {damage}; reinstall gemma_norm")
-    try:
-        _torch.ops.load_library(str(path))
-    except OSError as error:
-        said = error.__cause__ or error  # the loader; PyTorch wraps it
-        raise ImportError(f"gemma_norm: the {name} library does not load: {path} ({built}): {said}") from error
+    if str(path.resolve()) in _torch.ops.loaded_libraries:  # by an earlier import of this package
+        version = _of_process("version", VERSION)
+        if version != VERSION:
+            raise ImportError(
+                f"gemma_norm: this process has loaded {path} of version {version}, which has since been replaced by "
+                f"version {VERSION}; restart Python"
+            )
+    else:
+        if name == "cpu":
+            _refuse_second_copy(path)
+        try:
+            _torch.ops.load_library(str(path))
+        except OSError as error:
+            said = error.__cause__ or error  # the loader; PyTorch wraps it
+            raise ImportError(f"gemma_norm: the {name} library does not load: {path} ({built}): {said}") from error
+        _of_process("version", VERSION)
     _loaded.add(name)
+
+
+def _refuse_second_copy(path: Path) -> None:
+    """Raise ImportError if the operators are defined already. To define them again would end the process."""
+    if not hasattr(_torch.ops.gemma_norm, "rms_norm"):
+        return
+    others = [Path(other) for other in _torch.ops.loaded_libraries if Path(other).name == path.name]
+    if others:
+        build_info = others[0].parent.parent / "_build_info.py"
+        found = re.search(r"^VERSION = '(.*)'$", build_info.read_text(), re.MULTILINE) if build_info.is_file() else None
+        other = f"{others[0]} (version {found[1] if found else 'unknown'})"
+    else:
+        other = "a library that PyTorch did not load"
+    raise ImportError(
+        f"gemma_norm: this process has loaded another copy of the library, {other}, and cannot load {path} (version "
+        f"{VERSION}) as well; leave one of the two on Python's path (sys.path) and restart Python"
+    )
 
 
 def _damage(path: Path) -> str:
@@ -152,26 +247,20 @@ def _torch_flavour() -> str:
 
 def _describe(name: str) -> Backend:
     info = BUILD.get(name, {})
-    architectures = tuple(info.get("architectures", ()))
-    unsupported = []
-    if name in _loaded and name == gpu_backend() and torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            device = (
-                properties.gcnArchName.split(":")[0] if name == "hip" else f"sm_{properties.major}{properties.minor}"
-            )
-            if not has_code_for(architectures, device):
-                has = ", ".join(architectures)
-                unsupported.append(
-                    f"cuda:{index} ({properties.name}) is {device}, the {name} library has code for {has}"
-                )
+    served: tuple[str, ...] = ("cpu",) if name == "cpu" and name in _loaded else ()
+    unserved = {}
+    if name in _loaded and name == gpu_backend():
+        unserved = unserved_gpus()
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        served = tuple(f"cuda:{index}" for index in range(count) if index not in unserved)
     return Backend(
         name=name,
         built=name in BUILD,
         loaded=name in _loaded,
         path=library_path(name),
         compiler=str(info.get("compiler", "")),
-        architectures=architectures,
+        architectures=tuple(info.get("architectures", ())),
         reason=_reason(name),
-        unsupported_devices=tuple(unsupported),
+        served_devices=served,
+        unsupported_devices=tuple(unserved.values()),
     )

@@ -1,12 +1,14 @@
 """Which kernels serve ``forward_hip``: our HIP library, else aiter's, else vLLM's, else plain PyTorch.
 
+The choice is made for each GPU by itself, since our library may have code for one and not for another.
+
 A module's ``backend``, or else the environment variable GEMMA_NORM_BACKEND, forces "native", "aiter", "vllm" or
 "torch"; RuntimeError says why it cannot be had. The variable is read when a kind of call first occurs, and no more once
 ours serves. "auto" takes the first that need not round the weight: no peer for a float32 weight with 16-bit x, nor one
-that would have to be given ``1 + weight`` in 16 bits. aiter has a ``gemma_norm`` flag since its #3872; vLLM has none,
-hence serves ``gemma=True`` only in float32. Forced, that is done, with a warning, and anew in every call, for a kept
-``1 + weight`` goes stale. How peers round inside their kernels is beyond us. They record no gradient: ours run while
-grad mode is on.
+that would have to be given ``1 + weight`` in 16 bits. aiter has a ``gemma_norm`` flag since its #3872, for any hidden
+size since its #4059; vLLM has none, hence serves ``gemma=True`` only in float32. Forced, that is done, with a warning,
+and anew in every call, for a kept ``1 + weight`` goes stale. How peers round inside their kernels is beyond us. They
+record no gradient: ours run while grad mode is on.
 """
 
 from __future__ import annotations
@@ -59,16 +61,22 @@ class Peer:
 
 PLAIN = Peer(reference.rms_norm, reference.add_rms_norm, gemma_up_to=2**63)  # takes weights of any dtype
 _found = {"torch": PLAIN}
-served_by_ours: set[str] = set()  # backends, as modules name them, for which our HIP library was chosen: for any call
+# The backends, as modules name them, for which our HIP library was chosen, whatever the call: on every GPU of this
+# machine, and on the GPU of that index. The first is all that forward_hip looks at where no GPU is without code.
+served_by_ours: set[str] = set()
+served_on_gpu: set[tuple[str, int]] = set()
 
 
 def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | None) -> Output:
+    gpu = x.get_device()
+    if not torch.compiler.is_compiling() and (module.backend, gpu) in served_on_gpu:
+        return module._forward_op(x, residual, post)
     weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
     hidden = weight.shape[-1]
     huge = False
     if x.numel() >= 2**31:  # a branch, and no bool(): while compiling, a symbolic size must give a constant
         huge = True
-    name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, huge)
+    name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, huge, gpu)
     if not name or x.numel() == 0 or (residual is None and post is not None):
         return module._forward_op(x, residual, post)
     if recording:
@@ -97,24 +105,35 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
 
 
 @functools.cache
-def _choose(backend: str, recording: bool, *call: Any) -> str:
-    """Who serves :meth:`Peer.objection`'s ``call``, "" being torch.ops.gemma_norm. Logged once, with the reasons."""
+def _choose(
+    backend: str,
+    recording: bool,
+    x: torch.dtype,
+    weight: torch.dtype,
+    hidden: int,
+    gemma: bool,
+    huge: bool,
+    gpu: int = 0,  # the index of x's
+) -> str:
+    """Who serves such a call, "" being torch.ops.gemma_norm. Logged once, with the reasons."""
     wanted = checked(os.environ.get("GEMMA_NORM_BACKEND") or "auto") if backend == "auto" else backend
-    auto, hip = wanted == "auto", _library.backends()["hip"]
-    missing = hip.reason or "; ".join(hip.unsupported_devices)
+    auto, hip, unserved = wanted == "auto", _library.backends()["hip"], _library.unserved_gpus()
+    missing = hip.reason or unserved.get(gpu, "")
     if wanted == "torch":
         _say(logging.INFO, "plain PyTorch: asked for")
         return "torch"
     if not missing and wanted in ("auto", "native"):
         _say(logging.INFO, "our HIP library: it is loaded")
-        served_by_ours.add(backend)
+        served_on_gpu.add((backend, gpu))
+        if not unserved:
+            served_by_ours.add(backend)
         return ""
     if wanted == "native":
         raise RuntimeError(f"gemma_norm: backend 'native' was asked for and cannot be had: {missing}")
     reasons = [f"native: {missing}"]
     for name in (wanted,) if not auto else () if recording else PEERS:
         peer = PEERS[name]()
-        fatal, why = (True, peer) if isinstance(peer, str) else peer.objection(*call)
+        fatal, why = (True, peer) if isinstance(peer, str) else peer.objection(x, weight, hidden, gemma, huge)
         if fatal and not auto:
             raise RuntimeError(f"gemma_norm: backend '{name}' was asked for and cannot be had: {why}")
         if not (isinstance(peer, str) or recording or (auto and why)):
@@ -129,7 +148,14 @@ def _choose(backend: str, recording: bool, *call: Any) -> str:
     return "torch" if missing and hip.loaded else ""
 
 
-choose: Callable[..., str] = _torch.compiler.assume_constant_result(lambda *call: _choose(*call))  # not traced
+def choose(*call: Any) -> str:
+    """:func:`_choose`, which torch.compile calls once and whose answer it takes for a constant."""
+    return _choose(*call)
+
+
+# What torch.compiler.assume_constant_result(choose) does. To call that would import the compiler (torch._dynamo and
+# sympy, 800 modules, as long as torch itself) into every program, also those that compile nothing.
+setattr(choose, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @functools.cache
@@ -157,25 +183,64 @@ def _aiter() -> Peer | str:
         aiter: Any = importlib.import_module("aiter")
     except Exception as error:  # logged
         return f"{type(error).__name__}: {error}"
-    have = {name: _parameters(aiter, name) for name in ("rmsnorm2d_fwd", "rmsnorm2d_fwd_with_add", "rmsnorm")}
+    names = ("rmsnorm2d_fwd", "rmsnorm2d_fwd_with_add", "rmsnorm", "rms_norm_opus", "fused_add_rms_norm_opus")
+    have = {name: _parameters(aiter, name) for name in names}
     need = {"input", "weight", "epsilon"}
     if not (need <= have["rmsnorm2d_fwd"] and need | {"residual_out"} <= have["rmsnorm2d_fwd_with_add"]):
         return f"unknown parameters: {have}"
+    flag = "gemma_norm" in have["rmsnorm"] & have["rmsnorm2d_fwd_with_add"]
+    need.add("gemma_norm")
+    opus = flag and need | {"out"} <= have["rms_norm_opus"] and need | {"residual"} <= have["fused_add_rms_norm_opus"]
+
+    def fast(x: Tensor) -> bool:
+        """Is it for aiter's first kernel? It writes beyond rows that are no multiple of 8 long (its #5044, #5290)."""
+        hidden = x.shape[-1]
+        return x.dtype != torch.float32 and hidden <= 8192 and hidden % 8 == 0
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
-        y: Tensor = torch.empty_like(x) if gemma else aiter.rmsnorm2d_fwd(x, weight, eps)
-        if gemma:
+        if opus and not fast(x):
+            y = torch.empty_like(x)
+            opus_rms_norm(y, x, weight, eps, gemma)
+        elif gemma:
+            y = torch.empty_like(x)
             aiter.rmsnorm(y, x, weight, eps, gemma_norm=True)
+        else:
+            y = aiter.rmsnorm2d_fwd(x, weight, eps)
         return y
 
     def add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
-        y, s = torch.empty_like(x), torch.empty_like(x)
+        if opus and not fast(x):
+            opus_add_rms_norm(x, residual, weight, eps, gemma)
+            return x, residual
+        # With the flag came a kernel that may be given its inputs as outputs: a thread reads its elements of x and
+        # residual before it writes them, no other thread reads those, and no pointer is __restrict__
+        # (add_rmsnorm_quant_kernel). Other kernels, older or for longer rows, read some rows twice.
+        in_place = flag and fast(x)
+        y, s = (x, residual) if in_place else (torch.empty_like(x), torch.empty_like(x))
         aiter.rmsnorm2d_fwd_with_add(y, x, residual, s, weight, eps, **({"gemma_norm": True} if gemma else {}))
         return y, s
 
-    # Beyond 8192, #3872's version passes on to kernels without the flag, and drops it. "multiple" is its #5290.
-    flag = "gemma_norm" in have["rmsnorm"] & have["rmsnorm2d_fwd_with_add"]
-    return Peer(rms_norm, add, (torch.float16, torch.bfloat16), multiple=8, gemma_up_to=8192 if flag else 0)
+    if not opus:
+        # Beyond 8192, #3872's version passes on to kernels without the flag, and drops it.
+        return Peer(rms_norm, add, (torch.float16, torch.bfloat16), multiple=8, gemma_up_to=8192 if flag else 0)
+
+    # Since #4059 a second set of kernels serves what the first does not. Its functions take addresses, which tensors
+    # have none of while compiling, and are no operators: compiled code calls them through two of our own.
+    def rms_norm_opus(out: Tensor, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> None:
+        aiter.rms_norm_opus(out, x, weight, eps, gemma_norm=gemma)
+
+    def fused_add_rms_norm_opus(x: Tensor, residual: Tensor, weight: Tensor, eps: float, gemma: bool) -> None:
+        aiter.fused_add_rms_norm_opus(x, residual, weight, eps, gemma_norm=gemma)
+
+    opus_rms_norm = _or_operator(rms_norm_opus, "out")
+    opus_add_rms_norm = _or_operator(fused_add_rms_norm_opus, "x", "residual")
+    return Peer(rms_norm, add, gemma_up_to=2**63)
+
+
+def _or_operator(function: Callable[..., None], *written: str) -> Callable[..., None]:
+    """``function``, which writes those arguments; while compiling, an operator made of it."""
+    op = _torch.library.custom_op(f"gemma_norm_aiter::{function.__name__}", function, mutates_args=written)
+    return lambda *args: (op if torch.compiler.is_compiling() else function)(*args)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 import gemma_norm
 from gemma_norm import __main__ as command
-from gemma_norm import _checkup, _screen, _speed, ops
+from gemma_norm import _checkup, _library, _screen, _speed, ops
 
 DEVICES = _checkup.devices()
 
@@ -81,15 +81,24 @@ def test_an_operator_that_fails_is_reported(monkeypatch, capsys):
     assert "add_rms_norm, float16, cpu: rms_norm: no kernel image for sm_42\n" in capsys.readouterr().out
 
 
-def test_a_gpu_without_code_is_reported(monkeypatch, capsys):
+@pytest.mark.parametrize("served, failed", [((), 1), (("cuda:1",), 0)])
+def test_a_gpu_without_code_is_reported_and_a_fault_if_there_is_no_other(monkeypatch, capsys, served, failed):
     backends = gemma_norm.backends()
     broken = {
         **vars(backends["cpu"]),
+        "served_devices": served,
         "unsupported_devices": ("cuda:0 (X) is sm_80, the cuda library has code for sm_90",),
     }
     monkeypatch.setattr(command, "backends", lambda: {**backends, "cuda": gemma_norm.Backend(**broken)})
-    assert command.main(["--skip-speed"]) == 1
+    assert command.main(["--skip-speed"]) == failed
     assert "is sm_80, the cuda library has code for sm_90" in capsys.readouterr().out
+
+
+def test_a_gpu_without_code_is_not_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(_library, "unserved_gpus", lambda: {1: "cuda:1 is gfx1036"})
+    assert _checkup.devices() == ["cpu", "cuda:0", "cuda:2"]
 
 
 def test_speed_table(monkeypatch, capsys):

@@ -13,8 +13,8 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 pytestmark = pytest.mark.usefixtures("peers")
 
 
-GEMMA = [("aiter flag", BF16), ("aiter guarded flag", F16), ("vllm 4", F32), ("torch", BF16)]
-PLAIN_ONES = [("aiter before", BF16), ("vllm 4", BF16), ("vllm 6", F16), ("torch", F16)]
+GEMMA = [("aiter flag", BF16), ("aiter guarded flag", F16), ("aiter opus", F32), ("vllm 4", F32), ("torch", BF16)]
+PLAIN_ONES = [("aiter before", BF16), ("aiter guarded opus", F32), ("vllm 4", BF16), ("vllm 6", F16), ("torch", F16)]
 ROUTES = [(GemmaRMSNorm, *route) for route in GEMMA] + [(RMSNorm, *route) for route in PLAIN_ONES]
 
 
@@ -99,6 +99,44 @@ def test_the_longest_rows_for_which_aiter_heeds_its_flag(peers):
     assert_right(module.forward_hip(x.clone(), x.clone())[0], x + x, module.weight, gemma=True)
     assert_right(module.forward_hip(x), x, module.weight, gemma=True)
     assert called == ["aiter"] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("install", ["aiter opus", "aiter guarded opus"])
+@pytest.mark.parametrize("hidden, dtype", [(64, BF16), (8192, F16), (8200, BF16), (100, F16), (769, BF16), (100, F32)])
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, RMSNorm])
+def test_any_row_that_aiter_serves_since_it_has_two_sets_of_kernels(peers, kind, install, hidden, dtype):
+    """Compiled as well, in one graph; the stand-ins refuse what is not theirs, and aliases that aiter's would."""
+    peers(install)
+    torch._dynamo.reset()
+    module = make(kind, hidden, dtype)
+    guarded = "guarded" in install  # only then are the first kernels operators, which can be compiled
+    compiled = [torch.compile(module.forward_hip, backend="aot_eager", fullgraph=True)] * guarded
+    for forward in (module.forward_hip, *compiled):
+        called.clear()
+        x, residual = randn(3, hidden, dtype=dtype), randn(3, hidden, dtype=dtype, seed=1)
+        sum_of_both = x + residual
+        assert_right(forward(x), x, module.weight, gemma=module.gemma)
+        y, s = forward(x, residual)
+        assert_same_bits(s, sum_of_both)
+        assert_right(y, s, module.weight, gemma=module.gemma)
+        assert_same_bits(x, y)
+        assert_same_bits(residual, s)
+        assert called == ["aiter"] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("install, hidden, copies", [("aiter before", 64, 2), ("aiter flag", 64, 0),
+                                                     ("aiter flag", 8200, 2), ("aiter opus", 64, 0),
+                                                     ("aiter opus", 8200, 0)])  # fmt: skip
+def test_aiter_writes_x_and_residual_itself_where_its_kernels_can(peers, monkeypatch, install, hidden, copies):
+    peers(install)
+    module = make(RMSNorm, hidden)
+    x, residual = randn(3, hidden, dtype=BF16), randn(3, hidden, dtype=BF16, seed=1)
+    made, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: made.append(1) or empty_like(*args, **kwargs))
+    module.forward_hip(x, residual)
+    assert called == ["aiter"] and len(made) == copies
 
 
 @pytest.mark.parametrize("install", ["aiter before 64", "aiter flag 8200", "vllm 4 64", "aiter flag 64"])

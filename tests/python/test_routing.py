@@ -127,13 +127,13 @@ def test_our_library_comes_first_if_it_has_code_for_the_gpu(peers, hip, monkeypa
         patch.setattr(RMSNorm, "forward_native", None)
         module.forward_hip(x)
     module.backend = backend
-    hip(unsupported=("cuda:0 is gfx942", "cuda:1 is gfx1030"))
+    hip(unserved={-1: "it is gfx942", 1: "cuda:1 is gfx1030"})
     if backend == "native":
-        with pytest.raises(RuntimeError, match="'native' was asked for and cannot be had: cuda:0 is gfx942; cuda:1 is"):
+        with pytest.raises(RuntimeError, match=r"'native' was asked for and cannot be had: it is gfx942$"):
             module.forward_hip(x)
         return
     assert_right(module.forward_hip(x), x, module.weight)
-    assert called == ["aiter"] and "uses aiter: native: cuda:0 is gfx942; cuda:1 is gfx1030" in caplog.text
+    assert called == ["aiter"] and "uses aiter: native: it is gfx942\n" in caplog.text
     monkeypatch.setattr(RMSNorm, "_forward_op", None)  # would call a kernel that is not there
     for package in ("aiter", "vllm._custom_ops"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -154,11 +154,34 @@ def test_our_library_is_chosen_once(hip, monkeypatch):
         x = randn(rows, 64, dtype=BF16)
         assert_right(compiled(x), x, module.weight, gemma=True)
         assert_right(module.forward_hip(x), x, module.weight, gemma=True)
-    assert set(choose.calls) == {("auto", False, BF16, BF16, 64, True, False)}
+    assert set(choose.calls) == {("auto", False, BF16, BF16, 64, True, False, -1)}
     assert len(choose.calls) == counter.frame_count == 2  # for any number of rows since the second
     module.backend = "torch"
     assert_right(module.forward_hip(x), x, module.weight, gemma=True)
     assert len(choose.calls) == 3
+
+
+@torch.no_grad()
+def test_each_gpu_is_asked_about_by_itself(hip, monkeypatch, caplog):
+    """As on a desktop whose processor has an integrated GPU, gfx1036, beside a Radeon, gfx1100."""
+    hip(unserved={1: "cuda:1 is gfx1036"})
+    gpus = [0, 1, 0, 1, 0, 1, 0]  # of x, in one call after another
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: gpus[0])
+    monkeypatch.setattr(RMSNorm, "_forward_op", ours := Spy(RMSNorm._forward_op))
+    monkeypatch.setattr(routing, "_choose", choose := Spy(routing._choose))
+    x, module = randn(3, 64, dtype=BF16), make(RMSNorm, 64)
+    for calls in (1, 1, 2, 2, 3):
+        assert_right(module.forward_hip(x), x, module.weight)
+        assert len(ours.calls) == calls
+        gpus.pop(0)
+    assert [call[-1] for call in choose.calls] == [0, 1, 1]  # once for the GPU that ours serves
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "plain PyTorch, which is slow: native: cuda:1 is gfx1036; " in caplog.messages[1]
+    module.backend = "native"
+    with pytest.raises(RuntimeError, match=r"'native' was asked for and cannot be had: cuda:1 is gfx1036$"):
+        module.forward_hip(x)
+    gpus.pop(0)
+    assert_right(module.forward_hip(x), x, module.weight)
 
 
 OBJECTIONS = [
