@@ -13,12 +13,12 @@ Forward mode (dual tensors) and the transforms of torch.func (grad, vmap, jvp an
 operator's definition in plain PyTorch, :mod:`gemma_norm.reference`, which PyTorch can differentiate and batch in any
 order. ``install`` registers it at the dispatch key that is active inside a transform and nowhere else, so that
 ``torch.ops.gemma_norm.*`` are right there too, and calls outside pay nothing. What writes into its arguments is refused
-there: a transform would see neither the write nor its derivative.
+there, but for torch.func.functionalize: a transform would see neither the write nor its derivative.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,17 +97,32 @@ def add_rms_norm(
     return reference.add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
 
 
-def _refuse(op: str, call: str) -> NoReturn:
+def _rms_norm_out(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, *, out: Tensor) -> Tensor:
+    _refuse_unless_functionalising("rms_norm", f"{DIFFERENTIABLE['rms_norm']} without out")
+    return out.copy_(rms_norm(x, weight, eps, gemma))
+
+
+def _fused_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    post_residual_addition: Tensor | None = None,
+) -> None:
+    _refuse_unless_functionalising("fused_add_rms_norm", DIFFERENTIABLE["fused_add_rms_norm"])
+    y, s = add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+    x.copy_(y)
+    residual.copy_(s)
+
+
+def _refuse_unless_functionalising(op: str, call: str) -> None:
+    """torch.func.functionalize is there for programs that write; other transforms may fail at any of the writes."""
+    functorch = torch._C._functorch
+    if all(level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack() or ()):
+        return
     rule = "is not available inside a torch.func transform, which would see neither what it writes nor the derivative"
     raise RuntimeError(f"{op}: writing into an argument {rule}: call {call}")
-
-
-def _rms_norm_out(*args: Any, **kwargs: Any) -> NoReturn:
-    _refuse("rms_norm", f"{DIFFERENTIABLE['rms_norm']} without out")
-
-
-def _fused_add_rms_norm(*args: Any, **kwargs: Any) -> NoReturn:
-    _refuse("fused_add_rms_norm", DIFFERENTIABLE["fused_add_rms_norm"])
 
 
 def install(library: Any) -> None:

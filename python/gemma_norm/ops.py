@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
         torch.OutOfMemoryError: there is no memory for the result.
     """
-    if has_torch_function_variadic(x, weight, out):
+    if has_torch_function_variadic(x, weight, out) and not _any_nested(x, weight, out):
         if out is None and _is_in_onnx_export():
             return reference.rms_norm(x, weight, eps, gemma)
         arguments = (x, weight, out)
@@ -91,7 +91,7 @@ def fused_add_rms_norm(
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
     """
     tensors = (x, residual, weight, post_residual_addition)
-    if has_torch_function(tensors):
+    if has_torch_function(tensors) and not _any_nested(*tensors):
         handle_torch_function(fused_add_rms_norm, tensors, x, residual, weight, eps, gemma, post_residual_addition)
     else:
         _fused_add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
@@ -116,7 +116,7 @@ def add_rms_norm(
         torch.OutOfMemoryError: there is no memory for the results.
     """
     tensors = (x, residual, weight, post_residual_addition)
-    if has_torch_function(tensors):
+    if has_torch_function(tensors) and not _any_nested(*tensors):
         arguments = (x, residual, weight, eps, gemma, post_residual_addition)
         if _is_in_onnx_export():
             return reference.add_rms_norm(*arguments)
@@ -134,6 +134,11 @@ def add_rms_norm(
         _raise_out_of_memory(error)
         raise
     return y, s
+
+
+def _any_nested(*tensors: Tensor | None) -> bool:
+    """The operators refuse nested tensors, whose own __torch_function__ takes ``rms_norm`` for PyTorch's, by its name."""
+    return any(isinstance(t, Tensor) and t.is_nested for t in tensors)
 
 
 def _is_in_onnx_export() -> bool:

@@ -91,17 +91,29 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
     x_rows = x.reshape(-1, hidden).contiguous()
     if residual is None:
         return peer.rms_norm(x_rows, w, eps, flag).view(x.shape)
-    simple = x.is_contiguous() and residual.is_contiguous()
-    if not torch.compiler.is_compiling() and (not simple or overlap(x, residual)):
-        check_memory("fused_add_rms_norm", {"x": x, "residual": residual}, {}, weight)
     total = residual if post is None else residual + post
     r_rows = total.reshape(-1, hidden).contiguous()
+    if not (module._may_overwrite(x, residual, post) and _can_be_overwritten(x, residual, weight)):
+        # Peers may write into the rows that they are given.
+        y, s = peer.add(x_rows.clone(), r_rows.clone() if post is None else r_rows, w, eps, flag)
+        return y.view(x.shape), s.view(x.shape)
     y, s = peer.add(x_rows, r_rows, w, eps, flag)
     if y is not x_rows or not x.is_contiguous():
         x.copy_(y.view(x.shape))
     if s is not r_rows or total is not residual or not residual.is_contiguous():
         residual.copy_(s.view(x.shape))
     return x, residual
+
+
+def _can_be_overwritten(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+    """Whether x and residual lie in memory of their own. Unknown while compiling, which gives each its own."""
+    if torch.compiler.is_compiling() or (x.is_contiguous() and residual.is_contiguous() and not overlap(x, residual)):
+        return True
+    try:
+        check_memory("fused_add_rms_norm", {"x": x, "residual": residual}, {}, weight)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -166,6 +166,6 @@ def peers(
 
 
 def make(kind: type[RMSNorm], hidden: int, dtype: torch.dtype = torch.bfloat16, backend: str = "auto") -> RMSNorm:
-    module = kind(hidden, dtype=dtype, backend=backend).requires_grad_(False)
+    module = kind(hidden, dtype=dtype, backend=backend).requires_grad_(False).eval()
     module.weight.add_(randn(hidden, seed=9).to(dtype) / 20)
     return module

@@ -64,17 +64,37 @@ def test_each_operand_may_be_strided(peers, kind, route, dtype, strided):
     assert_same_bits(placed["post"].view, values["post"])
     for p in placed.values():
         p.assert_gaps_intact()
-    both = randn(7, 64, dtype=dtype)
-    for x, residual, why in (
-        (both[1:], both[:-1], "residual must not overlap x"),
-        (both[:1].expand(4, 64), values["x"][0], "x is written and must not overlap itself"),
-        (values["x"][0], both[:1].expand(4, 64), "residual is written and must not overlap itself"),
-    ):
-        kept = both.clone(), values["x"].clone()
-        with pytest.raises(RuntimeError, match=f"^fused_add_rms_norm: {why}"):
-            module.forward_hip(x, residual)
-        assert_same_bits(both, kept[0])
-        assert_same_bits(values["x"], kept[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "why", ["training mode", "inplace=False", "memory that overlaps", "expanded x", "expanded residual"]
+)
+@pytest.mark.parametrize("with_post", [False, True])
+@pytest.mark.parametrize("kind, route, dtype", ROUTES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_every_route_returns_new_tensors_where_it_must_not_write(peers, kind, route, dtype, with_post, why):
+    expected = [] if route == "torch" else route.split()[:1]
+    peers(*[route] * len(expected))
+    module = make(kind, 64, dtype, "torch" if route == "torch" else "auto")
+    x, residual, post = (randn(7, 64, dtype=dtype, seed=seed) for seed in range(3))
+    both = randn(8, 64, dtype=dtype, seed=4)
+    if why == "training mode":
+        module.train()
+    elif why == "inplace=False":
+        module.inplace = False
+    elif why == "memory that overlaps":
+        x, residual = both[1:], both[:-1]
+    elif why == "expanded x":
+        x = both[:1].expand(7, 64)
+    else:
+        residual = both[:1].expand(7, 64)
+    kept = x.clone(), residual.clone(), both.clone()
+    y, s = module.forward_hip(x, residual, post if with_post else None)
+    assert y is not x and s is not residual and called == expected
+    for t, before in zip((x, residual, both), kept, strict=True):
+        assert_same_bits(t, before)
+    assert_same_bits(s, kept[0] + (kept[1] + post if with_post else kept[1]))
+    assert_right(y, s, module.weight, gemma=kind.gemma)
 
 
 @torch.no_grad()

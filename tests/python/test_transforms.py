@@ -279,6 +279,20 @@ def test_writing_inside_a_transform_is_refused(device, op, transform):
         TRANSFORMS[transform](call)(tensors(device, torch.float32)[0])
 
 
+def test_functionalize_replaces_what_writes(device):
+    x, residual, weight, _ = tensors(device, torch.float32)
+
+    def program(x: Tensor, residual: Tensor) -> Tensor:
+        OPS.fused_add_rms_norm(x, residual, weight)
+        return gemma_norm.rms_norm(x, weight, out=torch.empty_like(x)) + residual
+
+    mine, theirs = (x.clone(), residual.clone()), (x.clone(), residual.clone())
+    torch.testing.assert_close(torch.func.functionalize(program)(*mine), program(*theirs))
+    torch.testing.assert_close(mine, theirs)
+    with pytest.raises(RuntimeError, match=r"inside a torch\.func transform"):
+        vmap(torch.func.functionalize(program))(x, residual)
+
+
 def test_bad_arguments_inside_a_transform_are_named(device):
     x, residual, weight, _ = tensors(device, torch.float32)
     with pytest.raises(RuntimeError, match=r"^rms_norm: weight must have shape \[8\], got \[7\]"):
