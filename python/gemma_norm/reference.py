@@ -43,7 +43,8 @@ def oracle(s: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) ->
     """:func:`rms_norm` in float64 and not rounded, ``s`` being x or the (rounded) sum.
 
     Two properties of float32 are part of the contract and hence of the oracle: eps is a float32, and a sum of squares
-    beyond float32 is infinite.
+    beyond float32 is infinite. Two more are not: squares and products that are subnormal in float32 have fewer bits
+    there, or none (docs/contract.md, "Where float32 shows").
     """
     s64, w64 = s.double(), weight.double()
     total = s64.square().sum(-1, keepdim=True)

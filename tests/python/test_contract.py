@@ -1,4 +1,4 @@
-"""The numerical contract (docs: DESIGN section 3), point by point."""
+"""The numerical contract, docs/contract.md, point by point."""
 
 from __future__ import annotations
 
@@ -239,3 +239,22 @@ def test_backward_is_deterministic(device, dtype):
     for _ in range(3):
         for a, b in zip(gradients(), want, strict=True):
             assert_same_bits(a, b)
+
+
+# "Where float32 shows": what the float64 oracle does not share, and PyTorch's own operator does.
+def test_squares_that_underflow_make_a_row_infinite_without_eps(device):
+    x, weight = torch.full((2, 64), 1e-30, device=device), torch.ones(64, device=device)
+    x[1, 0], x[1, 1] = 0.0, -1e-30
+    y = gemma_norm.rms_norm(x, weight, 0.0)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (64,), weight, 0.0), equal_nan=True)
+    assert bool(y[0].isinf().all()) and bool(y[1, 0].isnan()) and float(y[1, 1]) == -math.inf
+    assert_right(gemma_norm.rms_norm(x, weight, 1e-20), x, weight, 1e-20)
+
+
+def test_a_subnormal_product_has_fewer_bits(device):
+    x, weight = randn(4, 64, device=device) * 3e-19, torch.full((64,), 1e15, device=device)
+    y = gemma_norm.rms_norm(x, weight, 3e38)
+    product = x * torch.rsqrt(torch.tensor(3e38, device=device))  # float32, subnormal in part
+    assert float(product.abs().min()) < torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(y, product * weight, rtol=2**-20, atol=2e-45 * 1e15)
+    assert reference.ulp_error(y, reference.oracle(x, weight, 3e38)) > reference.max_ulp_error(torch.float32, 64)

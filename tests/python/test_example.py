@@ -137,3 +137,30 @@ def test_the_exit_status_of_a_norm_that_was_not_called(generate, monkeypatch):
 def unused(generate: ModuleType, model: torch.nn.Module) -> object:
     model.unused = torch.nn.RMSNorm(4, eps=1e-6)
     return generate.Norm("unused", model.unused, 1e-6, False)
+
+
+def test_a_zero_centred_norm_in_a_pretrained_model(tmp_path):
+    """README: transformers would initialise it to ones by its class name, and a weight that is loaded stays loaded."""
+    from transformers import LlamaConfig, PreTrainedModel
+
+    class Doubled(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.norm = gemma_norm.GemmaRMSNorm(config.hidden_size)
+            self.post_init()
+
+    class Cured(Doubled):
+        def _init_weights(self, module: torch.nn.Module) -> None:
+            super()._init_weights(module)
+            if isinstance(module, gemma_norm.RMSNorm):
+                module.reset_parameters()
+
+    config = LlamaConfig(**SMALL)
+    assert bool((Doubled(config).norm.weight == 1).all()), "transformers has changed: README's advice may go"
+    model = Cured(config)
+    assert bool((model.norm.weight == 0).all())
+    torch.nn.init.normal_(model.norm.weight)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Cured.from_pretrained(tmp_path).norm.weight, model.norm.weight)
