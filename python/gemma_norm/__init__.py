@@ -9,11 +9,11 @@ from . import _library
 
 _library.load()
 
-from . import _fake, _fallback, reference  # noqa: E402, F401
+from . import reference  # noqa: E402
 from ._build_info import VERSION as __version__  # noqa: E402
 from ._library import Backend, backends  # noqa: E402
+from ._ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
 from .module import GemmaRMSNorm, RMSNorm  # noqa: E402
-from .ops import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
 
 __all__ = [
     "Backend",

@@ -1,24 +1,52 @@
 """The argument checks of csrc/check.cpp and csrc/torch/bind.h again, for calls that never reach C++.
 
-Those are calls with fake tensors and on devices without a native library. The rules and the messages are the same.
-Sizes may be symbolic: torch._check turns conditions on them into guards or into assertions at run time.
+Those are calls with fake tensors, inside torch.func's transforms, and on devices without a native library. The rules, the
+messages and their order are the same. Sizes may be symbolic: torch._check turns conditions on them into guards or into
+assertions at run time.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DIFFERENTIABLE = {
-    "rms_norm": "gemma_norm.rms_norm",
-    "add_rms_norm": "gemma_norm.add_rms_norm",
-    "fused_add_rms_norm": "gemma_norm.add_rms_norm",
-}
+
+
+class Extent(Enum):
+    ROWS = "[..., hidden], from which the shapes of all others follow: x's"
+    LIKE_X = "x's shape and dtype, any strides, the last dimension contiguous"
+    HIDDEN = "[hidden], contiguous, x's dtype or float32"
+
+
+class Rule(NamedTuple):
+    """What is asked of one tensor of an operator."""
+
+    extent: Extent
+    optional: bool = False
+
+
+X, LIKE_X, OPTIONAL_LIKE_X = Rule(Extent.ROWS), Rule(Extent.LIKE_X), Rule(Extent.LIKE_X, optional=True)
+WEIGHT = Rule(Extent.HIDDEN)
+
+
+class Described(Protocol):
+    """What the checks need of a :class:`gemma_norm._registry.Operator`."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def rules(self) -> Mapping[str, Rule]: ...
+    @property
+    def written(self) -> tuple[str, ...]: ...
+    @property
+    def call_instead(self) -> str: ...
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -39,77 +67,59 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
-def check_arguments(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    transformed: bool = False,
-    **like_x: Tensor | None,
-) -> None:
+def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bool = False) -> None:
     """All checks but those of memory, see :func:`check_memory`. Raises RuntimeError.
 
-    ``like_x``: the other tensors of the call by name, of which post_residual_addition may be None. ``transformed``: for an
-    implementation in plain PyTorch that PyTorch differentiates or batches. Gradients may be required then, and strides,
-    which a batch dimension may lie between, are not looked at.
+    ``transformed``: for the definition in plain PyTorch that PyTorch differentiates or batches. Derivatives may be expected
+    then, and strides, which a batch dimension may lie between, are not looked at.
     """
-    if like_x.get("post_residual_addition") is None:
-        like_x.pop("post_residual_addition", None)
-    out = like_x.get("out")
-    tensors: dict[str, Any] = {"x": x, "weight": weight, **like_x}
+    label, x = op.label, arguments["x"]
+    tensors = _tensors(op, arguments)
     for name, t in tensors.items():
-        _require(isinstance(t, Tensor), f"{op}: {name} must be a tensor, got {t}")
+        _require(isinstance(t, Tensor), f"{label}: {name} must be a tensor, got {t}")
     for name, t in tensors.items():
         dense = t.layout == torch.strided and not t.is_quantized and not t.is_nested
-        _require(dense, f"{op}: {name} must be a dense tensor, got {layout_name(t)}")
+        _require(dense, f"{label}: {name} must be a dense tensor, got {layout_name(t)}")
     for name, t in tensors.items():
-        _require(t.device == x.device, f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+        _require(t.device == x.device, f"{label}: {name} must be on x's device {x.device}, got {t.device}")
     if not transformed:
-        call = f"call {DIFFERENTIABLE[op]}{' without out' if out is not None else ''}, which is differentiable"
-        grad_rule = "must not require grad while grad mode is enabled, got requires_grad=True"
-        grad_advice = f"torch.ops.gemma_norm records no gradient: {call}, or use torch.no_grad()"
-        tangent_rule = "must not have a tangent, got a dual tensor"
-        tangent_advice = f"torch.ops.gemma_norm records no derivative: {call}"
-        recording = torch.is_grad_enabled()
-        for name, t in tensors.items():
-            _require(not (recording and t.requires_grad), f"{op}: {name} {grad_rule}; {grad_advice}")
-            _require(not has_tangent(t), f"{op}: {name} {tangent_rule}; {tangent_advice}")
-
-    _require(x.dtype in DTYPES, f"{op}: x must have dtype float32, float16 or bfloat16, got {dtype_name(x.dtype)}")
-    _require(x.dim() >= 1, f"{op}: x must have at least one dimension, got shape []")
-    _require(x.shape[-1] >= 1, f"{op}: x must have a last dimension of at least 1, got shape {list(x.shape)}")
-    if not transformed:
-        _check_rows(op, "x", x)
-    _check_weight(op, x, weight, transformed)
+        _check_derivatives(op, tensors)
     for name, t in tensors.items():
-        if name in ("x", "weight"):
-            continue
-        expected = f"{op}: {name} must have x's"
-        _require(t.dtype == x.dtype, f"{expected} dtype {dtype_name(x.dtype)}, got {dtype_name(t.dtype)}")
-        for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
-            _require(same, f"{expected} shape {list(x.shape)}, got {list(t.shape)}")
-        if not transformed:
-            _check_rows(op, name, t)
+        _CHECKS[op.rules[name].extent](label, name, t, x, not transformed)
+    eps = arguments["eps"]
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
     if not in_range:  # Dynamo cannot print a number that it keeps dynamic
-        _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
+        _require(False, f"{label}: eps must be finite in float32 and at least 0, got {eps}")
 
 
-def check_memory(op: str, outputs: dict[str, Tensor], inputs: dict[str, Tensor | None], weight: Tensor) -> None:
+def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
     """What is written must not disturb what is still to be read: an output is exactly an input, or apart from it."""
-    if any(t.numel() == 0 for t in outputs.values()):
+    label, tensors = op.label, _tensors(op, arguments)
+    if tensors["x"].numel() == 0:
         return
+    rows = {name: t for name, t in tensors.items() if op.rules[name].extent is not Extent.HIDDEN}
+    inputs = {name: t for name, t in rows.items() if name != "out"}
+    shared = {name: t for name, t in tensors.items() if name not in rows}
+    in_place = "out" in rows and same_memory(rows["out"], rows["x"])
+    outputs = {"x" if in_place and name == "out" else name: rows[name] for name in op.written}
     for (a, ta), (b, tb) in itertools.combinations(outputs.items(), 2):
-        _require(not overlap(ta, tb), f"{op}: {b} must not overlap {a}, which is also written, got overlapping memory")
+        both = f"{label}: {b} must not overlap {a}, which is also written, got overlapping memory"
+        _require(not overlap(ta, tb), both)
     for name, t in outputs.items():
-        written = f"{op}: {name} is written and must not overlap"
+        written = f"{label}: {name} is written and must not overlap"
         _require(not overlaps_itself(t), f"{written} itself, got a tensor with shared elements")
-        _require(not overlap(t, weight), f"{written} weight, got overlapping memory")
+        for other_name, other in shared.items():
+            _require(not overlap(t, other), f"{written} {other_name}, got overlapping memory")
         for other_name, other in inputs.items():
-            apart = other is None or same_memory(t, other) or not overlap(t, other)
+            apart = same_memory(t, other) or not overlap(t, other)
             either = f"{other_name}'s memory exactly or not overlap it"
-            _require(apart, f"{op}: {name} must be {either}, got a partial overlap")
+            _require(apart, f"{label}: {name} must be {either}, got a partial overlap")
+
+
+def _tensors(op: Described, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the call, in the order of the rules."""
+    named = ((name, arguments[name], rule.optional) for name, rule in op.rules.items())
+    return {name: t for name, t, optional in named if not (optional and t is None)}
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
@@ -150,21 +160,55 @@ def _row_starts(a: Tensor) -> Tensor:
     return starts.sort().values
 
 
-def _check_weight(op: str, x: Tensor, weight: Tensor, transformed: bool) -> None:
+def _check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
+    call = f"call {op.call_instead}, which is differentiable"
+    recording = torch.is_grad_enabled()
+    for name, t in tensors.items():
+        rule = "must not require grad while grad mode is enabled, got requires_grad=True"
+        advice = f"torch.ops.gemma_norm records no gradient: {call}, or use torch.no_grad()"
+        _require(not (recording and t.requires_grad), f"{op.label}: {name} {rule}; {advice}")
+        rule = "must not have a tangent, got a dual tensor"
+        advice = f"torch.ops.gemma_norm records no derivative: {call}"
+        _require(not has_tangent(t), f"{op.label}: {name} {rule}; {advice}")
+
+
+def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool) -> None:
+    dtypes = "float32, float16 or bfloat16"
+    _require(x.dtype in DTYPES, f"{op}: {name} must have dtype {dtypes}, got {dtype_name(x.dtype)}")
+    _require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got shape []")
+    at_least_1 = f"{op}: {name} must have a last dimension of at least 1, got shape {list(x.shape)}"
+    _require(x.shape[-1] >= 1, at_least_1)
+    _check_rows(op, name, x, strides)
+
+
+def _check_like_x(op: str, name: str, t: Tensor, x: Tensor, strides: bool) -> None:
+    expected = f"{op}: {name} must have x's"
+    _require(t.dtype == x.dtype, f"{expected} dtype {dtype_name(x.dtype)}, got {dtype_name(t.dtype)}")
+    for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
+        _require(same, f"{expected} shape {list(x.shape)}, got {list(t.shape)}")
+    _check_rows(op, name, t, strides)
+
+
+def _check_hidden(op: str, name: str, t: Tensor, x: Tensor, strides: bool) -> None:
     hidden = x.shape[-1]
-    for same in (weight.dim() == 1, *(n == hidden for n in weight.shape)):
-        _require(same, f"{op}: weight must have shape [{hidden}], got {list(weight.shape)}")
+    for same in (t.dim() == 1, *(n == hidden for n in t.shape)):
+        _require(same, f"{op}: {name} must have shape [{hidden}], got {list(t.shape)}")
     legal = dtype_name(x.dtype) if x.dtype == torch.float32 else f"{dtype_name(x.dtype)} (x's) or float32"
-    matches = weight.dtype in (x.dtype, torch.float32)
-    _require(matches, f"{op}: weight must have dtype {legal}, got {dtype_name(weight.dtype)}")
-    contiguous = transformed or weight.stride(0) == 1 or hidden == 1
-    _require(contiguous, f"{op}: weight must be contiguous (stride 1), got stride {weight.stride(0)}")
+    matches = t.dtype in (x.dtype, torch.float32)
+    _require(matches, f"{op}: {name} must have dtype {legal}, got {dtype_name(t.dtype)}")
+    if strides:
+        contiguous = t.stride(0) == 1 or hidden == 1
+        _require(contiguous, f"{op}: {name} must be contiguous (stride 1), got stride {t.stride(0)}")
 
 
-def _check_rows(op: str, name: str, t: Tensor) -> None:
-    contiguous = t.stride(-1) == 1 or t.shape[-1] == 1
-    rule = "must have a contiguous last dimension (stride 1)"
-    _require(contiguous, f"{op}: {name} {rule}, got stride {t.stride(-1)}")
+def _check_rows(op: str, name: str, t: Tensor, strides: bool) -> None:
+    if strides:
+        contiguous = t.stride(-1) == 1 or t.shape[-1] == 1
+        rule = "must have a contiguous last dimension (stride 1)"
+        _require(contiguous, f"{op}: {name} {rule}, got stride {t.stride(-1)}")
+
+
+_CHECKS = {Extent.ROWS: _check_x, Extent.LIKE_X: _check_like_x, Extent.HIDDEN: _check_hidden}
 
 
 def _require(condition: bool | torch.SymBool, message: str) -> None:

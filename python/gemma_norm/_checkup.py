@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _library, ops, reference
+from . import _library, reference
+from ._ops import rms_norm as ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HIDDEN = (256, 2048, 4096, 5120, 1023)

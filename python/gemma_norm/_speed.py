@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from ._ops import rms_norm as ops
 
 EPS = 1e-6
 HEADS = 24

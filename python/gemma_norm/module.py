@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import ops, reference, routing
+from . import reference, routing
+from ._ops import rms_norm as ops
 
 Output = Tensor | tuple[Tensor, Tensor]
 

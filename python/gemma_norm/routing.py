@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import _library, reference
 from ._checks import DTYPES, check_arguments, check_memory, dtype_name, overlap
+from ._registry import OPERATORS
 
 if TYPE_CHECKING:
     from .module import Output, RMSNorm
@@ -82,10 +83,8 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
     if recording:
         return module.forward_native(x, residual, post)
     peer = _found[name]
-    if residual is None:
-        check_arguments("rms_norm", x, weight, eps)
-    else:
-        check_arguments("fused_add_rms_norm", x, weight, eps, residual=residual, post_residual_addition=post)
+    arguments = {"x": x, "residual": residual, "weight": weight, "eps": eps, "post_residual_addition": post}
+    check_arguments(OPERATORS["rms_norm" if residual is None else "fused_add_rms_norm"], arguments)
     flag = gemma and hidden <= peer.gemma_up_to
     w = weight if peer is PLAIN else (1 + weight if gemma and not flag else weight).to(x.dtype)
     x_rows = x.reshape(-1, hidden).contiguous()
@@ -110,7 +109,8 @@ def _can_be_overwritten(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or (x.is_contiguous() and residual.is_contiguous() and not overlap(x, residual)):
         return True
     try:
-        check_memory("fused_add_rms_norm", {"x": x, "residual": residual}, {}, weight)
+        arguments = {"x": x, "residual": residual, "weight": weight, "post_residual_addition": None}
+        check_memory(OPERATORS["fused_add_rms_norm"], arguments)
     except RuntimeError:
         return False
     return True

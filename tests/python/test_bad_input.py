@@ -15,15 +15,10 @@ from torch import Tensor, ones
 
 import gemma_norm
 from bad_arguments import ADD_OPS, BAD, BAD_MEMORY, OPS, SHAPE, Arguments, Bad, good, not_dense
-from gemma_norm import _fallback
+from gemma_norm._registry import OPERATORS
 from support import warnings_are
 
-PLAIN = {
-    "rms_norm": _fallback.rms_norm,
-    "rms_norm.out": _fallback.rms_norm_out,
-    "fused_add_rms_norm": _fallback.fused_add_rms_norm,
-    "add_rms_norm": _fallback.add_rms_norm,
-}
+PLAIN = {name: op.plain for name, op in OPERATORS.items()}
 
 
 def native(op: str) -> Callable[..., Any]:
@@ -158,8 +153,8 @@ def test_memory_that_is_short_has_pytorchs_own_type(monkeypatch):
     def short(*args: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(gemma_norm.ops, "_rms_norm", short)
-    monkeypatch.setattr(gemma_norm.ops, "_add_rms_norm", short)
+    monkeypatch.setattr(gemma_norm._ops.rms_norm, "_rms_norm", short)
+    monkeypatch.setattr(gemma_norm._ops.rms_norm, "_add_rms_norm", short)
     for call in (gemma_norm.rms_norm, lambda x, w: gemma_norm.add_rms_norm(x, x, w)):
         with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\.$"):
             call(ones(SHAPE), ones(16))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gemma_norm
-from gemma_norm import _fallback
+from gemma_norm import _registry
 from support import LAYOUTS, assert_right, assert_same_bits, make_weight, place, randn, warnings_are
 
 OPS = torch.ops.gemma_norm
@@ -24,7 +24,7 @@ ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fallback, "_told", set())
+    monkeypatch.setattr(_registry, "_told", set())
 
 
 def elsewhere(op: torch._ops.OpOverload) -> Callable[..., Any]:

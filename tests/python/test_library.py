@@ -182,7 +182,7 @@ AGAIN = {
     "its modules were dropped": f"{FORGET}\nimport gemma_norm",
     "twice": f"{FORGET}\nimport gemma_norm\n{FORGET}\nimport gc; gc.collect()\nimport gemma_norm; gc.collect()",
     "the package was reloaded": "importlib.reload(gemma_norm)",
-    "its modules were reloaded": "for name in ('_library', '_fake', '_fallback', 'ops', 'routing', 'module'):\n"
+    "its modules were reloaded": "for name in ('_library', '_registry', '_ops.rms_norm', 'routing', 'module'):\n"
     "    importlib.reload(sys.modules['gemma_norm.' + name])\nimportlib.reload(gemma_norm)",
     "under another name": "import pathlib, tempfile; alias = pathlib.Path(tempfile.mkdtemp())\n"
     "(alias / 'alias_norm').symlink_to(pathlib.Path(gemma_norm.__file__).parent)\n"
@@ -197,9 +197,9 @@ def test_importing_again_is_harmless(again):
 import gc, importlib, torch, gemma_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 old, old_module = gemma_norm, gemma_norm.RMSNorm(8)
-old_fallback = old._fallback
+old_registry = old._registry
 told = []
-old_fallback._tell = told.append  # called by the first import's implementations alone
+old_registry._tell = told.append  # called by the first import's implementations alone
 {again}
 x = torch.randn(2, 8)
 for package in (old, gemma_norm):

@@ -13,7 +13,8 @@ import torch
 
 import gemma_norm
 from gemma_norm import __main__ as command
-from gemma_norm import _checkup, _library, _screen, _speed, ops
+from gemma_norm import _checkup, _library, _screen, _speed
+from gemma_norm._ops import rms_norm as ops
 
 DEVICES = _checkup.devices()
 

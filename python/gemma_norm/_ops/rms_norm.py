@@ -1,19 +1,33 @@
-"""The public functions. Thin on purpose: in a decoding step, a microsecond of host time is the kernel's own time."""
+"""RMSNorm, plain or fused with the residual addition: the operators, the public functions and their derivatives.
+
+The functions are thin on purpose: in a decoding step, a microsecond of host time is the kernel's own time.
+"""
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
-from . import _autograd, reference
-from ._autograd import AddRMSNormFunction, RMSNormFunction
-from ._checks import has_tangent
+from .. import reference
+from .._calls import any_nested, are_dual, is_in_onnx_export, raise_out_of_memory, require_grad
+from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
+from .._registry import Operator, register
 
-_functorch_is_active = torch._C._are_functorch_transforms_active
+_NORM = {"x": X, "weight": WEIGHT}
+_ADD = {**_NORM, "residual": LIKE_X, "post_residual_addition": OPTIONAL_LIKE_X}
+RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm")
+ADD_RMS_NORM = Operator("add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
+register(
+    RMS_NORM,
+    Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm"),
+    ADD_RMS_NORM,
+    Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm"),
+)
+
 _is_grad_enabled = torch.is_grad_enabled
 _rms_norm = torch.ops.gemma_norm.rms_norm.default
 _rms_norm_out = torch.ops.gemma_norm.rms_norm.out
@@ -44,8 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
         torch.OutOfMemoryError: there is no memory for the result.
     """
-    if has_torch_function_variadic(x, weight, out) and not _any_nested(x, weight, out):
-        if out is None and _is_in_onnx_export():
+    if has_torch_function_variadic(x, weight, out) and not any_nested(x, weight, out):
+        if out is None and is_in_onnx_export():
             return reference.rms_norm(x, weight, eps, gemma)
         arguments = (x, weight, out)
         overridden: Tensor = handle_torch_function(rms_norm, arguments, x, weight, eps=eps, gemma=gemma, out=out)
@@ -53,14 +67,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
     try:
         if out is not None:
             result: Tensor = _rms_norm_out(x, weight, eps, gemma, out=out)
-        elif forward_ad._current_level >= 0 and has_tangent(x, weight):
-            result = _autograd.rms_norm(x, weight, eps, gemma)
-        elif _is_grad_enabled() and _require_grad(x, weight):
+        elif forward_ad._current_level >= 0 and are_dual(x, weight):
+            result = RMS_NORM.transformed(x, weight, eps, gemma)
+        elif _is_grad_enabled() and require_grad(x, weight):
             result = RMSNormFunction.apply(x, weight, eps, gemma)  # type: ignore[no-untyped-call]
         else:
             result = _rms_norm(x, weight, eps, gemma)
     except RuntimeError as error:
-        _raise_out_of_memory(error)
+        raise_out_of_memory(error)
         raise
     return result
 
@@ -91,7 +105,7 @@ def fused_add_rms_norm(
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
     """
     tensors = (x, residual, weight, post_residual_addition)
-    if has_torch_function(tensors) and not _any_nested(*tensors):
+    if has_torch_function(tensors) and not any_nested(*tensors):
         handle_torch_function(fused_add_rms_norm, tensors, x, residual, weight, eps, gemma, post_residual_addition)
     else:
         _fused_add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
@@ -116,44 +130,88 @@ def add_rms_norm(
         torch.OutOfMemoryError: there is no memory for the results.
     """
     tensors = (x, residual, weight, post_residual_addition)
-    if has_torch_function(tensors) and not _any_nested(*tensors):
+    if has_torch_function(tensors) and not any_nested(*tensors):
         arguments = (x, residual, weight, eps, gemma, post_residual_addition)
-        if _is_in_onnx_export():
+        if is_in_onnx_export():
             return reference.add_rms_norm(*arguments)
         overridden: tuple[Tensor, Tensor] = handle_torch_function(add_rms_norm, tensors, *arguments)
         return overridden
     try:
-        if forward_ad._current_level >= 0 and has_tangent(*tensors):
-            y, s = _autograd.add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
-        elif _is_grad_enabled() and _require_grad(*tensors):
+        if forward_ad._current_level >= 0 and are_dual(*tensors):
+            y, s = ADD_RMS_NORM.transformed(x, residual, weight, eps, gemma, post_residual_addition)
+        elif _is_grad_enabled() and require_grad(*tensors):
             apply = AddRMSNormFunction.apply
             y, s = apply(x, residual, weight, eps, gemma, post_residual_addition)  # type: ignore[no-untyped-call]
         else:
             y, s = _add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
     except RuntimeError as error:
-        _raise_out_of_memory(error)
+        raise_out_of_memory(error)
         raise
     return y, s
 
 
-def _any_nested(*tensors: Tensor | None) -> bool:
-    """The operators refuse nested tensors, whose own __torch_function__ takes ``rms_norm`` for PyTorch's, by its name."""
-    return any(isinstance(t, Tensor) and t.is_nested for t in tensors)
+class RMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+        y: Tensor = _rms_norm(x, weight, eps, gemma)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.eps, ctx.gemma = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, dweight = _backward(ctx, dy, x, weight, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        return _cast(dx, x), dweight, None, None
 
 
-def _is_in_onnx_export() -> bool:
-    """Whether the call is traced for ONNX, which has no such operator and takes its definition. Importing torch.onnx is
-    slow, and there is no export before it has been imported."""
-    onnx = sys.modules.get("torch.onnx")
-    return onnx is not None and bool(onnx.is_in_onnx_export())
+class AddRMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, residual: Tensor, weight: Tensor, eps: float, gemma: bool, post_residual_addition: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y_and_sum: tuple[Tensor, Tensor] = _add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+        return y_and_sum
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, weight, ctx.eps, ctx.gemma, _ = inputs
+        ctx.save_for_backward(output[1], weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+        s, weight = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight, _, _, needs_post = ctx.needs_input_grad
+        ds, dweight = _backward(ctx, dy, s, weight, needs_x or needs_residual or needs_post, needs_weight)
+        ds = _cast(None if ds is None else ds + dsum, s)
+        return ds if needs_x else None, ds if needs_residual else None, dweight, None, None, ds if needs_post else None
 
 
-def _require_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is to be recorded here. Inside a torch.func transform the operator itself sees to it."""
-    return any(getattr(t, "requires_grad", False) for t in tensors) and not _functorch_is_active()
+def _backward(
+    ctx: Any, dy: Tensor, s: Tensor, weight: Tensor, needs_s: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """With ``n = s * rstd`` and ``g = dy * w`` (w is ``1 + weight`` with gemma), all in float32::
+
+        ds      = rstd * (g - n * mean(g * n)) + dsum
+        dweight = sum over rows of dy * n
+
+    x, residual and post_residual_addition are summed, so each gets ds. A gradient is rounded once, to its input's dtype.
+    The formula is differentiable itself, so second and higher derivatives are right.
+    """
+    s, dy = s.float(), dy.float()
+    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + ctx.eps)
+    n = s * rstd
+    ds = dweight = None
+    if needs_s:
+        g = dy * (1 + weight.float() if ctx.gemma else weight.float())
+        ds = rstd * (g - n * (g * n).mean(-1, keepdim=True))
+    if needs_weight:
+        dweight = (dy * n).sum(list(range(s.dim() - 1))) if s.dim() > 1 else dy * n
+    return ds, _cast(dweight, weight)
 
 
-def _raise_out_of_memory(error: RuntimeError) -> None:
-    """The operators can only raise a RuntimeError; memory that is short has a type of its own in PyTorch."""
-    if " out of memory" in str(error) and type(error) is RuntimeError:
-        raise torch.OutOfMemoryError(str(error)) from None
+def _cast(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(like.dtype)

@@ -1,0 +1,1 @@
+"""One file an operator: its description, the function that users call, and its derivative."""

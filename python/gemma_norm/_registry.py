@@ -1,0 +1,182 @@
+"""What PyTorch must know of an operator beside its native kernels, made from one description of it.
+
+An :class:`Operator` is one overload in ``torch.ops.gemma_norm``: its schema is defined in C++, its definition and its
+rules in :mod:`gemma_norm._ops`. ``register`` makes from them:
+
+- the implementation in plain PyTorch for devices without a native library, as strict about its arguments, with a warning
+  once a device type. Sparse, quantised and other such tensors, of any device, arrive there as well, to be refused;
+- the fake implementation, which says what the results are like: for meta tensors, torch.compile and torch.export;
+- what runs inside the transforms of torch.func (grad, vmap, jvp and all that is made of them): the definition, which
+  PyTorch can differentiate and batch in any order. Its dispatch key is active there and nowhere else, so calls outside
+  pay nothing. What writes into its arguments is refused there, but for torch.func.functionalize: a transform would see
+  neither the write nor its derivative;
+- refusals of nested tensors, and of lazily negated tensors that would be written.
+
+The dispatcher skips autograd: :mod:`gemma_norm._ops` has the functions that record derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
+
+from ._checks import Rule, check_arguments, check_memory, layout_name
+from ._library import operator_implementations, why_not_native
+
+Arguments = dict[str, Any]
+
+_told: set[str] = set()
+_library = operator_implementations(__name__)
+
+
+@dataclass(frozen=True)
+class Operator:
+    name: str
+    """In ``torch.ops.gemma_norm``, with its overload: "rms_norm.out"."""
+    definition: Callable[..., Any]
+    """Plain PyTorch, differentiable, without effects. Its parameters are those of the schema but for ``out``."""
+    rules: Mapping[str, Rule]
+    """What is asked of each tensor, in the order of the checks."""
+    functional: str
+    """The operator that computes the same into new tensors. The public function of that name is differentiable."""
+
+    @functools.cached_property
+    def overload(self) -> Any:
+        packet, _, overload = self.name.partition(".")
+        return getattr(getattr(torch.ops.gemma_norm, packet), overload or "default")
+
+    @property
+    def label(self) -> str:
+        """In messages."""
+        return self.name.partition(".")[0]
+
+    @property
+    def call_instead(self) -> str:
+        return f"gemma_norm.{self.functional}" + (" without out" if "out" in self.rules else "")
+
+    @functools.cached_property
+    def written(self) -> tuple[str, ...]:
+        """The arguments that it writes, in the order of the definition's results."""
+        arguments = self.overload._schema.arguments
+        return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """All arguments by name."""
+        schema = self.overload._schema.arguments
+        defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+        given = dict(zip((a.name for a in schema), args, strict=False))
+        return {**defaults, **given, **kwargs}
+
+    def compute(self, arguments: Arguments) -> tuple[Tensor, ...]:
+        names = inspect.signature(self.definition).parameters
+        results = self.definition(**{name: arguments[name] for name in names})
+        return results if isinstance(results, tuple) else (results,)
+
+    def give(self, arguments: Arguments, results: tuple[Tensor, ...]) -> Any:
+        """Write the results where the operator does, and return what it returns."""
+        if not self.written:
+            return results if len(results) > 1 else results[0]
+        for name, result in zip(self.written, results, strict=True):
+            arguments[name].copy_(result)
+        return arguments.get("out")
+
+    # The implementations. Each takes its arguments as the dispatcher passes them.
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.bind(args, kwargs)
+        check_arguments(self, arguments)
+        check_memory(self, arguments)
+        _tell(arguments["x"])
+        results = self.compute(arguments)
+        return self.give(arguments, results if self.written else tuple(t.contiguous() for t in results))
+
+    def fake(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.bind(args, kwargs)
+        check_arguments(self, arguments)
+        if self.written:
+            return arguments.get("out")
+        x: Tensor = arguments["x"]
+        results = tuple(x.new_empty(x.shape) for _ in self.overload._schema.returns)
+        return results if len(results) > 1 else results[0]
+
+    def functionalised(self, *args: Any, **kwargs: Any) -> Any:
+        """For torch.compile, which cannot make an operator functional that returns one of its arguments."""
+        arguments = self.bind(args, kwargs)
+        check_arguments(self, arguments)
+        functional = OPERATORS[self.functional].overload
+        inputs = {a.name: arguments[a.name] for a in functional._schema.arguments}
+        results = functional(**inputs)
+        return self.give(arguments, results if isinstance(results, tuple) else (results,))
+
+    def transformed(self, *args: Any, **kwargs: Any) -> Any:
+        if self.written and not _only_functionalising():
+            rule = "is not available inside a torch.func transform, which would see neither that nor the derivative"
+            raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {self.call_instead}")
+        arguments = self.bind(args, kwargs)
+        check_arguments(self, arguments, transformed=True)
+        return self.give(arguments, self.compute(arguments))
+
+    def negated(self, *args: Any, **kwargs: Any) -> Any:
+        """Tensors that PyTorch negates when they are read. It does so itself for operators that return a tensor."""
+        arguments = self.bind(args, kwargs)
+        for name in self.written:
+            if arguments[name].is_neg():
+                rule = "is written and must not be negated lazily, got a tensor with its negative bit set"
+                raise RuntimeError(f"{self.label}: {name} {rule}; call resolve_neg() on it")
+        return self.overload(**{k: v.resolve_neg() if isinstance(v, Tensor) else v for k, v in arguments.items()})
+
+    def refuse_nested(self, *args: Any, **kwargs: Any) -> NoReturn:
+        for name, value in self.bind(args, kwargs).items():
+            if isinstance(value, Tensor) and value.is_nested:
+                raise RuntimeError(f"{self.label}: {name} must be a dense tensor, got {layout_name(value)}")
+        raise AssertionError("no argument is nested")
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(*operators: Operator) -> None:
+    for op in operators:
+        OPERATORS[op.name] = op
+        kernels = {
+            "CompositeExplicitAutograd": op.plain,
+            "Autograd": torch.library.fallthrough_kernel,
+            "FuncTorchDynamicLayerFrontMode": op.transformed,
+            "NestedTensorCPU": op.refuse_nested,
+            "NestedTensorCUDA": op.refuse_nested,
+        }
+        if op.written:
+            returns_argument = bool(op.overload._schema.returns)
+            kernels |= {"Functionalize": op.functionalised} if returns_argument else {"Negative": op.negated}
+        for key, kernel in kernels.items():
+            _library.impl(op.name, kernel, key)
+        qualified = f"gemma_norm::{op.name}"
+        torch.library.register_fake(qualified, op.fake, lib=_library)
+        torch.library.register_torch_dispatch(qualified, NestedTensor, _jagged(op), lib=_library)
+
+
+def _jagged(op: Operator) -> Callable[..., NoReturn]:
+    return lambda cls, func, types, args, kwargs: op.refuse_nested(*args, **(kwargs or {}))
+
+
+def _tell(x: Tensor) -> None:
+    device = x.device.type
+    if device not in _told:
+        _told.add(device)
+        reason = why_not_native(device)
+        warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {reason}", stacklevel=4)
+
+
+def _only_functionalising() -> bool:
+    """torch.func.functionalize is there for programs that write; other transforms may fail at any of the writes."""
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return all(level.key() == functorch.TransformType.Functionalize for level in levels)
