@@ -2,54 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from . import __version__, _checkup, _speed, backends
+from . import __version__, _checkup, _load, _speed, backends
 from ._checks import dtype_name
-from ._screen import Screen
+from ._screen import Parser, Screen, end_cleanly
 
-COMPILE_SECONDS = 35
+SECONDS = 50
+"""What is left of a minute after the import of PyTorch. Past it nothing more is timed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     description = "Show, check and time this installation of gemma_norm."
-    parser = argparse.ArgumentParser(prog="python -m gemma_norm", description=description)
+    parser = Parser(prog="python -m gemma_norm", description=description)
     parser.add_argument("--skip-speed", action="store_true", help="leave the speed table out")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     screen = Screen()
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    screen.print(f"{screen.bold(f'gemma_norm {__version__}')}   PyTorch {torch.__version__}, {machine}\n")
+    screen.title(f"gemma_norm {__version__}", f"PyTorch {torch.__version__}, {machine}")
     healthy = show_installation(screen)
     healthy = show_checks(screen) and healthy
     if not options.skip_speed:
-        show_speed(screen, start + COMPILE_SECONDS)
+        show_speed(screen, start, start + SECONDS)
     screen.print(screen.dim(f"{time.monotonic() - start:.0f} s"))
     return 0 if healthy else 1
 
 
 def show_installation(screen: Screen) -> bool:
     rows = [["library", "", "compiler", "GPU architectures"]]
-    notes = []
+    notes: dict[str, Callable[[str], str]] = {}
     healthy = True
     for backend in backends().values():
         state = screen.good("loaded") if backend.loaded else screen.dim("not loaded" if backend.built else "not built")
         rows.append([backend.name, state, backend.compiler, " ".join(backend.architectures)])
-        notes += [backend.reason] if backend.built and backend.reason else []
+        if backend.built and backend.reason:
+            notes[backend.reason] = screen.dim
         works = bool(backend.served_devices) or not backend.unsupported_devices
-        notes += [device if works else screen.bad(device) for device in backend.unsupported_devices]
+        notes |= dict.fromkeys(backend.unsupported_devices, screen.dim if works else screen.bad)
         healthy = healthy and works
         if backend.loaded:
-            notes.append(f"{backend.name}: {backend.path}")
+            notes[f"{backend.name}: {backend.path}"] = screen.dim
     screen.table(rows, left=4)
-    for note in dict.fromkeys(notes):
-        screen.print(screen.dim(f"  {note}"))
+    for note, paint in notes.items():
+        screen.note(note, paint)
     screen.print()
     screen.table([["device", ""], *([device, _device_name(device)] for device in _checkup.devices())], left=2)
     screen.print()
@@ -66,35 +69,51 @@ def show_checks(screen: Screen) -> bool:
         rows.append([op, device, *cells])
     screen.table(rows, left=2)
     sizes = ", ".join(map(str, sorted(_checkup.HIDDEN)))
-    what = f"against float64; 0.5 is a correctly rounded result; hidden sizes {sizes}, gemma on and off"
-    screen.print(screen.dim(f"  {what}\n"))
+    screen.note(f"against float64; 0.5 is a correctly rounded result; hidden sizes {sizes}, gemma on and off")
+    screen.print()
     failed = [result for result in results if result.failure]
     for result in failed:
-        screen.print(screen.bad(f"  {result.op}, {dtype_name(result.dtype)}, {result.device}: {result.failure}"))
+        screen.note(f"{result.op}, {dtype_name(result.dtype)}, {result.device}: {result.failure}", screen.bad)
     if failed:
         screen.print()
     return not failed
 
 
-def show_speed(screen: Screen, deadline: float) -> None:
+def show_speed(screen: Screen, start: float, end: float) -> None:
     reasons: dict[str, str] = {}
-    for device in _checkup.devices()[:2][-1:]:  # the first GPU, or the CPU
-        rows = [[f"microseconds on {device}", "shape", *_speed.COLUMNS]]
-        for row in _speed.measure(device, deadline, screen.progress):
-            cells = []
-            for column in _speed.COLUMNS:
-                if column in row.microseconds:
-                    cells.append(_number(row.microseconds[column]))
-                else:
-                    mark = reasons.setdefault(row.failures[column], f"[{len(reasons) + 1}]")
-                    cells.append(screen.dim(f"- {mark}"))
-            cells[0] = screen.bold(cells[0])
-            rows.append([row.op, row.shape, *cells])
-        screen.table(rows, left=2)
+    device = _checkup.devices()[:2][-1]  # the first GPU, or the CPU
+    table, load = _speed.measure(device, start, end, screen.progress)
+    rows = [[f"microseconds on {device}", "shape", *_speed.COLUMNS]]
+    for row in table:
+        cells = []
+        for column in _speed.COLUMNS:
+            if column in row.failures:
+                mark = reasons.setdefault(row.failures[column], f"[{len(reasons) + 1}]")
+                cells.append(screen.dim(f"- {mark}"))
+            else:
+                cells.append(_number(row.microseconds[column]))
+        cells[0] = screen.bold(cells[0])
+        rows.append([row.op, row.shape, *cells])
+    screen.table(rows, left=2, keys=2)
     for reason, mark in reasons.items():
-        screen.print(screen.dim(f"  {mark} {reason}"))
-    what = "bfloat16, zero-centred weight; per call, back to back; F.rms_norm is given 1 + weight ready made"
-    screen.print(screen.dim(f"  {what}\n"))
+        screen.note(f"{mark} {reason}")
+    screen.note("bfloat16, zero-centred weight; per call, back to back; F.rms_norm is given 1 + weight ready made")
+    if load.without_cpu > _load.TOO_BUSY:
+        screen.note(_busy(load), screen.bad)
+    screen.print()
+
+
+def _busy(load: _load.Load) -> str:
+    text = (
+        "This machine is too busy for these figures to mean anything: for "
+        f"{load.without_cpu:.0%} of the time in which this program was ready to run, other work had its CPUs."
+    )
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        text += (
+            " The threads of PyTorch programs lose still more, because one that waits for another keeps its CPU: "
+            "on a busy machine set OMP_WAIT_POLICY=PASSIVE in their environment."
+        )
+    return text
 
 
 def _number(microseconds: float) -> str:
@@ -113,4 +132,4 @@ def _device_name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end_cleanly(main))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._load import Load
 from ._ops import rms_norm as ops
 
 EPS = 1e-6
@@ -23,20 +25,66 @@ SIZES = (
     (4096, True),
     (5120, True),
 )  # with add
-COLUMNS = ("gemma_norm", "eager", "F.rms_norm", "torch.compile")
+COMPILED = "torch.compile"
+COLUMNS = ("gemma_norm", "eager", "F.rms_norm", COMPILED)
 SECONDS_A_CELL = 0.1
+TURNS = 5
+BATCH_SECONDS = {"cpu": 5e-4, "cuda": 1e-2}
+"""On the CPU shorter than the few milliseconds for which another process takes a core, so that some batches are whole;
+on a GPU so long that waiting for the end of a batch does not count."""
 
 Call = Callable[[], object]
 
 
 @dataclass
 class Row:
-    device: str
     op: str
     shape: str
     microseconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     """Why a column has no number."""
+
+
+@dataclass
+class Case:
+    """What a row of the table times."""
+
+    device: str
+    hidden: int
+    rows: int
+    add: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, HEADS, self.hidden) if self.hidden == 256 else (self.rows, self.hidden)
+
+    def row(self) -> Row:
+        op = "add + rms_norm" if self.add else "q/k rms_norm" if self.hidden == 256 else "rms_norm"
+        return Row(op, " x ".join(map(str, self.shape)))
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """x, the residual where one is added, and the weight."""
+        x, *residual = (torch.randn(self.shape).to(self.device, torch.bfloat16) for _ in range(1 + self.add))
+        if len(self.shape) == 3:  # q lies between k and v in a fused buffer
+            x = x.repeat(1, 2, 1)[:, : self.shape[1]]
+        return x, *residual, (torch.randn(self.hidden) / 10).to(self.device, torch.bfloat16)
+
+    def calls(self) -> dict[str, Call]:
+        inputs = self.inputs()
+        x, weight = inputs[0], inputs[-1]
+        size, one_plus_weight = (self.hidden,), 1 + weight
+        if self.add:
+            residual, y, s = inputs[1], x.clone(), inputs[1].clone()
+            return {
+                "gemma_norm": lambda: ops.fused_add_rms_norm(y, s, weight, EPS, True),
+                "eager": lambda: eager_add(x, residual, weight),
+                "F.rms_norm": lambda: F.rms_norm(x + residual, size, one_plus_weight, EPS),
+            }
+        return {
+            "gemma_norm": lambda: ops.rms_norm(x, weight, EPS, True),
+            "eager": lambda: eager(x, weight),
+            "F.rms_norm": lambda: F.rms_norm(x, size, one_plus_weight, EPS),
+        }
 
 
 def eager(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,69 +99,79 @@ def eager_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return eager(residual, weight), residual
 
 
-def measure(device: str, deadline: float, progress: Callable[[str], None]) -> Iterator[Row]:
-    """A row of the table at a time. Once ``time.monotonic()`` passes ``deadline``, nothing more is compiled."""
+def measure(device: str, start: float, end: float, progress: Callable[[str], None]) -> tuple[list[Row], Load]:
+    """The rows of the table, for a program that began at ``start`` and is to be over by ``end`` (``time.monotonic()``).
+
+    torch.compile's column comes last. A compilation cannot be stopped, so none is begun unless the time left is at
+    least what the longest so far took. The first is expected to take as long as all that went before it: about so it
+    does on an idle machine, and a busy one slows both alike.
+    """
     many = 8192 if device.startswith("cuda") else 256
-    for hidden, add in SIZES:
-        torch._dynamo.reset()
-        compiled = torch.compile(eager_add if add else eager, dynamic=True)
-        for rows in (1, many):
-            shape = (rows, HEADS, hidden) if hidden == 256 else (rows, hidden)
-            op = "add + rms_norm" if add else "q/k rms_norm" if hidden == 256 else "rms_norm"
-            row = Row(device, op, " x ".join(map(str, shape)))
-            for column, call in _calls(shape, device, add, compiled).items():
-                progress(f"timing {row.op} {row.shape} on {device}: {column}")
-                if column == "torch.compile" and time.monotonic() > deadline:
-                    row.failures[column] = "not compiled: the minute is nearly over"
-                    continue
-                try:
-                    row.microseconds[column] = _time(call, device)
-                except Exception as error:  # whatever a compiler says, it belongs in its cell
-                    row.failures[column] = _summary(error)
-            yield row
+    cases = [Case(device, hidden, rows, add) for hidden, add in SIZES for rows in (1, many)]
+    table = [case.row() for case in cases]
+    load = Load()
+    for row, case in zip(table, cases, strict=True):
+        progress(f"timing {row.op} {row.shape} on {device}")
+        if time.monotonic() > end:
+            row.failures |= dict.fromkeys(COLUMNS, "not timed: the minute is nearly over")
+        else:
+            _time(row, case.calls(), device, load)
+    expected, longest = time.monotonic() - start, 0.0
+    for row, case in zip(table, cases, strict=True):
+        before = time.monotonic()
+        if before + expected > end:
+            row.failures.setdefault(COMPILED, "not compiled: the minute is nearly over")
+            continue
+        progress(f"timing {row.op} {row.shape} on {device}: {COMPILED}")
+        if case.rows == 1:  # what is compiled for one row is compiled again for many, once
+            torch._dynamo.reset()
+            compiled = torch.compile(eager_add if case.add else eager, dynamic=True)
+        _time(row, {COMPILED: partial(compiled, *case.inputs())}, device, load)
+        expected = longest = max(longest, time.monotonic() - before)
+    return table, load
 
 
-def _calls(shape: tuple[int, ...], device: str, add: bool, compiled: Callable[..., object]) -> dict[str, Call]:
-    x, residual = (torch.randn(shape).to(device, torch.bfloat16) for _ in range(2))
-    weight = (torch.randn(shape[-1]) / 10).to(device, torch.bfloat16)
-    one_plus_weight, size = 1 + weight, (shape[-1],)
-    if len(shape) == 3:  # q lies between k and v in a fused buffer
-        x = x.repeat(1, 2, 1)[:, : shape[1]]
-    if add:
-        y, s = x.clone(), residual.clone()
-        return {
-            "gemma_norm": lambda: ops.fused_add_rms_norm(y, s, weight, EPS, True),
-            "eager": lambda: eager_add(x, residual, weight),
-            "F.rms_norm": lambda: F.rms_norm(x + residual, size, one_plus_weight, EPS),
-            "torch.compile": lambda: compiled(x, residual, weight),
-        }
-    return {
-        "gemma_norm": lambda: ops.rms_norm(x, weight, EPS, True),
-        "eager": lambda: eager(x, weight),
-        "F.rms_norm": lambda: F.rms_norm(x, size, one_plus_weight, EPS),
-        "torch.compile": lambda: compiled(x, weight),
-    }
+def _time(row: Row, calls: dict[str, Call], device: str, load: Load) -> None:
+    """Fill ``row`` with microseconds a call, back to back: the best of many batches, which other work disturbs least.
 
+    The calls take turns, so that a spell of other work meets all of them.
+    """
+    kind = torch.device(device).type
+    wait: Callable[[], None] = torch.cuda.synchronize if kind == "cuda" else lambda: None
 
-def _time(call: Call, device: str) -> float:
-    """Microseconds a call, back to back: the best of a few batches, which other work disturbs least."""
-    wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    def batch(calls: int) -> float:
+    def batch(call: Call, count: int) -> float:
         wait()
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(count):
             call()
         wait()
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / count
+
+    def first(column: str) -> float:
+        batch(calls[column], 1)  # compiles
+        return batch(calls[column], 2)
+
+    def turn(column: str) -> float:
+        best, end = row.microseconds[column] * 1e-6, time.perf_counter() + SECONDS_A_CELL / TURNS
+        while time.perf_counter() < end:
+            best = min(best, batch(calls[column], max(1, min(2_000, int(BATCH_SECONDS[kind] / best)))))
+        return best
+
+    def record(column: str, measured: Callable[[str], float]) -> None:
+        try:
+            row.microseconds[column] = measured(column) * 1e6
+        except Exception as error:  # whatever a compiler says, it belongs in its cell
+            row.failures[column] = _summary(error)
 
     with torch.no_grad():
-        batch(1)  # compiles
-        best = batch(2)
-        end = time.perf_counter() + SECONDS_A_CELL
-        while time.perf_counter() < end:
-            best = min(best, batch(max(1, min(2_000, int(SECONDS_A_CELL / 10 / best)))))
-        return best * 1e6
+        for column in calls:
+            record(column, first)
+        end = time.perf_counter() + SECONDS_A_CELL * len(calls)
+        with load.watch():
+            for _ in range(TURNS):
+                for column in calls:
+                    if column not in row.failures and time.perf_counter() < end:
+                        record(column, turn)
 
 
 def _summary(error: Exception) -> str:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,3 +94,36 @@ def assert_right(y: Tensor, s: Tensor, weight: Tensor, eps: float = 1e-6, gemma:
     error = reference.ulp_error(y, reference.oracle(s, weight, eps, gemma))
     limit = reference.max_ulp_error(y.dtype, y.shape[-1])
     assert error <= limit, f"off by {error:.4f} units in the last place, {limit:.4f} allowed"
+
+
+def on_a_terminal(
+    *arguments: str, columns: int = 80, interrupt_at: str = "", environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Exit status and output of ``python *arguments`` on a terminal; Ctrl-C once the output has ``interrupt_at``."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    env = {"TERM": "xterm", **(environment or {k: v for k, v in os.environ.items() if k != "TERM"})}
+    with subprocess.Popen([sys.executable, *arguments], stdout=theirs, stderr=theirs, env=env) as process:
+        os.close(theirs)
+        text = ""
+        while True:
+            try:
+                chunk = os.read(ours, 4096).decode(errors="replace")
+            except OSError:  # the other side is closed
+                break
+            if not chunk:
+                break
+            text += chunk
+            if interrupt_at and interrupt_at in text:
+                process.send_signal(signal.SIGINT)
+                interrupt_at = ""
+    os.close(ours)
+    return process.returncode, text
+
+
+def shown(text: str) -> list[str]:
+    """The lines that ``text`` leaves on a terminal that is wide enough for all of it."""
+    lines = []
+    for line in re.sub(r"\x1b\[\d*m", "", text).split("\r\n"):
+        lines.append(line.rpartition("\r\x1b[K")[2])
+    return lines

@@ -5,6 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,13 +21,14 @@ import torch
 
 from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
-from gemma_norm.benchmark import providers, report, results, timing
+from gemma_norm.benchmark import arguments, environment, providers, report, results, timing
 from gemma_norm.benchmark.cases import ADD_RMS_NORM, EPS, OPS, RMS_NORM, Inputs, Point
 from gemma_norm.benchmark.providers import PROVIDERS, Provider
 from gemma_norm.benchmark.results import Result
 from gemma_norm.benchmark.run import run
 from gemma_norm.benchmark.suites import FORWARD_HIDDEN, SUITES, Choice
 from gemma_norm.benchmark.timing import Effort, Timing
+from support import on_a_terminal, shown
 
 BRIEF = Effort(rounds=2, warm_up=0.0, seconds=0.001)
 TINY = ["--suite", "cpu", "--quick", "--rows", "2,8", "--hidden", "64"]
@@ -57,9 +64,9 @@ def test_a_run_from_the_command_line(suite: str, tmp_path: Path, capsys: pytest.
     weights = {"copy_": "none", "F.rms_norm": "plain"}
     assert all(r.weight == weights.get(r.provider, "gemma") for r in found)
     assert {(r.op, r.rows) for r in found} == set(product(OPS, (2, 8)))
-    shown = capsys.readouterr()
-    assert f"{suite}: " in shown.out and "F.rms_norm*" in shown.out and "next best" in shown.out
-    assert "0/" in shown.err
+    screen = capsys.readouterr()
+    assert f"{suite}: " in screen.out and "F.rms_norm*" in screen.out and "next best" in screen.out
+    assert "0/" in screen.err
     if suite == "cpu":
         assert all(r.of_copy == 1 for r in found if r.provider == "copy_")
         assert {r.bytes for r in found if r.rows == 8} == {(2 * 8 + 1) * 64 * 2, (4 * 8 + 1) * 64 * 2}
@@ -191,32 +198,200 @@ def test_plots(tmp_path: Path) -> None:
     assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in written.values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--suite", "nonesuch"], "unknown name nonesuch: choose from forward"),
-        (["--providers", "ours,nonesuch"], "choose from ours, copy_"),
-        (["--rows", "0"], "sizes of 1 and more"),
-        (["--load", "/nonesuch.csv"], "/nonesuch.csv"),
-        (["--csv", "/nonesuch/new.csv"], "/nonesuch is not a folder"),
-        (["--suite", "decode"], "no GPU is available"),
-        (["--plot", "there"], "pip install matplotlib"),
-    ],
-)
+@pytest.fixture
+def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with ok.csv: two providers of a suite, in bfloat16 alone."""
+    monkeypatch.chdir(tmp_path)
+    made = [results.make(point(rows=2), name, "gemma", Timing(1, 2, 3), None) for name in ("ours", "eager")]
+    results.write_csv(tmp_path / "ok.csv", {"cpu": "some"}, made)
+    return tmp_path / "ok.csv"
+
+
+BAD_ARGUMENTS = {
+    "--suite nonesuch": "unknown name 'nonesuch': choose from forward",
+    "--suite ,": "expected names with commas between them, got ','",
+    "--suite ''": "expected names with commas between them, got ''",
+    "--suite cpu,": "expected names with commas between them",
+    "--suite cpu,host,cpu": "cpu is named twice",
+    "--suite decode": "no GPU is available",
+    "--dtype float64": "unknown name 'float64': choose from bfloat16",
+    "--dtype ,": "expected names with commas between them",
+    "--providers ours,nonesuch": "choose from ours, copy_",
+    "--providers ours,ours": "ours is named twice",
+    "--providers aiter": "none of aiter can be used: ModuleNotFoundError",
+    "--rows 0": "expected whole numbers from 1",
+    "--rows=-1": "expected whole numbers from 1",
+    "--rows abc": "expected whole numbers from 1 to 2147483647, got 'abc'",
+    "--rows 2,2": "2 is named twice",
+    "--rows ,": "expected sizes with commas between them",
+    "--hidden 1e3": "expected whole numbers from 1",
+    "--hidden 9999999999999999999999": "expected whole numbers from 1",
+    "--csv /nonesuch/new.csv": "/nonesuch is not a folder",
+    "--csv ok.csv/new.csv": "ok.csv is not a folder",
+    "--csv .": "Is a directory",
+    "--csv ''": "the name is empty",
+    "--csv /proc/new.csv": "cannot write '/proc/new.csv'",
+    "--json /proc/new.json": "cannot write '/proc/new.json'",
+    "--csv new.csv --json new.csv": "new.csv is given to --csv too",
+    "--plot there": "pip install matplotlib",
+    "--load nonesuch.csv": "cannot read 'nonesuch.csv': No such file",
+    "--load .": "cannot read '.': Is a directory",
+    "--compare nonesuch.csv": "cannot read 'nonesuch.csv': No such file",
+    "--load ok.csv --suite cpu,qk": "ok.csv has no results of suite qk: choose from cpu",
+    "--load ok.csv --dtype float16": "ok.csv has no results of dtype float16: choose from bfloat16",
+    "--load ok.csv --providers liger": "ok.csv has no results of provider liger: choose from ours, eager",
+    "--load ok.csv --rows 2": "--rows: not allowed with argument --load",
+    "--load ok.csv --hidden 64": "--hidden: not allowed with argument --load",
+    "--load ok.csv --quick": "--quick: not allowed with argument --load",
+    "--load ok.csv --plain": "--plain: not allowed with argument --load",
+    "--load ok.csv --csv ./ok.csv": "--csv: ok.csv is given to --load too",
+    "--load ok.csv --json ok.csv": "--json: ok.csv is given to --load too",
+}
+
+
+@pytest.mark.parametrize("line", BAD_ARGUMENTS)
 def test_bad_arguments(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    line: str, earlier: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One line of one kind, status 2, before anything is measured; no file is made or changed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured"))
+    for absent in ("matplotlib", "aiter"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    before = earlier.read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+        command.main(shlex.split(line))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert BAD_ARGUMENTS[line] in error
+    assert re.fullmatch(r"python -m gemma_norm\.benchmark: error: argument --[a-z]+: .+\n", error)
+    assert os.listdir() == ["ok.csv"] and earlier.read_bytes() == before
 
 
-def test_another_file_is_no_result(tmp_path: Path) -> None:
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="not a CSV file of this benchmark"):
-        results.read_csv(tmp_path / "other.csv")
+def test_heads_come_in_some_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        arguments.parse(["--suite", "decode,qk", "--hidden", "64,100"])
+    assert "argument --hidden: qk has no size 100: choose from 64, 128, 256" in capsys.readouterr().err
+
+
+def test_plots_that_cannot_be_written(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    for folder in ("ok.csv", "ok.csv/plots", "/proc/plots"):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["--load", "ok.csv", "--plot", folder])
+        assert stopped.value.code == 2 and f"cannot write '{folder}'" in capsys.readouterr().err
+    assert os.listdir() == ["ok.csv"]
+
+
+def test_what_can_be_written_is_left_as_it_is(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted before its first result costs no earlier file and makes no empty one."""
+    monkeypatch.setattr(environment, "describe", lambda *_: signal.raise_signal(signal.SIGINT))
+    Path("kept.json").write_text("kept")
+    Path("link.csv").symlink_to("nowhere.csv")
+    for options in (
+        ["--csv", "ok.csv", "--json", "kept.json"],
+        ["--csv", "new.csv", "--plot", "a/b"],
+        ["--csv", "link.csv"],
+    ):
+        before = {path.name: path.is_symlink() or path.read_bytes() for path in Path().iterdir()}
+        with pytest.raises(KeyboardInterrupt):
+            command.main([*TINY, *options])
+        assert {path.name: path.is_symlink() or path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_loaded_run_is_selected_from_and_written(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--load", "ok.csv", "--csv", "new.csv", "--json", "new.json", "--providers", "ours"]) == 0
+    facts, found = results.read_csv(Path("new.csv"))
+    assert facts == {"cpu": "some"} and [r.provider for r in found] == ["ours"]
+    assert len(json.loads(Path("new.json").read_text())["results"]) == 1
+    out = capsys.readouterr().out
+    assert "ours" in out and "eager" not in out
+    assert command.main(["--load", "ok.csv", "--suite", "cpu", "--dtype", "bfloat16"]) == 0
+    assert "eager" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_reported(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The results are shown all the same."""
+    assert command.main(["--load", "ok.csv", "--csv", "/dev/full"]) == 1
+    screen = capsys.readouterr()
+    assert screen.err == "cannot write /dev/full: No space left on device\n" and "eager" in screen.out
+
+
+BAD_FILES = {
+    "empty": (lambda heading, line: "", "it has no heading"),
+    "not text": (lambda heading, line: "\udcff", "it is not text"),
+    "another table": (lambda heading, line: "a,b\n1,2\n", "it lacks the column 'suite'"),
+    "an older version": (lambda heading, line: heading.replace(",of_copy", "") + line, "it lacks the column 'of_copy'"),
+    "a newer version": (lambda heading, line: f"energy,{heading}1,{line}", "it has an unknown column 'energy'"),
+    "no results": (lambda heading, line: heading, "has no results"),
+    "a short line": (lambda heading, line: heading + "cpu,rms_norm\n", "line 2: expected 17 cells, got 2"),
+    "a long line": (lambda heading, line: f"# a: b\n{heading}x,{line}", "line 3: expected 17 cells, got 18"),
+    "a word for a number": (
+        lambda heading, line: heading + line.replace(",64,", ",x,"),
+        "line 2: hidden is 'x', which",
+    ),
+    "an unknown suite": (lambda heading, line: heading + line.replace("cpu,", "warp,", 1), "unknown suite 'warp'"),
+    "no CSV": (lambda heading, line: heading + '"' + "x" * 200_000, "field larger than field limit"),
+}
+
+
+@pytest.mark.parametrize("option", ["--load", "--compare"])
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_another_file_is_no_result(what: str, option: str, earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, message = BAD_FILES[what]
+    _, heading, line, _ = earlier.read_text().splitlines(keepends=True)
+    Path("bad.csv").write_text(make(heading, line), errors="surrogateescape")
+    with pytest.raises(SystemExit) as stopped:
+        command.main([option, "bad.csv"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert f"error: argument {option}: bad.csv" in error and message in error
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_table_in_a_narrow_terminal(
+    columns: int, earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "columns", lambda stream: columns)
+    assert command.main(["--load", "ok.csv", "--compare", "ok.csv"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns, text
+    assert all(word in text for word in ("ours", "eager", "of copy_", "next best", "0 of 2 figures moved"))
+
+
+def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
+    """130, what was measured until then, no traceback, no progress line left over."""
+    csv = tmp_path / "new.csv"
+    command_line = [
+        "-m",
+        "gemma_norm.benchmark",
+        *TINY,
+        *HERE,
+        "--rows",
+        "512",
+        "--hidden",
+        "64,5120",
+        "--csv",
+        str(csv),
+    ]
+    status, text = on_a_terminal(*command_line, columns=60, interrupt_at="1/8")
+    assert status == 130
+    assert "Traceback" not in text and "KeyboardInterrupt" not in text
+    (stopped,) = [line for line in shown(text) if "points" in line]
+    assert re.fullmatch(r"stopped after [1-7] of 8 points: interrupted", stopped)
+    assert "median us a call" in text and results.read_csv(csv)[1]
+
+
+def test_a_reader_that_stops(earlier: Path) -> None:
+    """As ``| head -1`` does. The files are written all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "gemma_norm.benchmark", "--load", "ok.csv", "--json", "new.json"]
+    process = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert process.returncode == 141 and process.stderr == ""
+    assert json.loads(Path("new.json").read_text())["environment"] == {"cpu": "some"}
 
 
 def test_absent_peers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,9 +412,9 @@ def test_an_interrupted_run_keeps_what_it_has(
         return correct(op, weight, gemma)
 
     monkeypatch.setitem(PROVIDERS, "eager", replace(PROVIDERS["eager"], make=interrupt))
-    assert command.main([*TINY, "--rows", "1", "--providers", "eager"]) == 1
-    shown = capsys.readouterr()
-    assert "interrupted" in shown.err and "rms_norm" in shown.out
+    assert command.main([*TINY, "--rows", "1", "--providers", "eager"]) == 130
+    screen = capsys.readouterr()
+    assert "interrupted" in screen.err and "rms_norm" in screen.out
 
 
 def test_graphs_rotate_restore_and_divide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +494,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress() -> None:
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     for stream in (io.StringIO(), Terminal()):
         progress = report.Progress(40, stream)
         for i in range(40):

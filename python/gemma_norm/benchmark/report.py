@@ -1,4 +1,4 @@
-"""Tables and progress on a terminal."""
+"""Tables and progress, which fit a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from gemma_norm._screen import ProgressLine, columns, tables, wrap
+
 from .results import Moved, Result
 from .suites import SUITES
 
@@ -16,30 +18,37 @@ WORDS = {"suite", "op", "dtype", "layout", "cache", "provider", "next best"}
 Row = Mapping[str, Result]  # the providers at one point
 
 
-def table(suite: str, results: Sequence[Result]) -> str:
-    """One line a point, one column a provider; above it what all points share, below it why a figure is missing."""
+def table(suite: str, results: Sequence[Result], width: int | None = None) -> str:
+    """One line a point, one column a provider; above it what all points share, below it why a figure is missing.
+
+    ``width`` is that of the terminal, None for no limit.
+    """
     names = list(dict.fromkeys(r.provider for r in results))
     rows: dict[tuple[object, ...], dict[str, Result]] = {}
     for r in results:
         rows.setdefault(r.point, {})[r.provider] = r
     values = {column: list(dict.fromkeys(str(getattr(r, column)) for r in results)) for column in POINT}
-    columns = [c for c in POINT if len(values[c]) > 1 or c in ("rows", "hidden")]
-    shared = [f"{c} {v[0]}" for c, v in values.items() if c not in columns and v[0] not in ("0", "contiguous")]
+    keys = [c for c in POINT if len(values[c]) > 1 or c in ("rows", "hidden")]
+    shared = [f"{c} {v[0]}" for c, v in values.items() if c not in keys and v[0] not in ("0", "contiguous")]
     plain = {r.provider for r in results if r.weight == "plain"}
     gemma = any(r.weight == "gemma" for r in results)
 
     notes: dict[str, str] = {}
-    heading = [*columns, *(n + "*" * (gemma and n in plain) for n in names), "|", *_derived_columns(suite)]
+    heading = [*keys, *(n + "*" * (gemma and n in plain) for n in names), "|", *_derived_columns(suite)]
     lines = [heading]
     for row in rows.values():
         first = next(iter(row.values()))
         cells = [_cell(row[n], notes) if n in row else "" for n in names]
-        lines.append([*(str(getattr(first, c)) for c in columns), *cells, "|", *_derived(suite, row)])
-    text = [f"{suite}: {SUITES[suite].title}", ", ".join(["median us a call", *shared]), "", *align(lines), ""]
-    if gemma and plain:
-        text.append("* plain weight: knows no zero-centred one")
-    text += [f"{label} {note}" for note, label in notes.items()]
-    return "\n".join([*text, *_summary(list(rows.values()))])
+        lines.append([*(str(getattr(first, c)) for c in keys), *cells, "|", *_derived(suite, row)])
+    above = [f"{suite}: {SUITES[suite].title}", ", ".join(["median us a call", *shared])]
+    below = ["* plain weight: knows no zero-centred one"] if gemma and plain else []
+    below += [f"{label} {note}" for note, label in notes.items()]
+    below += _summary(list(rows.values()))
+    return "\n".join([*_wrap(above, width), "", *align(lines, len(keys), width), "", *_wrap(below, width)])
+
+
+def _wrap(lines: Sequence[str], width: int | None) -> list[str]:
+    return [part for line in lines for part in wrap(line, width, "", "    ")]
 
 
 def _cell(r: Result, notes: dict[str, str]) -> str:
@@ -81,14 +90,17 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def moved_table(moved: Sequence[Moved], pairs: int) -> str:
+def moved_table(moved: Sequence[Moved], pairs: int, width: int | None = None) -> str:
     lines = [["suite", "op", "dtype", "rows", "hidden", "threads", "provider", "old us", "new us", "new/old"]]
     for m in moved:
         r = m.new
         where = [r.suite, r.op, r.dtype, str(r.rows), str(r.hidden), str(r.threads), r.provider]
         lines.append([*where, number(m.old.p50_us), number(r.p50_us), f"{m.factor:.3f}"])
     title = f"{len(moved)} of {pairs} figures moved beyond noise (p20 to p80 apart), slowest first"
-    return "\n".join([title, *(["", *align(lines)] if moved else [])])
+    if not pairs:
+        title = "none of the figures is in the earlier file"
+    keys = len(lines[0]) - 3
+    return "\n".join([*_wrap([title], width), *(["", *align(lines, keys, width)] if moved else [])])
 
 
 def number(value: float) -> str:
@@ -96,41 +108,40 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def align(lines: Sequence[Sequence[str]]) -> list[str]:
-    """The first line names the columns: words go to the left, numbers to the right."""
-    columns = []
-    for column in zip(*lines, strict=True):
-        width = max(map(len, column))
-        columns.append([c.ljust(width) if column[0] in WORDS else c.rjust(width) for c in column])
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+def align(lines: Sequence[Sequence[str]], keys: int, width: int | None) -> list[str]:
+    """The first line names the columns, the first ``keys`` of which say what a line is about: see ``tables``.
+
+    Words go to the left, numbers to the right.
+    """
+    words = [i for i, name in enumerate(lines[0]) if name in WORDS]
+    parts = tables(lines, words, keys, width)
+    return [line for i, part in enumerate(parts) for line in ([""] if i else []) + part]
 
 
 class Progress:
-    """On a terminal a bar that leaves nothing behind; elsewhere a line every tenth of the way."""
+    """On a terminal a line that leaves nothing behind, with a bar where it is wide; elsewhere a line every tenth."""
 
-    WIDTH = 24
+    BAR, WIDE = 24, 80
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.total, self.done, self.stream = total, 0, stream or sys.stderr
-        self.live, self.start, self.told = self.stream.isatty(), time.monotonic(), -1
+        self.line, self.start, self.told = ProgressLine(self.stream), time.monotonic(), -1
 
     def show(self, doing: str) -> None:
-        if self.live:
-            bar = "#" * (self.WIDTH * self.done // self.total)
-            text = f"[{bar:.<{self.WIDTH}}] {self.done}/{self.total}{self._left()}  {doing}"
-            self.stream.write(f"\r\x1b[K{text[:119]}")
+        if self.line.live:
+            bar = "#" * (self.BAR * self.done // self.total)
+            wide = (columns(self.stream) or 0) >= self.WIDE
+            text = f"{self.done}/{self.total}{self._left()}  {doing}"
+            self.line.show(f"[{bar:.<{self.BAR}}] {text}" if wide else text)
         elif (tenth := self.done * 10 // self.total) != self.told:
-            self.stream.write(f"{self.done}/{self.total} {doing}\n")
+            print(f"{self.done}/{self.total} {doing}", file=self.stream, flush=True)
             self.told = tenth
-        self.stream.flush()
 
     def advance(self) -> None:
         self.done += 1
 
     def close(self) -> None:
-        if self.live:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
+        self.line.clear()
 
     def _left(self) -> str:
         if not self.done:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from .cases import Point
+from .suites import SUITES
 from .timing import Timing
 
 
@@ -63,32 +66,63 @@ def describe(error: Exception) -> str:
     text = str(error).strip()
     if "out of memory" in text or "DefaultCPUAllocator" in text:
         return "out of memory"
-    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"[:160]
+    line = " ".join(text.partition("\n")[0].split())
+    return f"{type(error).__name__}: {line}"[:160]
 
 
 def write_csv(path: Path, environment: Mapping[str, str], results: Iterable[Result]) -> None:
     """The environment in ``# name: value`` lines, then the table."""
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in environment.items())
-        writer = csv.DictWriter(file, [f.name for f in fields(Result)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in results)
+    text = io.StringIO()
+    text.writelines(f"# {name}: {value}\n" for name, value in environment.items())
+    writer = csv.DictWriter(text, [f.name for f in fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(r) for r in results)
+    path.write_text(text.getvalue(), encoding="utf-8")  # at once, so that an interrupt leaves no half of it
 
 
 def read_csv(path: Path) -> tuple[dict[str, str], list[Result]]:
-    lines = path.read_text().splitlines()
-    comments = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Result)}
-    table = csv.DictReader(line for line in lines if not line.startswith("#"))
-    if set(table.fieldnames or ()) != set(kinds):
-        raise ValueError(f"{path} is not a CSV file of this benchmark: its columns are {table.fieldnames}")
-    results = [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in table]
+    """Raises OSError for a file that cannot be read, ValueError for one that :func:`write_csv` did not write."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+        numbered = [(n, line) for n, line in enumerate(lines, 1) if not line.startswith("#")]
+        heading, *rows = csv.reader(line for _, line in numbered)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a CSV file of this benchmark: it is not text") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file of this benchmark: {error}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not a CSV file of this benchmark: it has no heading") from None
+    columns = [f.name for f in fields(Result)]
+    for names, others, what in ((columns, heading, "lacks the column"), (heading, columns, "has an unknown column")):
+        if odd := [name for name in names if name not in others]:
+            raise ValueError(
+                f"{path} is not a CSV file of this benchmark, or not of this version: it {what} {odd[0]!r}"
+            )
+    if not rows:
+        raise ValueError(f"{path} has no results")
+    results = [_parse(f"{path}, line {n}", heading, row) for (n, _), row in zip(numbered[1:], rows, strict=True)]
     return {name: value for name, _, value in comments}, results
+
+
+def _parse(where: str, heading: Sequence[str], row: Sequence[str]) -> Result:
+    if len(row) != len(heading):
+        raise ValueError(f"{where}: expected {len(heading)} cells, got {len(row)}")
+    cells: dict[str, Any] = dict(zip(heading, row, strict=True))
+    for f in fields(Result):
+        kind, what = {"int": (int, "a whole number"), "float": (float, "a number")}.get(str(f.type), (str, ""))
+        try:
+            cells[f.name] = kind(cells[f.name])
+        except ValueError:
+            raise ValueError(f"{where}: {f.name} is {cells[f.name]!r}, which is not {what}") from None
+    if cells["suite"] not in SUITES:
+        raise ValueError(f"{where}: unknown suite {cells['suite']!r}: choose from {', '.join(SUITES)}")
+    return Result(**cells)
 
 
 def write_json(path: Path, environment: Mapping[str, str], results: Iterable[Result]) -> None:
     text = json.dumps({"environment": dict(environment), "results": [asdict(r) for r in results]}, indent=1)
-    path.write_text(text + "\n")
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

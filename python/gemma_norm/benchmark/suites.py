@@ -87,6 +87,8 @@ class Suite:
     axis: str = "rows"
     """What a plot has along its axis; empty: it shows bars."""
     needs_gpu: bool = True
+    hidden: tuple[int, ...] = ()
+    """The only hidden sizes there are; empty: any."""
 
 
 SUITES = {
@@ -94,7 +96,9 @@ SUITES = {
     "decode": Suite(
         decode, "few rows, hot: successive nodes of a CUDA graph (programmatic dependent launch may overlap them)"
     ),
-    "qk": Suite(qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs"),
+    "qk": Suite(
+        qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs", hidden=tuple(QK_HEADS)
+    ),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
 }
