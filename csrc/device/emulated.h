@@ -80,6 +80,8 @@ inline void store_once(Words* p, Words v) {
   check_access(p);
   *p = v;
 }
+constexpr bool kLoadsWaitForStores = false;
+inline void wait_for_load(const Words&) {}
 
 template <class To, class From>
 To bit_cast(From from) {

@@ -79,6 +79,8 @@ rms_norm_rows(RowParams p, Layout layout) {
   constexpr bool kWholeResidual = kThreads < 1024,
                  kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
   constexpr bool kWeightsAfterResidual = kAdd && kVectors == 8;
+  // Where a load would wait for the stores before it, the sums and the weights come before the sums' stores.
+  constexpr bool kSumsBeforeStores = kAdd && kWholeResidual && device::kLoadsWaitForStores;
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first.
   constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   Words s[kVectors], residual[kVectors];
@@ -114,24 +116,35 @@ rms_norm_rows(RowParams p, Layout layout) {
           residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
       }
     }
+    if constexpr (kSumsBeforeStores) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) s[k] = add_rounded<X>(s[k], residual[k]);
+      if constexpr (kEarlyWeights) {
+        if constexpr (kWeightsAfterResidual) load_weights(end);
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) w[k].wait_for_load();
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       if (kStoreOneByOne && !(first(k) < end)) break;
       if constexpr (!kWholeResidual) {
         constexpr int kBatch = kVectors / 4;
-        if (k % kBatch == 0)
+        if (k % kBatch == 0) {
           for (int i = k; i < k + kBatch; ++i) {
             residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
             if (p.post_residual_addition)
               residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
           }
+          for (int i = k; i < k + kBatch; ++i) device::wait_for_load(residual[i]);
+        }
       }
-      s[k] = add_rounded<X>(s[k], residual[k]);
+      if constexpr (!kSumsBeforeStores) s[k] = add_rounded<X>(s[k], residual[k]);
       store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
     }
   }
 
-  if constexpr (kEarlyWeights && kWeightsAfterResidual) load_weights(end);
+  if constexpr (kEarlyWeights && kWeightsAfterResidual && !kSumsBeforeStores) load_weights(end);
 
   SquareSums<X> squares;
 #pragma unroll
