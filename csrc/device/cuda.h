@@ -45,6 +45,7 @@ GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
 }
 constexpr bool kLoadsWaitForStores = false;
 GEMMA_NORM_DEVICE void wait_for_load(const Words&) {}
+GEMMA_NORM_DEVICE void keep_packed(Words*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }

@@ -82,6 +82,7 @@ inline void store_once(Words* p, Words v) {
 }
 constexpr bool kLoadsWaitForStores = false;
 inline void wait_for_load(const Words&) {}
+inline void keep_packed(Words*) {}
 
 template <class To, class From>
 To bit_cast(From from) {

@@ -20,7 +20,7 @@ GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
 // Waves exchange data through LDS alone, so only LDS accesses are waited for. __syncthreads() also waits for the wave's own stores
-// to global memory: clang 15 does on every target, later ones on RDNA.
+// to global memory: clang 15 on gfx90a, newer ones on RDNA.
 GEMMA_NORM_DEVICE void block_barrier() {
 #if defined(__GFX9__) || defined(__GFX10__) || defined(__GFX11__)
   asm volatile("s_waitcnt lgkmcnt(0)\n\ts_barrier" ::: "memory");
@@ -83,11 +83,14 @@ GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nonte
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
-// CDNA counts loads and stores in one counter, in order. Behind a branch around a store, which may or may not have been issued,
-// compilers cannot tell how many accesses follow a load: they wait until none is left, the store included.
+// CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have followed a
+// load that they must wait for, so they wait for all, the store included.
 constexpr bool kLoadsWaitForStores = true;
-// An instruction of no code that reads the value: compilers put their wait for its load before it.
+// Neither is an instruction. The first only reads a word: reading and writing them all would cost registers.
 GEMMA_NORM_DEVICE void wait_for_load(const Words& v) { asm volatile("" ::"v"(v.word[0])); }
+GEMMA_NORM_DEVICE void keep_packed(Words* v) {
+  asm volatile("" : "+v"(v->word[0]), "+v"(v->word[1]), "+v"(v->word[2]), "+v"(v->word[3]));
+}
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GEMMA_NORM_DEVICE float approximate_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }
@@ -115,7 +118,7 @@ template <>
 GEMMA_NORM_DEVICE uint32_t pack<float>(const float* f) {
   return as_bits(f[0]);
 }
-#if defined(__gfx950__)
+#if defined(__gfx950__) || defined(__gfx1250__) || defined(__gfx1251__)
 GEMMA_NORM_DEVICE float keep_nan(float v) { return v; }
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {

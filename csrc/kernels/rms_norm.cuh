@@ -79,6 +79,8 @@ rms_norm_rows(RowParams p, Layout layout) {
   constexpr bool kWholeResidual = kThreads < 1024,
                  kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
   constexpr bool kWeightsAfterResidual = kAdd && kVectors == 8;
+  // A block of 1024 threads has no registers for numbers beside the 16-bit words that hold them: they are unpacked again.
+  constexpr bool kKeepPacked = kThreads == 1024 && sizeof(X) == 2;
   // Where a load would wait for the stores before it, the sums and the weights come before the sums' stores.
   constexpr bool kSumsBeforeStores = kAdd && kWholeResidual && device::kLoadsWaitForStores;
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first.
@@ -136,10 +138,14 @@ rms_norm_rows(RowParams p, Layout layout) {
             if (p.post_residual_addition)
               residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
           }
-          for (int i = k; i < k + kBatch; ++i) device::wait_for_load(residual[i]);
+          for (int i = k; i < k + kBatch; ++i) {
+            device::wait_for_load(residual[i]);
+            if constexpr (kKeepPacked) device::keep_packed(&residual[i]);
+          }
         }
       }
       if constexpr (!kSumsBeforeStores) s[k] = add_rounded<X>(s[k], residual[k]);
+      if constexpr (kKeepPacked) device::keep_packed(&s[k]);
       store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
     }
   }
@@ -148,7 +154,10 @@ rms_norm_rows(RowParams p, Layout layout) {
 
   SquareSums<X> squares;
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
+  for (int k = 0; k < kVectors; ++k) {
+    squares.add(s[k]);
+    if constexpr (kKeepPacked) device::keep_packed(&s[k]);
+  }
   float sum = squares.total();
   if constexpr (kScope == Scope::kWave) {
     sum = device::sum_over_lanes(sum, 1 << layout.log2_group_threads);
