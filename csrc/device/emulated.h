@@ -80,7 +80,7 @@ inline void store_once(Words* p, Words v) {
   check_access(p);
   *p = v;
 }
-constexpr bool kLoadsWaitForStores = false;
+constexpr bool kLoadsBeforeStores = false;
 inline void wait_for_load(const Words&) {}
 inline void keep_packed(Words*) {}
 

@@ -19,8 +19,8 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
-// Waves exchange data through LDS alone, so only LDS accesses are waited for. __syncthreads() also waits for the wave's own stores
-// to global memory: clang 15 on gfx90a, newer ones on RDNA.
+// Waves exchange data through LDS alone, so this waits for LDS accesses alone. __syncthreads() also waits for the wave's own
+// stores to global memory: compiled by clang 15 on gfx90a, by newer ones on RDNA.
 GEMMA_NORM_DEVICE void block_barrier() {
 #if defined(__GFX9__) || defined(__GFX10__) || defined(__GFX11__)
   asm volatile("s_waitcnt lgkmcnt(0)\n\ts_barrier" ::: "memory");
@@ -39,8 +39,8 @@ GEMMA_NORM_DEVICE constexpr int wave_width() { return 64; }
 #else
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 #endif
-// On wave 64, true only if it is true in every lane, so that the branch is uniform. With a divergent branch, compilers keep the
-// values loaded on its two sides in separate registers.
+// On wave 64, true only if it is true in every lane, so that the branch is uniform. With a divergent branch, compilers keep
+// the values loaded on its two sides in separate registers.
 GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return wave_width() == 64 ? __all(condition) != 0 : condition; }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -83,9 +83,14 @@ GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nonte
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
-// CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have followed a
-// load that they must wait for, so they wait for all, the store included.
-constexpr bool kLoadsWaitForStores = true;
+// CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have
+// followed the load that they must wait for, so they wait for all, the store included. RDNA counts them apart, and the order
+// makes no difference, but on gfx1250 clang 22 would take 50 registers more for it.
+#if defined(__gfx1250__) || defined(__gfx1251__)
+constexpr bool kLoadsBeforeStores = false;
+#else
+constexpr bool kLoadsBeforeStores = true;
+#endif
 // Neither is an instruction. The first only reads a word: reading and writing them all would cost registers.
 GEMMA_NORM_DEVICE void wait_for_load(const Words& v) { asm volatile("" ::"v"(v.word[0])); }
 GEMMA_NORM_DEVICE void keep_packed(Words* v) {

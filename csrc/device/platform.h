@@ -8,8 +8,8 @@
 //                                added as a balanced binary tree, neighbours first
 //   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
 //   load(p)                        16 bytes that others will want too
-//   kLoadsWaitForStores            a load that follows a store is not there before the store is done: load first
-//   wait_for_load(v)               the wait for v's load, if there must be one, comes here and not after a later store
+//   kLoadsBeforeStores             a load behind a store may have to wait for it: kernels load first what they can
+//   wait_for_load(v)               what waits for v's load waits here, not after a later store
 //   keep_packed(v)                 what v was unpacked to before does not stay in registers: it is unpacked again
 //   in_all_lanes(condition)        for a branch: where a device gains by it, of the wave as one; elsewhere of this lane alone
 //   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even

@@ -79,10 +79,10 @@ rms_norm_rows(RowParams p, Layout layout) {
   constexpr bool kWholeResidual = kThreads < 1024,
                  kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
   constexpr bool kWeightsAfterResidual = kAdd && kVectors == 8;
-  // A block of 1024 threads has no registers for numbers beside the 16-bit words that hold them: they are unpacked again.
+  // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice.
   constexpr bool kKeepPacked = kThreads == 1024 && sizeof(X) == 2;
-  // Where a load would wait for the stores before it, the sums and the weights come before the sums' stores.
-  constexpr bool kSumsBeforeStores = kAdd && kWholeResidual && device::kLoadsWaitForStores;
+  // The sums are worked out and the weights awaited before any sum is stored.
+  constexpr bool kSumsBeforeStores = kAdd && kWholeResidual && device::kLoadsBeforeStores;
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first.
   constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   Words s[kVectors], residual[kVectors];
