@@ -43,6 +43,9 @@ GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
+constexpr bool kLoadsBeforeStores = false;
+GEMMA_NORM_DEVICE void wait_for_load(const Words&) {}
+GEMMA_NORM_DEVICE void keep_packed(Words*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }

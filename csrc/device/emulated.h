@@ -80,6 +80,9 @@ inline void store_once(Words* p, Words v) {
   check_access(p);
   *p = v;
 }
+constexpr bool kLoadsBeforeStores = false;
+inline void wait_for_load(const Words&) {}
+inline void keep_packed(Words*) {}
 
 template <class To, class From>
 To bit_cast(From from) {

@@ -19,11 +19,18 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
-// What __syncthreads() does; in the headers of ROCm 5 that is a call, which newer compilers do not inline.
+// Waves exchange data through LDS alone, so this waits for LDS accesses alone. __syncthreads() also waits for the wave's own
+// stores to global memory: compiled by clang 15 on gfx90a, by newer ones on RDNA.
 GEMMA_NORM_DEVICE void block_barrier() {
+#if defined(__GFX9__) || defined(__GFX10__) || defined(__GFX11__)
+  asm volatile("s_waitcnt lgkmcnt(0)\n\ts_barrier" ::: "memory");
+#elif defined(__GFX12__)
+  asm volatile("s_wait_dscnt 0x0\n\ts_barrier_signal -1\n\ts_barrier_wait -1" ::: "memory");
+#else  // __syncthreads(), which is a call in the headers of ROCm 5 that newer compilers do not inline
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+#endif
 }
 
 // Of the target being compiled; the host asks the device (facts). ROCm 7 has no macro or constant for it any more.
@@ -32,7 +39,8 @@ GEMMA_NORM_DEVICE constexpr int wave_width() { return 64; }
 #else
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 #endif
-// Of the wave as one: compilers keep what the sides of another branch leave in registers apart.
+// On wave 64, true only if it is true in every lane, so that the branch is uniform. With a divergent branch, compilers keep
+// the values loaded on its two sides in separate registers.
 GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return wave_width() == 64 ? __all(condition) != 0 : condition; }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -75,6 +83,19 @@ GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nonte
 GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
+// CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have
+// followed the load that they must wait for, so they wait for all, the store included. RDNA counts them apart, and the order
+// makes no difference, but on gfx1250 clang 22 would take 50 registers more for it.
+#if defined(__gfx1250__) || defined(__gfx1251__)
+constexpr bool kLoadsBeforeStores = false;
+#else
+constexpr bool kLoadsBeforeStores = true;
+#endif
+// Neither is an instruction. The first only reads a word: reading and writing them all would cost registers.
+GEMMA_NORM_DEVICE void wait_for_load(const Words& v) { asm volatile("" ::"v"(v.word[0])); }
+GEMMA_NORM_DEVICE void keep_packed(Words* v) {
+  asm volatile("" : "+v"(v->word[0]), "+v"(v->word[1]), "+v"(v->word[2]), "+v"(v->word[3]));
+}
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GEMMA_NORM_DEVICE float approximate_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }
@@ -102,7 +123,7 @@ template <>
 GEMMA_NORM_DEVICE uint32_t pack<float>(const float* f) {
   return as_bits(f[0]);
 }
-#if defined(__gfx950__)
+#if defined(__gfx950__) || defined(__gfx1250__) || defined(__gfx1251__)
 GEMMA_NORM_DEVICE float keep_nan(float v) { return v; }
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {

@@ -1,13 +1,16 @@
 // The narrow device layer. Everything that differs between platforms is behind these names, in namespace gemma_norm::device:
 //
 //   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads, min_blocks), GEMMA_NORM_SHARED     qualifiers
-//   thread_index() block_threads() block_index() grid_blocks()               ints; the last two int64_t
+//   thread_index() block_threads() block_index()                             ints; the last int64_t
 //   wave_width()                                                             lanes of a wave (warp): 32 or 64
-//   block_barrier()
+//   block_barrier()              orders the block's accesses to shared memory, not those to global memory
 //   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
 //                                added as a balanced binary tree, neighbours first
 //   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
 //   load(p)                        16 bytes that others will want too
+//   kLoadsBeforeStores             a load behind a store may have to wait for it: kernels load first what they can
+//   wait_for_load(v)               what waits for v's load waits here, not after a later store
+//   keep_packed(v)                 what v was unpacked to before does not stay in registers: it is unpacked again
 //   in_all_lanes(condition)        for a branch: where a device gains by it, of the wave as one; elsewhere of this lane alone
 //   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even
 //   reciprocal_root<kQuick>(v)     1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal; kQuick: for kernels

@@ -79,6 +79,10 @@ rms_norm_rows(RowParams p, Layout layout) {
   constexpr bool kWholeResidual = kThreads < 1024,
                  kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
   constexpr bool kWeightsAfterResidual = kAdd && kVectors == 8;
+  // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice.
+  constexpr bool kKeepPacked = kThreads == 1024 && sizeof(X) == 2;
+  // The sums are worked out and the weights awaited before any sum is stored.
+  constexpr bool kSumsBeforeStores = kAdd && kWholeResidual && device::kLoadsBeforeStores;
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first.
   constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   Words s[kVectors], residual[kVectors];
@@ -114,28 +118,46 @@ rms_norm_rows(RowParams p, Layout layout) {
           residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
       }
     }
+    if constexpr (kSumsBeforeStores) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) s[k] = add_rounded<X>(s[k], residual[k]);
+      if constexpr (kEarlyWeights) {
+        if constexpr (kWeightsAfterResidual) load_weights(end);
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) w[k].wait_for_load();
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       if (kStoreOneByOne && !(first(k) < end)) break;
       if constexpr (!kWholeResidual) {
         constexpr int kBatch = kVectors / 4;
-        if (k % kBatch == 0)
+        if (k % kBatch == 0) {
           for (int i = k; i < k + kBatch; ++i) {
             residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
             if (p.post_residual_addition)
               residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
           }
+          for (int i = k; i < k + kBatch; ++i) {
+            device::wait_for_load(residual[i]);
+            if constexpr (kKeepPacked) device::keep_packed(&residual[i]);
+          }
+        }
       }
-      s[k] = add_rounded<X>(s[k], residual[k]);
+      if constexpr (!kSumsBeforeStores) s[k] = add_rounded<X>(s[k], residual[k]);
+      if constexpr (kKeepPacked) device::keep_packed(&s[k]);
       store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
     }
   }
 
-  if constexpr (kEarlyWeights && kWeightsAfterResidual) load_weights(end);
+  if constexpr (kEarlyWeights && kWeightsAfterResidual && !kSumsBeforeStores) load_weights(end);
 
   SquareSums<X> squares;
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
+  for (int k = 0; k < kVectors; ++k) {
+    squares.add(s[k]);
+    if constexpr (kKeepPacked) device::keep_packed(&s[k]);
+  }
   float sum = squares.total();
   if constexpr (kScope == Scope::kWave) {
     sum = device::sum_over_lanes(sum, 1 << layout.log2_group_threads);

@@ -119,6 +119,11 @@ struct Weights {
       v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, end, false);
   }
 
+  GEMMA_NORM_DEVICE void wait_for_load() const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) device::wait_for_load(v[i]);
+  }
+
   // y = round(s * rstd * (weight + offset))
   GEMMA_NORM_DEVICE Words apply(Words s, float rstd, float offset) const {
     float y[kItems<X>], w[kItems<X>];
