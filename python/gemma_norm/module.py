@@ -16,7 +16,6 @@ Output = Tensor | tuple[Tensor, Tensor]
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _on_rocm = torch.version.hip is not None
@@ -98,9 +97,9 @@ class RMSNorm(nn.Module):
         - x and residual are plain tensors, not parameters or views of one, nor of another subclass;
         - x and residual lie apart, and no two elements of either share memory.
 
-        Else the results are new tensors, and x and residual stay as they are. An exported program returns new tensors.
-        ``torch.compile`` decides while it traces, by the same rule but for ``torch.inference_mode()`` and views of
-        parameters, of which it knows nothing.
+        Else the results are new tensors, and x and residual stay as they are. ``torch.compile`` and strict
+        ``torch.export`` decide while they trace, by the same rule but for ``torch.inference_mode()`` and views of
+        parameters, of which they know nothing. ``torch.export`` that is not strict takes new tensors.
 
         ``post_residual_addition`` is added to the residual first, and needs one.
         """
@@ -144,7 +143,7 @@ class RMSNorm(nn.Module):
             return False
         if post_residual_addition is not None and post_residual_addition.requires_grad:
             return False
-        if forward_ad._current_level >= 0 or _functorch_is_active() or _is_exporting():
+        if forward_ad._current_level >= 0 or _functorch_is_active():
             return False
         return _is_expendable(x) and _is_expendable(residual)
 

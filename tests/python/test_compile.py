@@ -172,7 +172,7 @@ def test_compiled_module(device, kind):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
-    """An exported program writes into none of its inputs, also where the module itself does."""
+    """In eval mode without grad the module writes in place. So does a strictly exported program, and no other."""
     module = gemma_norm.GemmaRMSNorm(64).eval()
     x, residual, _, _ = arguments("cpu")
     shapes = {"x": {0: torch.export.Dim("rows")}, "residual": {0: torch.export.Dim("rows")}}
@@ -183,7 +183,7 @@ def test_export(strict):
             want = module(x.clone(), residual.clone())
             for a, b in zip(program.module()(x, residual), want, strict=True):
                 assert_same_bits(a, b)
-            assert_same_bits(residual, randn(n, 3, 64, seed=1))
+            assert_same_bits(residual, want[1] if strict else randn(n, 3, 64, seed=1))
 
 
 @pytest.mark.filterwarnings("ignore")
