@@ -194,6 +194,9 @@ def test_onnx(context, way):
     pytest.importorskip("onnxscript", reason="needs onnx and onnxscript: pip install 'gemma-norm[test]'")
     from onnx.reference import ReferenceEvaluator
 
+    if context is torch.enable_grad and torch.__version__ < "2.13":
+        pytest.skip("PyTorch 2.11 fails at 1 + weight, a parameter, also in a model of plain PyTorch: needs 2.13")
+
     module = gemma_norm.GemmaRMSNorm(16).eval()
     module.weight.data.copy_(make_weight(16, torch.float32, "cpu", True))
     x, residual = randn(3, 16), randn(3, 16, seed=1)
