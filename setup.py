@@ -34,7 +34,8 @@ FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x0
 # libtorch.so must stay a dependency: it brings the GPU runtime's symbols, to which the libraries' own references are weak.
 LINK = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 CUDA_ARCHES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
-ROCM_ARCHES = ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"]
+ROCM_ARCHES = ["gfx90a", "gfx942", "gfx950"]  # CDNA
+ROCM_ARCHES += ["gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"]  # RDNA
 
 
 def stop(message: str) -> None:
