@@ -73,8 +73,9 @@ PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__fi
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", *PREFIXES]
 # libtorch.so must stay a dependency: it brings the GPU runtime's symbols, to which the libraries' own references are weak.
 LINK = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-CUDA_ARCHES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-ROCM_ARCHES = ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201"]
+CUDA_ARCHES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
+ROCM_ARCHES = ["gfx90a", "gfx942", "gfx950"]  # CDNA
+ROCM_ARCHES += ["gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151", "gfx1200", "gfx1201"]  # RDNA
 CXX = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 MAX_JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -38,6 +39,14 @@ class Kernel:
     def all(self, pattern: str) -> list[str]:
         """The instructions whose name matches the pattern from its start."""
         return [line for line in self.lines if re.match(pattern, line)]
+
+    def before(self, pattern: str) -> list[str]:
+        """The instructions up to the first whose name matches."""
+        return list(itertools.takewhile(lambda line: not re.match(pattern, line), self.lines))
+
+    @property
+    def wide_weight(self) -> bool:
+        return self.weight == "float" != self.x
 
 
 def parse_name(symbol: str, name: str) -> Kernel | None:

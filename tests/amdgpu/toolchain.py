@@ -45,6 +45,11 @@ class Target:
         allocated = -(-max(registers, 1) // self.granule) * self.granule
         return min(self.max_waves, self.registers // allocated)
 
+    @property
+    def rounds_to_bfloat16(self) -> bool:
+        """By an instruction, v_cvt_pk_bf16_f32."""
+        return self.arch in ("gfx950", "gfx1250")
+
 
 TARGETS = {
     t.arch: t

@@ -30,6 +30,7 @@ ARCHES = {  # instruction set, wave width, compute units
     "gfx942": ("cdna", 64, 304),
     "gfx950": ("cdna", 64, 256),
     "gfx1100": ("rdna3", 32, 96),
+    "gfx1102": ("rdna3", 32, 32),
     "gfx1151": ("rdna3", 32, 40),
     "gfx1201": ("rdna4", 32, 64),
 }
