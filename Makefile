@@ -64,9 +64,10 @@ format: $(VENV)/installed  ## put the sources into shape
 clean:  ## remove what was built
 	rm -rf build dist $(VENV) python/*.egg-info python/gemma_norm/lib python/gemma_norm/_build_info.py
 
-# Debian's packages: installed when root, else named. Elsewhere their like is taken for granted.
-system: packages := g++ python3-venv \
-  $(if $(filter test% report,$(MAKECMDGOALS)),cmake ninja-build libgtest-dev python3-dev) \
+# Debian's packages: installed when root, else named. Elsewhere their like is taken for granted. torch.compile, which the
+# demo compares with, needs python3-dev.
+system: packages := g++ python3-dev python3-venv \
+  $(if $(filter test% report,$(MAKECMDGOALS)),cmake ninja-build libgtest-dev) \
   $(if $(filter test-aarch64,$(MAKECMDGOALS)),g++-aarch64-linux-gnu qemu-user)
 system:
 	@command -v dpkg-query >/dev/null || exit 0; \

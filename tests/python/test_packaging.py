@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -55,8 +54,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     setup(folder / "checkout", "-q", "sdist", "--dist-dir", str(folder))
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     source = archive.with_name(archive.name.removesuffix(".tar.gz")).rename(folder / "source")
     (source / "python/gemma_norm/gone.py").touch()
     (source / "python/gemma_norm/sub").mkdir()
