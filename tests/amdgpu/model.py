@@ -40,7 +40,7 @@ GPUS = {  # the table is for the first of a target's
     "gfx1201": [Gpu("RX 9070 XT", 64, 2, 2.4, 0.64, 1, 4), Gpu("RX 9060 XT", 32, 2, 2.53, 0.32, 1, 4)],
 }
 # Where memory bounds a call by less than twice, and the least by which it does: docs/amd.md names them.
-LEAST_MARGINS = {"MI308X": 0.7, "MI350X": 1.9, "MI300A": 1.9}
+LEAST_MARGINS = {"MI308X": 0.7, "MI350X": 1.9}
 
 
 def row_bytes(call: dict) -> int:

@@ -32,7 +32,8 @@ class Tensor(ctypes.Structure):
 class NormArgs(ctypes.Structure):
     _fields_ = [("op", ctypes.c_char_p), ("x", Tensor), ("weight", Tensor), ("out", Tensor),
                 *((name, ctypes.POINTER(Tensor)) for name in ("residual", "post_residual_addition", "residual_out")),
-                ("eps", ctypes.c_double), ("gemma", ctypes.c_bool)]  # fmt: skip
+                ("eps", ctypes.c_double), ("gemma", ctypes.c_bool),
+                ("before_write", ctypes.c_void_p), ("context", ctypes.c_void_p)]  # fmt: skip
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> Tensor:
