@@ -66,7 +66,7 @@ from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
-CORE = ["csrc/check.cpp", "csrc/overlap.cpp", "csrc/plan.cpp"]
+CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp", "csrc/gpu/plan.cpp"]
 CPU = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
 # Error messages hold the names of source files. Without the folders of this build, libraries are the same everywhere.
 PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]

@@ -9,36 +9,23 @@
 namespace gemma_norm {
 namespace {
 
-constexpr int kMaxDims = 64;
-
-// Writes the message; every check ends in `return invalid(...)` or passes.
+// A check writes the message and returns false, or passes.
 class Checker {
  public:
-  Checker(const NormArgs& args, Message* message) : args_(args), message_(message) {}
+  Checker(const Call& call, Message* message) : call_(call), message_(message) {}
 
-  Status run() {
-    const bool in_place = same_memory(args_.out, args_.x);
-    const char* out = in_place ? "x" : "out";
-    if (!check_x() || !check_weight() || !check_like_x("out", args_.out) || !check_eps()) return Status::kInvalidArgument;
-    if (!args_.residual) {
-      if (args_.residual_out) return (invalid("residual_out needs residual, got none"), Status::kInvalidArgument);
-      if (args_.post_residual_addition)
-        return (invalid("post_residual_addition needs residual, got none"), Status::kInvalidArgument);
-      return check_output(out, args_.out) ? Status::kOk : Status::kInvalidArgument;
+  bool run() {
+    for (const OperandRule& rule : *call_.op) {
+      const Tensor* const t = call_.tensors[rule.operand];
+      if (!t && !rule.optional) return invalid("%s is needed, got none", kOperandNames[rule.operand]);
+      if (t && !check_operand(rule, *t)) return false;
     }
-    if (!args_.residual_out) return (invalid("residual_out is needed with residual, got none"), Status::kInvalidArgument);
-    const char* sum = same_memory(*args_.residual_out, *args_.residual) ? "residual" : "residual_out";
-    if (!check_like_x("residual", *args_.residual) || !check_like_x(sum, *args_.residual_out)) return Status::kInvalidArgument;
-    if (args_.post_residual_addition && !check_like_x("post_residual_addition", *args_.post_residual_addition))
-      return Status::kInvalidArgument;
-    if (!empty() && overlap(args_.out, *args_.residual_out))
-      return (invalid("%s must not overlap %s, which is also written, got overlapping memory", sum, out), Status::kInvalidArgument);
-    return check_output(out, args_.out) && check_output(sum, *args_.residual_out) ? Status::kOk : Status::kInvalidArgument;
+    return check_no_others() && check_eps() && (empty() || check_memory());
   }
 
  private:
   bool invalid(const char* format, ...) {
-    int n = std::snprintf(message_->text, sizeof message_->text, "%s: ", args_.op);
+    const int n = std::snprintf(message_->text, sizeof message_->text, "%s: ", call_.op->name);
     va_list list;
     va_start(list, format);
     std::vsnprintf(message_->text + n, sizeof message_->text - n, format, list);
@@ -56,152 +43,197 @@ class Checker {
     }
   };
 
+  const Tensor& x() const { return *call_.tensors[kX]; }
+  int64_t hidden() const { return x().sizes[x().dims - 1]; }
   bool empty() const {
-    for (int d = 0; d < args_.x.dims; ++d)
-      if (args_.x.sizes[d] == 0) return true;
+    for (int d = 0; d < x().dims; ++d)
+      if (x().sizes[d] == 0) return true;
     return false;
   }
 
-  bool check_last_dimension(const char* name, const Tensor& t) {
-    const int64_t stride = t.strides[t.dims - 1];
-    if (stride == 1 || t.sizes[t.dims - 1] == 1) return true;
-    return invalid("%s must have a contiguous last dimension (stride 1), got stride %lld", name, static_cast<long long>(stride));
+  bool check_operand(const OperandRule& rule, const Tensor& t) {
+    switch (rule.extent) {
+      case Extent::kRows: return check_dtype(rule, t) && check_rows(rule, t) && check_last_dimension(rule, t);
+      case Extent::kLikeX: return check_dtype(rule, t) && check_shape_of_x(rule, t) && check_last_dimension(rule, t);
+      case Extent::kHidden: return check_hidden(rule, t) && check_dtype(rule, t) && check_contiguous(rule, t);
+    }
+    return false;
   }
 
-  bool check_x() {
-    const Tensor& x = args_.x;
-    if (x.dtype == DType::kOther) return invalid("x must have dtype float32, float16 or bfloat16, got %s", x.dtype_name);
-    if (x.dims < 1) return invalid("x must have at least one dimension, got shape []");
-    if (x.dims > kMaxDims) return invalid("x must have at most %d dimensions, got %d", kMaxDims, static_cast<int>(x.dims));
-    if (x.sizes[x.dims - 1] < 1) return invalid("x must have a last dimension of at least 1, got shape %s", Shape(x).text);
-    return check_last_dimension("x", x);
+  bool check_dtype(const OperandRule& rule, const Tensor& t) {
+    switch (rule.dtypes) {
+      case DTypes::kFloat:
+        return t.dtype != DType::kOther ||
+               invalid("%s must have dtype float32, float16 or bfloat16, got %s", name_of(rule), t.dtype_name);
+      case DTypes::kLikeX:
+        return t.dtype == x().dtype || invalid("%s must have x's dtype %s, got %s", name_of(rule), x().dtype_name, t.dtype_name);
+      case DTypes::kXOrFloat32:
+        return t.dtype == x().dtype || t.dtype == DType::kFloat32 ||
+               invalid("%s must have dtype %s%s, got %s", name_of(rule), x().dtype_name,
+                       x().dtype == DType::kFloat32 ? "" : " (x's) or float32", t.dtype_name);
+    }
+    return false;
   }
 
-  bool check_weight() {
-    const Tensor &x = args_.x, &weight = args_.weight;
-    const long long hidden = x.sizes[x.dims - 1];
-    if (weight.dims != 1 || weight.sizes[0] != hidden)
-      return invalid("weight must have shape [%lld], got %s", hidden, Shape(weight).text);
-    if (weight.dtype != x.dtype && weight.dtype != DType::kFloat32)
-      return invalid("weight must have dtype %s%s, got %s", x.dtype_name, x.dtype == DType::kFloat32 ? "" : " (x's) or float32",
-                     weight.dtype_name);
-    if (weight.strides[0] != 1 && hidden != 1)
-      return invalid("weight must be contiguous (stride 1), got stride %lld", static_cast<long long>(weight.strides[0]));
+  bool check_rows(const OperandRule& rule, const Tensor& t) {
+    if (t.dims < 1) return invalid("%s must have at least one dimension, got shape []", name_of(rule));
+    if (t.dims > kMaxDims)
+      return invalid("%s must have at most %d dimensions, got %d", name_of(rule), kMaxDims, static_cast<int>(t.dims));
+    return t.sizes[t.dims - 1] >= 1 ||
+           invalid("%s must have a last dimension of at least 1, got shape %s", name_of(rule), Shape(t).text);
+  }
+
+  bool check_shape_of_x(const OperandRule& rule, const Tensor& t) {
+    bool same = t.dims == x().dims;
+    for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == x().sizes[d];
+    return same || invalid("%s must have x's shape %s, got %s", name_of(rule), Shape(x()).text, Shape(t).text);
+  }
+
+  bool check_hidden(const OperandRule& rule, const Tensor& t) {
+    return (t.dims == 1 && t.sizes[0] == hidden()) ||
+           invalid("%s must have shape [%lld], got %s", name_of(rule), static_cast<long long>(hidden()), Shape(t).text);
+  }
+
+  bool check_last_dimension(const OperandRule& rule, const Tensor& t) {
+    return is_contiguous(t) || invalid("%s must have a contiguous last dimension (stride 1), got stride %lld", name_of(rule),
+                                       static_cast<long long>(t.strides[t.dims - 1]));
+  }
+
+  bool check_contiguous(const OperandRule& rule, const Tensor& t) {
+    return is_contiguous(t) ||
+           invalid("%s must be contiguous (stride 1), got stride %lld", name_of(rule), static_cast<long long>(t.strides[0]));
+  }
+
+  static bool is_contiguous(const Tensor& t) { return t.strides[t.dims - 1] == 1 || t.sizes[t.dims - 1] == 1; }
+
+  bool check_no_others() {
+    for (int o = 0; o < kOperands; ++o)
+      if (call_.tensors[o] && !call_.op->has(static_cast<Operand>(o)))
+        return invalid("there is no operand %s, got a tensor", kOperandNames[o]);
     return true;
   }
 
-  bool check_like_x(const char* name, const Tensor& t) {
-    const Tensor& x = args_.x;
-    if (t.dtype != x.dtype) return invalid("%s must have x's dtype %s, got %s", name, x.dtype_name, t.dtype_name);
-    bool same = t.dims == x.dims;
-    for (int d = 0; same && d < x.dims; ++d) same = t.sizes[d] == x.sizes[d];
-    if (!same) return invalid("%s must have x's shape %s, got %s", name, Shape(x).text, Shape(t).text);
-    return check_last_dimension(name, t);
-  }
-
   bool check_eps() {
-    if (std::isfinite(static_cast<float>(args_.eps)) && args_.eps >= 0) return true;
-    return invalid("eps must be finite in float32 and at least 0, got %g", args_.eps);
+    return (std::isfinite(static_cast<float>(call_.eps)) && call_.eps >= 0) ||
+           invalid("eps must be finite in float32 and at least 0, got %g", call_.eps);
   }
 
-  // What is written must not disturb what is still to be read. Every element is read by the thread that writes it, so an output
-  // may be an input of its own kind (x, residual, post), element for element, or lie apart from it.
-  bool check_output(const char* name, const Tensor& out) {
-    if (empty()) return true;
-    if (overlaps_itself(out)) return invalid("%s is written and must not overlap itself, got a tensor with shared elements", name);
-    if (overlap(out, args_.weight)) return invalid("%s is written and must not overlap weight, got overlapping memory", name);
-    return check_apart(name, out, "x", &args_.x) && check_apart(name, out, "residual", args_.residual) &&
-           check_apart(name, out, "post_residual_addition", args_.post_residual_addition);
+  // What is written must not disturb what is still to be read. Every element of a row is read by the thread that writes it, so an
+  // output may be an input with rows, element for element, or lie apart from it. Threads share what has no rows.
+  bool check_memory() {
+    const OpInfo& op = *call_.op;
+    for (const OperandRule& a : op)
+      for (const OperandRule* b = &a + 1; b < op.end(); ++b)
+        if (a.written() && b->written() && overlap(tensor(a), tensor(*b)))
+          return invalid("%s must not overlap %s, which is also written, got overlapping memory", name_of(*b), name_of(a));
+    for (const OperandRule& out : op) {
+      if (!out.written()) continue;
+      if (overlaps_itself(tensor(out)))
+        return invalid("%s is written and must not overlap itself, got a tensor with shared elements", name_of(out));
+      for (int rows = 0; rows < 2; ++rows)
+        for (const OperandRule& in : op)
+          if (!in.written() && in.has_rows() == (rows == 1) && call_.tensors[in.operand] && !check_apart(out, in)) return false;
+    }
+    return true;
   }
 
-  bool check_apart(const char* name, const Tensor& out, const char* other_name, const Tensor* other) {
-    if (!other || same_memory(out, *other) || !overlap(out, *other)) return true;
-    return invalid("%s must be %s's memory exactly or not overlap it, got a partial overlap", name, other_name);
+  bool check_apart(const OperandRule& out, const OperandRule& in) {
+    const char* const other = kOperandNames[in.operand];
+    if ((in.has_rows() && same_memory(tensor(out), tensor(in))) || !overlap(tensor(out), tensor(in))) return true;
+    if (in.has_rows())
+      return invalid("%s must be %s's memory exactly or not overlap it, got a partial overlap", name_of(out), other);
+    return invalid("%s is written and must not overlap %s, got overlapping memory", name_of(out), other);
   }
 
-  const NormArgs& args_;
+  const Tensor& tensor(const OperandRule& rule) const { return *call_.tensors[rule.operand]; }
+
+  const char* name_of(const OperandRule& rule) const {
+    const Tensor* const place = rule.in_place_of == kNoOperand ? nullptr : call_.tensors[rule.in_place_of];
+    return kOperandNames[place && same_memory(tensor(rule), *place) ? rule.in_place_of : rule.operand];
+  }
+
+  const Call& call_;
   Message* message_;
+};
+
+// The leading dimensions, collapsed: one joins the one inside it when every tensor steps evenly over both. Innermost first.
+struct Dimensions {
+  int count = 0;
+  int64_t sizes[kMaxDims], strides[kOperands][kMaxDims];
+
+  explicit Dimensions(const Call& call) {
+    Operand with_rows[kOperands];
+    int operands = 0;
+    for (const OperandRule& rule : *call.op)
+      if (rule.has_rows() && call.tensors[rule.operand]) with_rows[operands++] = rule.operand;
+    const Tensor& x = *call.tensors[kX];
+    for (int d = x.dims - 2; d >= 0; --d) {
+      if (x.sizes[d] == 1) continue;
+      bool joins = count > 0;
+      for (int i = 0; joins && i < operands; ++i) {
+        const Operand o = with_rows[i];
+        joins = call.tensors[o]->strides[d] == strides[o][count - 1] * sizes[count - 1];
+      }
+      if (joins) {
+        sizes[count - 1] *= x.sizes[d];
+        continue;
+      }
+      sizes[count] = x.sizes[d];
+      for (auto& s : strides) s[count] = 0;
+      for (int i = 0; i < operands; ++i) strides[with_rows[i]][count] = call.tensors[with_rows[i]]->strides[d];
+      ++count;
+    }
+    if (count == 0) {  // one row
+      sizes[0] = 1;
+      for (auto& s : strides) s[0] = 0;
+      count = 1;
+    }
+  }
 };
 
 }  // namespace
 
-Status check(const NormArgs& args, RowParams* params, RowSlices* slices, Message* message) {
-  const Status status = Checker(args, message).run();
-  if (status != Status::kOk) return status;
+Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message) {
+  if (!Checker(call, message).run()) return Status::kInvalidArgument;
 
-  const Tensor& x = args.x;
   RowParams& p = *params;
   p = {};
-  p.x = x.data;
-  p.weight = args.weight.data;
-  p.out = args.out.data;
-  p.residual = args.residual ? args.residual->data : nullptr;
-  p.post_residual_addition = args.post_residual_addition ? args.post_residual_addition->data : nullptr;
-  p.residual_out = args.residual ? args.residual_out->data : nullptr;
+  for (int o = 0; o < kOperands; ++o) {
+    if (!call.tensors[o]) continue;
+    p.data[o] = call.tensors[o]->data;
+    p.dtypes[o] = call.tensors[o]->dtype;
+  }
+  const Tensor& x = *call.tensors[kX];
   p.hidden = x.sizes[x.dims - 1];
-  p.eps = static_cast<float>(args.eps);
+  p.eps = static_cast<float>(call.eps);
   p.inv_hidden = 1.0f / static_cast<float>(p.hidden);
-  p.weight_offset = args.gemma ? 1.0f : -0.0f;
-  p.dtype = x.dtype;
-  p.weight_dtype = args.weight.dtype;
+  p.weight_offset = call.gemma ? 1.0f : -0.0f;
 
-  // Collapse: a dimension joins the one inside it when every tensor steps evenly over both. Built innermost first.
-  constexpr int kTensors = 5;
-  const Tensor* tensors[kTensors] = {&x, args.residual, args.post_residual_addition, &args.out, args.residual_out};
-  int dims = 0;
-  int64_t sizes[kMaxDims], strides[kTensors][kMaxDims];
-  for (int d = x.dims - 2; d >= 0; --d) {
-    if (x.sizes[d] == 1) continue;
-    bool joins = dims > 0;
-    for (int t = 0; joins && t < kTensors; ++t)
-      joins = !tensors[t] || tensors[t]->strides[d] == strides[t][dims - 1] * sizes[dims - 1];
-    if (joins) {
-      sizes[dims - 1] *= x.sizes[d];
-      continue;
-    }
-    sizes[dims] = x.sizes[d];
-    for (int t = 0; t < kTensors; ++t) strides[t][dims] = tensors[t] ? tensors[t]->strides[d] : 0;
-    ++dims;
-  }
-  if (dims == 0) {  // one row
-    sizes[0] = 1;
-    for (auto& s : strides) s[0] = 0;
-    dims = 1;
-  }
-
-  p.row_dims = dims < kMaxRowDims ? dims : kMaxRowDims;
+  const Dimensions dims(call);
+  p.row_dims = dims.count < kMaxRowDims ? dims.count : kMaxRowDims;
   p.rows = 1;
-  int64_t* const to[kTensors] = {p.x_strides, p.residual_strides, p.post_strides, p.out_strides, p.residual_out_strides};
   for (int d = 0; d < p.row_dims; ++d) {
-    p.rows *= p.sizes[p.row_dims - 1 - d] = sizes[d];
-    for (int t = 0; t < kTensors; ++t) to[t][p.row_dims - 1 - d] = strides[t][d];
+    p.rows *= p.sizes[p.row_dims - 1 - d] = dims.sizes[d];
+    for (int o = 0; o < kOperands; ++o) p.strides[o][p.row_dims - 1 - d] = dims.strides[o][d];
   }
   slices->count = p.rows == 0 ? 0 : 1;
-  slices->dims = dims - p.row_dims;
+  slices->dims = dims.count - p.row_dims;
   for (int d = 0; d < slices->dims; ++d) {
-    slices->count *= slices->sizes[d] = sizes[p.row_dims + d];
-    for (int t = 0; t < kTensors; ++t) slices->strides[t][d] = strides[t][p.row_dims + d];
+    slices->count *= slices->sizes[d] = dims.sizes[p.row_dims + d];
+    for (int o = 0; o < kOperands; ++o) slices->strides[o][d] = dims.strides[o][p.row_dims + d];
   }
-  if (args.before_write) args.before_write(args.context);
+  if (call.before_write) call.before_write(call.context);
   return Status::kOk;
 }
 
 RowParams select_slice(const RowParams& params, const RowSlices& slices, int64_t index) {
   RowParams p = params;
-  int64_t offset[5] = {};
   for (int d = 0; d < slices.dims; ++d) {
-    for (int t = 0; t < 5; ++t) offset[t] += index % slices.sizes[d] * slices.strides[t][d];
+    for (int o = 0; o < kOperands; ++o)
+      if (p.data[o])
+        p.data[o] = static_cast<char*>(p.data[o]) + index % slices.sizes[d] * slices.strides[o][d] * size_of(p.dtypes[o]);
     index /= slices.sizes[d];
   }
-  const int64_t item = size_of(p.dtype);
-  const auto moved = [item](const void* pointer, int64_t by) {
-    return const_cast<char*>(static_cast<const char*>(pointer)) + by * item;
-  };
-  p.x = moved(p.x, offset[0]);
-  if (p.residual) p.residual = moved(p.residual, offset[1]);
-  if (p.post_residual_addition) p.post_residual_addition = moved(p.post_residual_addition, offset[2]);
-  p.out = moved(p.out, offset[3]);
-  if (p.residual_out) p.residual_out = moved(p.residual_out, offset[4]);
   return p;
 }
 

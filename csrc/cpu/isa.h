@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../kernels/row_params.h"
+#include "../core/row_params.h"
 
 namespace gemma_norm {
 

@@ -1,7 +1,7 @@
 // The C entry of the CPU: check, choose the instruction set, split the rows over threads.
 #include <cstdint>
 
-#include "../check.h"
+#include "../core/check.h"
 #include "isa.h"
 
 namespace gemma_norm {
@@ -23,12 +23,12 @@ void run_rows(void* context, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace gemma_norm
 
-gemma_norm::Status gemma_norm_cpu(const gemma_norm::NormArgs* args, gemma_norm::ParallelFor parallel_for,
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for,
                                   gemma_norm::Message* message) {
   using namespace gemma_norm;
   RowParams params;
   RowSlices slices;
-  const Status status = check(*args, &params, &slices, message);
+  const Status status = check(*call, &params, &slices, message);
   if (status != Status::kOk) return status;
 
   static const Isa isa = best_isa();

@@ -24,7 +24,7 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#include "../kernels/row_params.h"
+#include "../core/row_params.h"
 #include "rows.h"
 #include "squares.h"
 #include "weights.h"
@@ -144,7 +144,7 @@ bool streams(const RowParams& p, int64_t rows_of_thread, const void* out, const 
   constexpr int64_t kItem = sizeof(T);
   const int64_t row_bytes = p.hidden * kItem;
   if (p.rows * row_bytes < kStreamBytes && rows_of_thread * row_bytes < kStreamBytesOfThread) return false;
-  if (out == p.x || out == p.residual || out == p.post_residual_addition) return false;
+  if (out == p.data[kX] || out == p.data[kResidual] || out == p.data[kPost]) return false;
   bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
   for (int d = 0; d < p.row_dims; ++d) aligned = aligned && strides[d] * kItem % kCacheLine == 0;
   return aligned;
@@ -153,11 +153,11 @@ bool streams(const RowParams& p, int64_t rows_of_thread, const void* out, const 
 // Row by row.
 template <class V, class T, class W>
 void run_few(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  const auto first_pass = !p.residual                 ? &statistics<V, T, Addition::kNone, false>
-                          : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual, false>
-                                                      : &statistics<V, T, Addition::kResidualAndPost, false>;
-  const auto second_pass = streams<T>(p, end - begin, p.out, p.out_strides) ? &normalize<V, T, Weights<T, W>, true>
-                                                                            : &normalize<V, T, Weights<T, W>, false>;
+  const auto first_pass = !p.data[kResidual] ? &statistics<V, T, Addition::kNone, false>
+                          : !p.data[kPost]   ? &statistics<V, T, Addition::kResidual, false>
+                                             : &statistics<V, T, Addition::kResidualAndPost, false>;
+  const auto second_pass = streams<T>(p, end - begin, p.data[kOut], p.strides[kOut]) ? &normalize<V, T, Weights<T, W>, true>
+                                                                                     : &normalize<V, T, Weights<T, W>, false>;
   RowCursor<T> cursor(p, begin);
   for (; begin < end; ++begin) {
     const Row<T> row = cursor.next();
@@ -188,17 +188,17 @@ void run_beside(const RowParams& p, Factors factors, T* sums, int64_t begin, int
 
 template <class V, class T, class Factors, bool kStreamSum, bool kStreamOut>
 auto choose_beside(const RowParams& p) {
-  return !p.residual                 ? &run_beside<V, T, Factors, Addition::kNone, false, kStreamOut>
-         : !p.post_residual_addition ? &run_beside<V, T, Factors, Addition::kResidual, kStreamSum, kStreamOut>
-                                     : &run_beside<V, T, Factors, Addition::kResidualAndPost, kStreamSum, kStreamOut>;
+  return !p.data[kResidual] ? &run_beside<V, T, Factors, Addition::kNone, false, kStreamOut>
+         : !p.data[kPost]   ? &run_beside<V, T, Factors, Addition::kResidual, kStreamSum, kStreamOut>
+                            : &run_beside<V, T, Factors, Addition::kResidualAndPost, kStreamSum, kStreamOut>;
 }
 
 // Large buffers have stack frames of their own, here and below: not even touched for few rows.
 template <class V, class T, class Factors>
 void run_many(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
   alignas(kCacheLine) T sums[2 * kBufferElements];
-  const bool stream_out = streams<T>(p, end - begin, p.out, p.out_strides);
-  const bool stream_sum = p.residual && streams<T>(p, end - begin, p.residual_out, p.residual_out_strides);
+  const bool stream_out = streams<T>(p, end - begin, p.data[kOut], p.strides[kOut]);
+  const bool stream_sum = p.data[kResidual] && streams<T>(p, end - begin, p.data[kResidualOut], p.strides[kResidualOut]);
   auto pass = choose_beside<V, T, Factors, false, false>(p);
   if (stream_sum && stream_out)
     pass = choose_beside<V, T, Factors, true, true>(p);
@@ -223,7 +223,7 @@ template <class V, class T, class W>
 
 template <class V, class T, class W>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  const Weights<T, W> weights{static_cast<const W*>(p.weight), p.weight_offset};
+  const Weights<T, W> weights{static_cast<const W*>(p.data[kWeight]), p.weight_offset};
   if (end - begin < kManyRows || p.hidden > kBufferElements)
     run_few<V>(p, weights, begin, end);
   else if constexpr (kPacks<V, W>)
@@ -235,7 +235,7 @@ void run(const RowParams& p, int64_t begin, int64_t end) {
 
 template <class V, class T>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  if (p.weight_dtype == DType::kFloat32)
+  if (p.dtypes[kWeight] == DType::kFloat32)
     run<V, T, float>(p, begin, end);
   else
     run<V, T, T>(p, begin, end);
@@ -244,7 +244,7 @@ void run(const RowParams& p, int64_t begin, int64_t end) {
 template <class V>
 void run(const RowParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  switch (p.dtype) {
+  switch (p.dtypes[kX]) {
     case DType::kFloat32: return run<V, float, float>(p, begin, end);
     case DType::kFloat16: return run<V, Float16>(p, begin, end);
     case DType::kBFloat16: return run<V, BFloat16>(p, begin, end);

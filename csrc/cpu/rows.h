@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../kernels/row_params.h"
+#include "../core/row_params.h"
 
 namespace gemma_norm {
 namespace {
@@ -39,8 +39,8 @@ template <class T>
 class RowCursor {
  public:
   RowCursor(const RowParams& p, int64_t row) : p_(p) {
-    row_ = {static_cast<const T*>(p.x), static_cast<const T*>(p.residual), static_cast<const T*>(p.post_residual_addition),
-            static_cast<T*>(p.out),     static_cast<T*>(p.residual_out),   static_cast<T*>(p.residual_out)};
+    const auto pointer = [&](Operand o) { return static_cast<T*>(p.data[o]); };
+    row_ = {pointer(kX), pointer(kResidual), pointer(kPost), pointer(kOut), pointer(kResidualOut), pointer(kResidualOut)};
     for (int d = p.row_dims - 1; d >= 0; --d) {
       at_[d] = row % p.sizes[d];
       row /= p.sizes[d];
@@ -61,11 +61,11 @@ class RowCursor {
 
  private:
   void move(int d, int64_t steps) {
-    row_.x += steps * p_.x_strides[d];
-    row_.residual += steps * p_.residual_strides[d];
-    row_.post += steps * p_.post_strides[d];
-    row_.out += steps * p_.out_strides[d];
-    row_.residual_out += steps * p_.residual_out_strides[d];
+    row_.x += steps * p_.strides[kX][d];
+    row_.residual += steps * p_.strides[kResidual][d];
+    row_.post += steps * p_.strides[kPost][d];
+    row_.out += steps * p_.strides[kOut][d];
+    row_.residual_out += steps * p_.strides[kResidualOut][d];
     row_.sum = row_.residual_out;
   }
 

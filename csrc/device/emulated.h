@@ -8,7 +8,7 @@
 #include <cstring>
 #include <functional>
 
-#include "../plan.h"
+#include "../gpu/plan.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE inline

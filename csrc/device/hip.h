@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../plan.h"
+#include "../gpu/plan.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__

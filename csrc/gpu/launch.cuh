@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <type_traits>
 
-#include "../check.h"
-#include "rms_norm.cuh"
+#include "../core/check.h"
+#include "row_kernel.cuh"
 
 namespace gemma_norm::kernels {
 namespace {  // the tests link CUDA's and the emulated device's into one program
@@ -18,13 +18,11 @@ struct Type {
 // Can every access be a whole, aligned vector? A property of this call's memory: it picks the instructions, never the layout.
 bool is_aligned(const RowParams& p, const LaunchPlan& plan) {
   uint64_t bits = 0;
-  for (const void* pointer : {p.x, p.residual, p.post_residual_addition, p.weight, const_cast<const void*>(p.out),
-                              const_cast<const void*>(p.residual_out)})
-    bits |= reinterpret_cast<uintptr_t>(pointer);
-  uint64_t strides = 0;
-  for (int d = 0; d < p.row_dims; ++d)
-    strides |= p.x_strides[d] | p.residual_strides[d] | p.post_strides[d] | p.out_strides[d] | p.residual_out_strides[d];
-  return plan.whole_vectors && (bits | strides * size_of(p.dtype)) % kVectorBytes == 0;
+  for (int o = 0; o < kOperands; ++o) {
+    bits |= reinterpret_cast<uintptr_t>(p.data[o]);
+    for (const int64_t stride : p.strides[o]) bits |= stride * size_of(p.dtypes[o]);
+  }
+  return plan.whole_vectors && bits % kVectorBytes == 0;
 }
 
 template <class Call>
@@ -101,12 +99,12 @@ Kernel choose_kernel(DType x, DType weight, bool add, bool aligned, const Launch
 }
 
 device::Error launch_rows(RowParams p, LaunchPlan plan, const DeviceFacts& facts, device::Stream stream) {
-  const bool add = p.residual != nullptr, aligned = is_aligned(p, plan);
-  const int tensors = !add ? 2 : p.post_residual_addition == nullptr ? 4 : 5;
-  const int64_t row_bytes = p.hidden * (tensors * size_of(p.dtype) + size_of(p.weight_dtype));
+  const bool add = p.data[kResidual] != nullptr, aligned = is_aligned(p, plan);
+  int64_t row_bytes = 0;
+  for (int o = 0; o < kOperands; ++o) row_bytes += p.data[o] ? p.hidden * size_of(p.dtypes[o]) : 0;
   // Rows that are picked element by element keep their plan: they are streamed, for which spreading was never measured.
   if (aligned) plan = spread(plan, p.rows, row_bytes, facts);
-  const Kernel kernel = choose_kernel(p.dtype, p.weight_dtype, add, aligned, plan);
+  const Kernel kernel = choose_kernel(p.dtypes[kX], p.dtypes[kWeight], add, aligned, plan);
   const int64_t most = max_blocks(plan, facts);
   device::Error error = device::kSuccess;
   for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
@@ -119,21 +117,21 @@ device::Error launch_rows(RowParams p, LaunchPlan plan, const DeviceFacts& facts
   return error;
 }
 
-Status run(const NormArgs& args, device::Stream stream, Message* message) {
+Status run(const Call& call, device::Stream stream, Message* message) {
   RowParams params;
   RowSlices slices;
-  if (const Status status = check(args, &params, &slices, message); status != Status::kOk) return status;
+  if (const Status status = check(call, &params, &slices, message); status != Status::kOk) return status;
   if (slices.count == 0) return Status::kOk;
   DeviceFacts facts;
   device::Error error =
       device::facts(&facts, reinterpret_cast<const void*>(&rms_norm_rows<float, float, false, Scope::kBlock, 4, 256, true>));
   if (error == device::kSuccess) {
-    const LaunchPlan plan = make_plan(params.hidden, params.dtype, facts);
+    const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], facts);
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
       error = launch_rows(slices.count == 1 ? params : select_slice(params, slices, i), plan, facts, stream);
   }
   if (error == device::kSuccess) return Status::kOk;
-  std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", args.op, device::error_text(error));
+  std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", call.op->name, device::error_text(error));
   return Status::kDeviceError;
 }
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "gemma_norm.h"
+#include "../gemma_norm.h"
 
 namespace gemma_norm {
 

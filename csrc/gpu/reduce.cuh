@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../device/platform.h"
-#include "../plan.h"
+#include "plan.h"
 
 namespace gemma_norm::kernels {
 

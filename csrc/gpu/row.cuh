@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
+#include "../core/row_params.h"
 #include "../device/platform.h"
-#include "../plan.h"
-#include "row_params.h"
+#include "plan.h"
 
 namespace gemma_norm::kernels {
 
@@ -162,12 +162,13 @@ struct Row {
 
   GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row, int64_t start) {
     const RowIndex at(p, row);
-    x = static_cast<const X*>(p.x) + at.offset(p, p.x_strides) + start;
-    out = static_cast<X*>(p.out) + at.offset(p, p.out_strides) + start;
+    const auto pointer = [&](Operand o) { return static_cast<X*>(p.data[o]) + at.offset(p, p.strides[o]) + start; };
+    x = pointer(kX);
+    out = pointer(kOut);
     if constexpr (kAdd) {
-      residual = static_cast<const X*>(p.residual) + at.offset(p, p.residual_strides) + start;
-      residual_out = static_cast<X*>(p.residual_out) + at.offset(p, p.residual_out_strides) + start;
-      post = static_cast<const X*>(p.post_residual_addition) + at.offset(p, p.post_strides) + start;
+      residual = pointer(kResidual);
+      residual_out = pointer(kResidualOut);
+      post = pointer(kPost);
     }
   }
 };

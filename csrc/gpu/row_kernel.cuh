@@ -74,7 +74,7 @@ rms_norm_rows(RowParams p, Layout layout) {
   const auto first = [&](int k) { return first_item<kAligned, X, int>(layout, kAligned ? 0 : slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
   const Row<X, kAdd> row(p, kScope != Scope::kWave || active ? r : 0, start);  // a block's row is uniform
-  const W* weight = static_cast<const W*>(p.weight) + start;
+  const W* weight = static_cast<const W*>(p.data[kWeight]) + start;
   // What there are registers for is asked for at once, also the weights, which then arrive while the sum is worked out.
   constexpr bool kWholeResidual = kThreads < 1024,
                  kEarlyWeights = kVectors == 2 || (kThreads < 1024 && Weights<X, W>::kVectors == 1);
@@ -112,7 +112,7 @@ rms_norm_rows(RowParams p, Layout layout) {
   }
   if constexpr (kAdd) {
     if constexpr (kWholeResidual) {
-      if (p.post_residual_addition) {
+      if (p.data[kPost]) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k)
           residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
@@ -135,8 +135,7 @@ rms_norm_rows(RowParams p, Layout layout) {
         if (k % kBatch == 0) {
           for (int i = k; i < k + kBatch; ++i) {
             residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
-            if (p.post_residual_addition)
-              residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
+            if (p.data[kPost]) residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
           }
           for (int i = k; i < k + kBatch; ++i) {
             device::wait_for_load(residual[i]);
@@ -195,7 +194,7 @@ rms_norm_stream(RowParams p, Layout layout) {
   const int step = item_step(layout);
   const int64_t end = slot < layout.slots ? p.hidden : 0;
   const Row<X, kAdd> row(p, r, 0);
-  device::wait_for_previous_kernel(row.x, row.out, p.weight);
+  device::wait_for_previous_kernel(row.x, row.out, p.data[kWeight]);
 
   SquareSums<X> squares;
   for (int k = 0; k < layout.vectors; ++k) {
@@ -203,7 +202,7 @@ rms_norm_stream(RowParams p, Layout layout) {
     Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
     if constexpr (kAdd) {
       Words residual = load_items<kAligned>(row.residual, first, step, end, true);
-      if (p.post_residual_addition) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
+      if (p.data[kPost]) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
       s = add_rounded<X>(s, residual);
       store_items<kAligned>(row.residual_out, first, step, end, s);
     }
@@ -218,7 +217,7 @@ rms_norm_stream(RowParams p, Layout layout) {
   for (int k = 0; k < layout.vectors; ++k) {
     const int64_t first = first_item<kAligned, X, int64_t>(layout, slot, k);
     Weights<X, W> w;
-    w.template load<kAligned>(static_cast<const W*>(p.weight), first, step, end);
+    w.template load<kAligned>(static_cast<const W*>(p.data[kWeight]), first, step, end);
     const Words s = load_items<kAligned>(again, first, step, end, true);
     store_items<kAligned>(row.out, first, step, end, w.apply(s, rstd, p.weight_offset));
   }

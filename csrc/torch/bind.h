@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../gemma_norm.h"
+#include "../ops/ops.h"
 
 // What the stable ABI lacks, and without which derivatives would be wrong in silence. All of it is weak: should a later PyTorch
 // drop a symbol, the libraries still load, and a test fails.
@@ -237,19 +237,19 @@ inline StableIValue result(Handle&& t) { return torch::stable::detail::from(t.re
 
 // Checks and runs one call; `out` and `residual_out` may be x and residual themselves. `written`: those of them that are arguments.
 template <class Backend>
-void run(const char* op, Device device, const Handle& x, const Handle& weight, const Handle& out, const Handle& residual,
+void run(const OpInfo& op, Device device, const Handle& x, const Handle& weight, const Handle& out, const Handle& residual,
          const Handle& post, const Handle& residual_out, StableIValue eps, StableIValue gemma, const Written* written = nullptr) {
-  NormArgs args{op, view(x), view(weight), view(out), nullptr, nullptr, nullptr, argument<double>(eps), argument<bool>(gemma)};
+  Call call{&op, {}, argument<double>(eps), argument<bool>(gemma)};
   if (written) {
-    args.before_write = &Written::announce;
-    args.context = written;
+    call.before_write = &Written::announce;
+    call.context = written;
   }
-  Tensor residual_view, post_view, residual_out_view;
-  if (residual) args.residual = &(residual_view = view(residual));
-  if (post) args.post_residual_addition = &(post_view = view(post));
-  if (residual_out) args.residual_out = &(residual_out_view = view(residual_out));
+  const Handle* const handles[kOperands] = {&x, &weight, &residual, &post, &out, &residual_out};
+  Tensor views[kOperands];
+  for (int o = 0; o < kOperands; ++o)
+    if (*handles[o]) call.tensors[o] = &(views[o] = view(*handles[o]));
   Message message;
-  const Status status = Backend::run(args, device.index, &message);
+  const Status status = Backend::run(call, device.index, &message);
   if (status != Status::kOk) throw std::runtime_error(message.text);
 }
 
@@ -260,7 +260,7 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   const Device device = device_of("rms_norm", {"x", x});
   check_tensors("rms_norm", "gemma_norm.rms_norm", device, {{"x", x}, {"weight", weight}});
   Handle out = empty_contiguous_like(x, device);
-  run<Backend>("rms_norm", device, x, weight, out, none, none, none, stack[2], stack[3]);
+  run<Backend>(RmsNorm::kInfos[0], device, x, weight, out, none, none, none, stack[2], stack[3]);
   stack[0] = result(std::move(out));
 }
 
@@ -271,7 +271,7 @@ void rms_norm_out(StableIValue* stack, uint64_t, uint64_t) {
   const Device device = device_of("rms_norm", {"x", x});
   check_tensors("rms_norm", "gemma_norm.rms_norm without out", device, {{"x", x}, {"weight", weight}, {"out", out}});
   const Written written{out, none};
-  run<Backend>("rms_norm", device, x, weight, out, none, none, none, stack[2], stack[3], &written);
+  run<Backend>(RmsNorm::kInfos[1], device, x, weight, out, none, none, none, stack[2], stack[3], &written);
   stack[0] = result(std::move(out));
 }
 
@@ -283,7 +283,7 @@ void fused_add_rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   check_tensors("fused_add_rms_norm", "gemma_norm.add_rms_norm", device,
                 {{"x", x}, {"residual", residual}, {"weight", weight}, {"post_residual_addition", post}});
   const Written written{x, residual};
-  run<Backend>("fused_add_rms_norm", device, x, weight, x, residual, post, residual, stack[3], stack[4], &written);
+  run<Backend>(AddRmsNorm::kInfos[1], device, x, weight, x, residual, post, residual, stack[3], stack[4], &written);
 }
 
 template <class Backend>
@@ -294,7 +294,7 @@ void add_rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   check_tensors("add_rms_norm", "gemma_norm.add_rms_norm", device,
                 {{"x", x}, {"residual", residual}, {"weight", weight}, {"post_residual_addition", post}});
   Handle out = empty_contiguous_like(x, device), residual_out = empty_contiguous_like(x, device);
-  run<Backend>("add_rms_norm", device, x, weight, out, residual, post, residual_out, stack[3], stack[4]);
+  run<Backend>(AddRmsNorm::kInfos[0], device, x, weight, out, residual, post, residual_out, stack[3], stack[4]);
   stack[0] = result(std::move(out));
   stack[1] = result(std::move(residual_out));
 }

@@ -23,6 +23,7 @@ SOURCE = ROOT / "csrc/hip/rms_norm.hip"
 BUILD = ROOT / "build/amdgpu"
 BITCODE = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")  # Debian's rocm-device-libs
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-mcumode"]  # setup.py's
+HOST = [p for folder in ("core", "ops", "gpu") for p in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
 HIP_5 = ["--rocm-path=/usr", "--hip-version=5.2.3", "-mcode-object-version=5", "-D__HIP_PLATFORM_AMD__"]
 
 
@@ -171,8 +172,7 @@ def shared_library(name: str, command: list[str], sources: list[Path], inputs: s
 def hip_library(compiler: str, arches: list[str]) -> Path:
     """The HIP library without PyTorch, as setup.py builds it but for its visible symbols."""
     offload = [f"--offload-arch={arch}" for arch in arches]
-    host = sorted((ROOT / "csrc").glob("*.cpp"))
-    return shared_library(f"hip_{compiler}", [*COMPILERS[compiler](), *offload], host, sources_hash())
+    return shared_library(f"hip_{compiler}", [*COMPILERS[compiler](), *offload], HOST, sources_hash())
 
 
 def cases_library() -> Path:
@@ -181,8 +181,7 @@ def cases_library() -> Path:
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts]
     inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()
     here = Path(__file__).with_name("cases.cpp")
-    host = sorted((ROOT / "csrc").glob("*.cpp"))
-    return shared_library("cases", [], [here, *tests, *host], inputs + here.read_text())
+    return shared_library("cases", [], [here, *tests, *HOST], inputs + here.read_text())
 
 
 def code_object(arch: str) -> Path:

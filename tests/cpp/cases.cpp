@@ -4,7 +4,7 @@
 #include <random>
 #include <set>
 
-#include "plan.h"
+#include "gpu/plan.h"
 
 namespace gemma_norm {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "cases.h"
 #include "emulated_machine.h"
-#include "kernels/dispatch.cuh"
+#include "gpu/launch.cuh"
 
 namespace gemma_norm::kernels {
 // What GEMMA_NORM_SHARED declares.
@@ -34,9 +34,9 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
 
 }  // namespace gemma_norm
 
-gemma_norm::Status gemma_norm_emulated(const gemma_norm::NormArgs* args, const gemma_norm::EmulatedGpu* gpu,
+gemma_norm::Status gemma_norm_emulated(const gemma_norm::Call* call, const gemma_norm::EmulatedGpu* gpu,
                                        gemma_norm::Message* message) {
   namespace kernels = gemma_norm::kernels;
   gemma_norm::device::set_machine(*gpu, {{kernels::partials, sizeof kernels::partials}, {&kernels::inbox, sizeof kernels::inbox}});
-  return kernels::run(*args, {}, message);
+  return kernels::run(*call, {}, message);
 }

@@ -1,5 +1,5 @@
 // What every plan must be, whatever the ladder: of each hidden size up to 20000 and some that are much larger.
-#include "plan.h"
+#include "gpu/plan.h"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cases.h"
-#include "kernels/row.cuh"
+#include "gpu/row.cuh"
 
 namespace gemma_norm {
 namespace {
