@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../gpu/plan.h"
+#include "facts.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
@@ -112,7 +112,12 @@ GEMMA_NORM_DEVICE void allow_next_kernel() {
 // Numbers travel by st.async, which the inbox's mbarrier counts. The cluster's own barrier, were it to order memory, would
 // flush it to the whole GPU: a microsecond.
 constexpr bool kHasClusters = true;
-#if __CUDA_ARCH__ >= 900
+// Of the GPUs that are compiled for now: facts() tells of no clusters on others.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100)
+constexpr bool kTargetHasClusters = true;
+#else
+constexpr bool kTargetHasClusters = false;
+#endif
 GEMMA_NORM_DEVICE int64_t cluster_index() {
   uint32_t index;
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
@@ -153,7 +158,6 @@ GEMMA_NORM_DEVICE void wait_for_numbers(const Inbox* inbox) {
       "@!done bra again;\n}" ::"r"(shared_address(&inbox->barrier))
       : "memory");
 }
-#endif
 
 using Stream = cudaStream_t;
 using Error = cudaError_t;
@@ -193,21 +197,20 @@ static Error facts(DeviceFacts* result, const void* kernel) {
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream stream, const DeviceFacts& device,
-             Args... args) {
+Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const DeviceFacts& device, Args... args) {
   cudaLaunchAttribute attributes[2];
   int count = 0;
   if (device.overlap_launch) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (plan.cluster > 1) {
+  if (grid.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(groups * plan.cluster));
-  config.blockDim = dim3(static_cast<unsigned>(plan.block_threads));
+  config.gridDim = dim3(static_cast<unsigned>(grid.groups * grid.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(grid.block_threads));
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
@@ -216,9 +219,6 @@ Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, St
 
 }  // namespace gemma_norm::device
 
-#if !(__CUDA_ARCH__ >= 900)
-#include "no_clusters.h"
-#endif
 #include "reciprocal_root.h"
 
 namespace gemma_norm::device {

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <functional>
 
-#include "../gpu/plan.h"
+#include "facts.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE inline
@@ -36,7 +36,7 @@ void cluster_arrive();
 void cluster_wait();
 void store_in_block(float* shared, int rank, float v);
 
-constexpr bool kHasClusters = true;
+constexpr bool kHasClusters = true, kTargetHasClusters = true;
 inline int64_t cluster_index() { return here.block / here.cluster_blocks; }
 inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
@@ -155,8 +155,8 @@ Error facts(DeviceFacts* result, const void* kernel);
 Error run_grid(const void* kernel, int64_t blocks, int threads, int cluster, const std::function<void()>& thread);
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream, const DeviceFacts&, Args... args) {
-  return run_grid(reinterpret_cast<const void*>(kernel), groups * plan.cluster, plan.block_threads, plan.cluster,
+Error launch(void (*kernel)(Args...), const Grid& grid, Stream, const DeviceFacts&, Args... args) {
+  return run_grid(reinterpret_cast<const void*>(kernel), grid.groups * grid.cluster, grid.block_threads, grid.cluster,
                   [&] { kernel(args...); });
 }
 

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../gpu/plan.h"
+#include "facts.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
@@ -151,7 +151,7 @@ template <class... Pointers>
 GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers...) {}
 GEMMA_NORM_DEVICE void allow_next_kernel() {}
 
-constexpr bool kHasClusters = false;
+constexpr bool kHasClusters = false, kTargetHasClusters = false;
 
 using Stream = hipStream_t;
 using Error = hipError_t;
@@ -177,10 +177,10 @@ static Error facts(DeviceFacts* result, const void*) {
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, Stream stream, const DeviceFacts&, Args... args) {
+Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const DeviceFacts&, Args... args) {
   void* pointers[] = {&args...};
-  return hipLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(plan.block_threads)), pointers, 0, stream);
+  return hipLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(grid.groups)),
+                         dim3(static_cast<unsigned>(grid.block_threads)), pointers, 0, stream);
 }
 
 }  // namespace gemma_norm::device

@@ -1,37 +1,19 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <iterator>
+#include <mutex>
+#include <set>
 
 namespace gemma_norm {
 namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The ladder: rows of up to `row_vectors` 16-byte vectors use this shape. Chosen on an H200 (docs/performance.md): few vectors a
-// thread make one row quick, and of many rows 48 to 96 KB should be in flight on a multiprocessor, by several blocks, lest they
-// all load, then all store. The rungs with clusters are for GPUs that have them, in place of the next without. What is larger is
-// streamed.
-struct Rung {
-  int64_t row_vectors;
-  Scope scope;
-  int32_t vectors;
-  int32_t most_threads;  // of a block; kWave: exactly
-};
-constexpr Rung kLadder[] = {
-    {64, Scope::kWave, 2, 128},       {128, Scope::kWave, 4, 64},     {512, Scope::kBlock, 2, 256},
-    {1024, Scope::kBlock, 4, 256},    {1536, Scope::kBlock, 8, 192},  {2048, Scope::kBlock, 8, 256},
-    {16384, Scope::kCluster, 8, 256}, {8192, Scope::kBlock, 8, 1024}, {65536, Scope::kCluster, 8, 1024},
-};
-
-constexpr int32_t kStreamThreads = 512, kClusterBlockThreads = 256;
-
-// Bytes that one multiprocessor moves in about the time of a cluster's exchange of sums: with no more of a row, nothing is gained
-// by spreading it (docs/performance.md).
-constexpr int64_t kWorthSpreading = 24 * 1024;
-
-// Over blocks of `threads`, or of more where a cluster has too few blocks for that. A power of two, so that the tree over the slots
-// is as that of one block.
+// Distributes the plan's slots over the blocks of a cluster, `threads` a block, doubled until kMaxCluster blocks suffice. That
+// stays a power of two, so that the tree over the slots, and with it every bit, is that of a single block.
 void use_cluster(LaunchPlan* plan, int32_t threads) {
   while (threads * kMaxCluster < plan->slots) threads *= 2;
   plan->scope = Scope::kCluster;
@@ -42,31 +24,28 @@ void use_cluster(LaunchPlan* plan, int32_t threads) {
 
 }  // namespace
 
-LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device) {
+LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, bool two_rows) {
   const int64_t items = kVectorBytes / size_of(dtype);
   const int64_t row_vectors = divide_up(hidden, items);
+  const bool has_clusters = device.max_cluster == kMaxCluster;
+  const Shape* const shape = find_shape(row_vectors, has_clusters);
+  const KernelTuning* const kernel = std::find_if(std::begin(kKernels), std::end(kKernels), [&](const KernelTuning& k) {
+    return (shape ? row_vectors <= k.row_vectors : k.scope == Scope::kStream) && (has_clusters || k.scope != Scope::kCluster) &&
+           (two_rows || k.resident_threads[0]);
+  });
   LaunchPlan plan{};
+  plan.kernel = static_cast<int32_t>(kernel - kKernels);
+  plan.scope = kernel->scope;
+  plan.max_block_threads = kernel->max_block_threads;
   plan.cluster = 1;
   plan.whole_vectors = hidden % items == 0;
-  const bool clusters = device.max_cluster == kMaxCluster;
-  const Rung* rung = std::find_if(std::begin(kLadder), std::end(kLadder), [&](const Rung& r) {
-    return row_vectors <= r.row_vectors && (clusters || r.scope != Scope::kCluster);
-  });
-  if (rung == std::end(kLadder)) {
-    plan.scope = Scope::kStream;
-    plan.slots = plan.group_threads = plan.block_threads = plan.most_threads = kStreamThreads;
-    plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
-    return plan;
-  }
-  plan.scope = rung->scope;
-  plan.vectors = rung->vectors;
-  plan.most_threads = rung->most_threads;
-  plan.slots = static_cast<int32_t>(divide_up(row_vectors, rung->vectors));
+  plan.slots = shape ? static_cast<int32_t>(divide_up(row_vectors, shape->vectors)) : kStreamSlots;
+  plan.vectors = shape ? shape->vectors : static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
   switch (plan.scope) {
     case Scope::kWave:
       plan.group_threads = 1;
       while (plan.group_threads < plan.slots) plan.group_threads *= 2;
-      plan.block_threads = rung->most_threads;
+      plan.block_threads = kernel->max_block_threads;
       break;
     case Scope::kCluster: use_cluster(&plan, kClusterBlockThreads); break;
     default:
@@ -80,11 +59,12 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
   if (device.max_cluster != kMaxCluster || (plan.scope != Scope::kBlock && plan.scope != Scope::kCluster)) return plan;
   LaunchPlan wide = plan;
   use_cluster(&wide, device.wave_width);
-  wide.most_threads = kClusterBlockThreads;  // what has larger blocks is not spread
-  // Starting blocks takes time as well: the larger a row, the more of them pay. Beyond two a multiprocessor none do.
-  const int64_t blocks_a_processor = row_bytes < 2 * kWorthSpreading ? 1 : 2;
-  const bool pays = row_bytes > kWorthSpreading && rows * wide.cluster <= blocks_a_processor * device.processors;
-  return pays && wide.block_threads < plan.block_threads ? wide : plan;
+  const bool pays =
+      row_bytes > kWorthSpreading && rows * wide.cluster <= int64_t{blocks_a_processor(row_bytes)} * device.processors;
+  if (!pays || wide.block_threads >= plan.block_threads) return plan;
+  wide.max_block_threads = kClusterBlockThreads;  // rows that take larger blocks are not spread
+  wide.kernel = find_kernel(Scope::kCluster, plan.vectors, kClusterBlockThreads);
+  return wide;
 }
 
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
@@ -92,14 +72,32 @@ int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
 }
 
 std::string describe(const LaunchPlan& plan, DType dtype) {
-  const char* scope = plan.scope == Scope::kWave      ? "wave"
-                      : plan.scope == Scope::kBlock   ? "block"
-                      : plan.scope == Scope::kCluster ? "cluster"
-                                                      : "stream";
+  constexpr const char* kScopes[] = {"wave", "block", "cluster", "stream"};
   const auto items = std::to_string(kVectorBytes / size_of(dtype));
-  return std::string(scope) + ": " + std::to_string(plan.slots) + " of " + std::to_string(plan.group_threads) + " threads a row, " +
-         std::to_string(plan.rows_per_block()) + " rows a block, " + std::to_string(plan.vectors) + " x " + items +
-         (plan.whole_vectors ? " consecutive" : " interleaved") + " elements a thread";
+  return std::string(kScopes[static_cast<int>(plan.scope)]) + ": " + std::to_string(plan.slots) + " of " +
+         std::to_string(plan.group_threads) + " threads a row, " + std::to_string(plan.rows_per_block()) + " rows a block, " +
+         std::to_string(plan.vectors) + " x " + items + (plan.whole_vectors ? " consecutive" : " interleaved") +
+         " elements a thread";
+}
+
+bool prints_plans() {
+  static const bool prints = [] {
+    const char* const value = std::getenv("GEMMA_NORM_PRINT_PLAN");
+    return value && std::string(value) == "1";
+  }();
+  return prints;
+}
+
+void print_plan(const OpInfo& op, const RowParams& params, const LaunchPlan& plan, bool aligned) {
+  constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16"};
+  std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " +
+                     kDTypes[static_cast<int>(params.dtypes[kX])] + ": " + describe(plan, params.dtypes[kX]);
+  if (plan.cluster > 1) text += ", " + std::to_string(plan.cluster) + " blocks a cluster";
+  text += aligned ? ", 16 bytes an access\n" : ", an element an access\n";
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (printed.insert(text).second) std::fputs(text.c_str(), stderr);
 }
 
 }  // namespace gemma_norm

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "../device/platform.h"
-#include "plan.h"
+#include "tuning.h"
 
-namespace gemma_norm::kernels {
+namespace gemma_norm::gpu {
 
 constexpr int kMaxWaves = kMaxBlockThreads / 32;
 static_assert(kMaxWaves <= 32 && kMaxCluster == 8 && sizeof(Inbox::number) == 8 * sizeof(float), "as many terms are added below");
@@ -56,4 +56,4 @@ GEMMA_NORM_DEVICE float sum_over_cluster(float v) {
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
-}  // namespace gemma_norm::kernels
+}  // namespace gemma_norm::gpu

@@ -5,9 +5,9 @@
 
 #include "../core/row_params.h"
 #include "../device/platform.h"
-#include "plan.h"
+#include "tuning.h"
 
-namespace gemma_norm::kernels {
+namespace gemma_norm::gpu {
 
 // Elements of T in a 16-byte vector, and in a 32-bit word.
 template <class T>
@@ -16,7 +16,7 @@ template <class T>
 constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
 
 // The part of a LaunchPlan that a kernel needs.
-struct Layout {
+struct Launch {
   int32_t slots;
   int32_t log2_group_threads;  // kWave
   int32_t vectors;
@@ -26,11 +26,11 @@ struct Layout {
 
 // Index of the first element of slot's k-th vector, and the step to the vector's next element.
 template <bool kWholeVectors, class T, class Index>
-GEMMA_NORM_DEVICE Index first_item(const Layout& layout, int slot, int k) {
-  const Index vector = static_cast<Index>(k) * layout.slots;
-  return kWholeVectors || layout.whole_vectors ? (vector + slot) * kItems<T> : vector * kItems<T> + slot;
+GEMMA_NORM_DEVICE Index first_item(const Launch& launch, int slot, int k) {
+  const Index vector = static_cast<Index>(k) * launch.slots;
+  return kWholeVectors || launch.whole_vectors ? (vector + slot) * kItems<T> : vector * kItems<T> + slot;
 }
-GEMMA_NORM_DEVICE int item_step(const Layout& layout) { return layout.whole_vectors ? 1 : layout.slots; }
+GEMMA_NORM_DEVICE int item_step(const Launch& launch) { return launch.whole_vectors ? 1 : launch.slots; }
 
 // In place of a row's end, where all of a slot's elements are known to lie before it.
 struct NoEnd {};
@@ -173,4 +173,4 @@ struct Row {
   }
 };
 
-}  // namespace gemma_norm::kernels
+}  // namespace gemma_norm::gpu

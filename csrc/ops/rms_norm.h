@@ -13,6 +13,7 @@
 namespace gemma_norm {
 
 struct RmsNorm {
+  static constexpr bool kTwoRows = false;
   static constexpr OperandRule kRules[] = {kXRule, kWeightRule, output(kOut, Use::kNew, kX)};
   static constexpr OperandRule kOutRules[] = {kXRule, kWeightRule, output(kOut, Use::kWritten, kX)};
   static constexpr OpInfo kInfos[] = {
@@ -23,6 +24,7 @@ struct RmsNorm {
 };
 
 struct AddRmsNorm {
+  static constexpr bool kTwoRows = true;
   static constexpr OperandRule kRules[] = {
       kXRule,
       kWeightRule,

@@ -6,5 +6,5 @@
 #include "../ops/ops.h"
 
 STABLE_TORCH_LIBRARY(gemma_norm, m) {
-  gemma_norm::Ops::each([&](auto, const gemma_norm::OpInfo& op) { m.def((std::string(op.torch_name) + op.schema).c_str()); });
+  gemma_norm::Ops::each_info([&](const gemma_norm::OpInfo& op) { m.def((std::string(op.torch_name) + op.schema).c_str()); });
 }

@@ -256,7 +256,7 @@ TEST(Rows, AreThoseOfTheTensors) {
     for (int64_t s = 0; s < slices.count; ++s) {
       const RowParams slice = select_slice(params, slices, s);
       for (int64_t r = 0; r < slice.rows; ++r, ++row) {
-        const kernels::Row<bfloat16, true> at(slice, r, 0);
+        const gpu::Row<bfloat16, true> at(slice, r, 0);
         const auto expect_row = [&](const Place& o, const bfloat16* address) {
           int64_t rest = row, want = o.first;
           for (size_t d = sizes.size() - 1; d-- > 0; rest /= sizes[d]) want += rest % sizes[d] * o.strides[d];
@@ -299,7 +299,7 @@ TEST(Rows, BeyondThirtyTwoBitsAreReached) {
   p.sizes[0] = int64_t{1} << 40, p.sizes[1] = int64_t{1} << 33;
   p.strides[kX][0] = int64_t{1} << 20, p.strides[kX][1] = 1;
   const int64_t outer = 12345, inner = (int64_t{1} << 32) + 6789;
-  const kernels::Row<float16, false> row(p, outer * p.sizes[1] + inner, 0);
+  const gpu::Row<float16, false> row(p, outer * p.sizes[1] + inner, 0);
   EXPECT_EQ((outer * p.strides[kX][0] + inner) * 2, reinterpret_cast<int64_t>(row.x));
 }
 
