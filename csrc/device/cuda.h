@@ -18,7 +18,6 @@
 #else
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #endif
-#define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
 
@@ -27,6 +26,12 @@ GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
+
+template <class T>
+GEMMA_NORM_DEVICE T& shared_memory() {
+  __shared__ T memory;
+  return memory;
+}
 
 GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 #pragma unroll
@@ -134,29 +139,39 @@ GEMMA_NORM_DEVICE int cluster_blocks() {
   return blocks;
 }
 GEMMA_NORM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-GEMMA_NORM_DEVICE void open_inbox(Inbox* inbox) {
+struct Inbox {
+  uint64_t barrier;
+};
+GEMMA_NORM_DEVICE int number_bytes(int numbers) { return cluster_blocks() * numbers * static_cast<int>(sizeof(float)); }
+GEMMA_NORM_DEVICE void open_inbox(Inbox* inbox, int numbers) {
   if (threadIdx.x == 0)
     asm volatile(
         "mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;\n"
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&inbox->barrier)),
-        "r"(cluster_blocks() * static_cast<int>(sizeof(float)))
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)),
+        "r"(number_bytes(numbers))
         : "memory");
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 GEMMA_NORM_DEVICE void wait_for_inboxes() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-GEMMA_NORM_DEVICE void send(Inbox* inbox, int rank, float v) {
+GEMMA_NORM_DEVICE void send(float* number, Inbox* inbox, int rank, float v) {
   asm volatile(
       "{\n .reg .u32 to, counter;\n mapa.shared::cluster.u32 to, %0, %2;\n mapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [counter];\n}" ::"r"(
-          shared_address(&inbox->number[cluster_rank()])),
-      "r"(shared_address(&inbox->barrier)), "r"(rank), "r"(__float_as_uint(v))
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [counter];\n}" ::"r"(shared_address(number)),
+      "r"(shared_address(inbox)), "r"(rank), "r"(__float_as_uint(v))
       : "memory");
 }
-GEMMA_NORM_DEVICE void wait_for_numbers(const Inbox* inbox) {
+// The mbarrier's phases are the exchanges. Numbers of the next one may come before it is expected: they are counted all the same.
+GEMMA_NORM_DEVICE void wait_for_numbers(Inbox* inbox, int exchange) {
   asm volatile(
-      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(&inbox->barrier))
+      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(inbox)),
+      "r"(exchange % 2)
       : "memory");
+}
+GEMMA_NORM_DEVICE void expect_numbers(Inbox* inbox, int numbers) {
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)), "r"(number_bytes(numbers))
+                 : "memory");
 }
 
 using Stream = cudaStream_t;

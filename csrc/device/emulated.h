@@ -13,8 +13,6 @@
 
 #define GEMMA_NORM_DEVICE inline
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) void
-// One block runs at a time, so all kernels can have the same variables: tests/cpp/emulated_kernels.cpp defines them.
-#define GEMMA_NORM_SHARED extern
 
 namespace gemma_norm::device {
 
@@ -40,12 +38,29 @@ constexpr bool kHasClusters = true, kTargetHasClusters = true;
 inline int64_t cluster_index() { return here.block / here.cluster_blocks; }
 inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
-inline void open_inbox(Inbox*) { cluster_arrive(); }
+struct Inbox {};
+inline void open_inbox(Inbox*, int) { cluster_arrive(); }
 inline void wait_for_inboxes() { cluster_wait(); }
-inline void send(Inbox* inbox, int rank, float v) { store_in_block(&inbox->number[cluster_rank()], rank, v); }
-inline void wait_for_numbers(Inbox*) {
+inline void send(float* number, Inbox*, int rank, float v) { store_in_block(number, rank, v); }
+inline void wait_for_numbers(Inbox*, int) {
   cluster_arrive();
   cluster_wait();
+}
+inline void expect_numbers(Inbox*, int) {}
+
+// One block runs at a time, so all kernels have the same variables. The machine knows of them before any kernel runs: it fills them
+// with garbage before each block, and keeps those of a cluster's blocks apart.
+void add_shared_variable(void* data, size_t size);
+template <class T>
+struct SharedMemory {
+  T memory;
+  SharedMemory() { add_shared_variable(&memory, sizeof memory); }
+};
+template <class T>
+inline SharedMemory<T> shared;
+template <class T>
+T& shared_memory() {
+  return shared<T>.memory;
 }
 
 // Ends the launch with an error; the fiber does not go on. (AddressSanitizer stumbles over [[noreturn]] on a fiber's stack.)

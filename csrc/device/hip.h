@@ -12,7 +12,6 @@
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
 // At least two waves a SIMD, hence at most 256 registers: tests/amdgpu asserts how many more fit.
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, 2)
-#define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
 
@@ -31,6 +30,12 @@ GEMMA_NORM_DEVICE void block_barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 #endif
+}
+
+template <class T>
+GEMMA_NORM_DEVICE T& shared_memory() {
+  __shared__ T memory;
+  return memory;
 }
 
 // Of the target being compiled; the host asks the device (facts). ROCm 7 has no macro or constant for it any more.

@@ -113,7 +113,7 @@ Status run(const Call& call, device::Stream stream, Message* message) {
   const auto any_kernel = &normalize_rows<Op, float, float, Scope::kBlock, 4, 256, true>;
   device::Error error = device::facts(&facts, reinterpret_cast<const void*>(any_kernel));
   if (error == device::kSuccess) {
-    const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], facts, Op::kTwoRows);
+    const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], facts, Op::Source::kTwoRows);
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
       error = launch_rows<Op>(*call.op, slices.count == 1 ? params : select_slice(params, slices, i), plan, facts, stream);
   }

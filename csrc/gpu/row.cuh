@@ -39,15 +39,18 @@ GEMMA_NORM_DEVICE bool operator<(Index, NoEnd) {
   return true;
 }
 
+// Whether what is loaded is wanted again, by this kernel or another: worth a place in the caches.
+enum class Reuse { kNone, kSome };
+
 // A slot's k-th vector of a row; what lies past the row's end reads as 0 and is not written. Aligned: whole 16-byte accesses.
 // Otherwise element by element, for any alignment: the same elements in the same places, so the same results.
-template <bool kAligned, class T, class Index, class End>
-GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end, bool once) {
+template <bool kAligned, Reuse kReuse, class T, class Index, class End>
+GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end) {
   Words v{};
   if constexpr (kAligned) {
     if (first < end) {
       const Words* p = reinterpret_cast<const Words*>(row + first);
-      v = once ? device::load_once(p) : device::load(p);
+      v = kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
     }
   } else {
 #pragma unroll
@@ -106,39 +109,6 @@ GEMMA_NORM_DEVICE Words add_rounded(Words a, Words b) {
   return pack_items<T>(x);
 }
 
-// The weights of one vector of X, of dtype W: one 16-byte vector of W, or two where X is half as wide.
-template <class X, class W>
-struct Weights {
-  static constexpr int kVectors = sizeof(W) / sizeof(X);
-  Words v[kVectors];
-
-  template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void load(const W* weight, Index first, int step, End end) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      v[i] = load_items<kAligned>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, end, false);
-  }
-
-  GEMMA_NORM_DEVICE void wait_for_load() const {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) device::wait_for_load(v[i]);
-  }
-
-  // y = round(s * rstd * (weight + offset))
-  GEMMA_NORM_DEVICE Words apply(Words s, float rstd, float offset) const {
-    float y[kItems<X>], w[kItems<X>];
-    unpack_items<X>(s, y);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) unpack_items<W>(v[i], reinterpret_cast<float(&)[kItems<W>]>(w[i * kItems<W>]));
-#pragma unroll
-    for (int i = 0; i < kItems<X>; ++i) {
-      if constexpr (std::is_same_v<X, bfloat16> && sizeof(W) != sizeof(X)) w[i] = device::keep_nan(w[i]);
-      y[i] = y[i] * rstd * (w[i] + offset);
-    }
-    return pack_items<X>(y);
-  }
-};
-
 // A row's coordinates. Division is slow, in 64 bits more so: none for one dimension, 32 bits unless the batch is huge.
 struct RowIndex {
   int64_t outer, inner;
@@ -149,27 +119,12 @@ struct RowIndex {
     outer = (row | size) >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
     inner = row - outer * size;
   }
-  GEMMA_NORM_DEVICE int64_t offset(const RowParams& p, const int64_t (&strides)[kMaxRowDims]) const {
-    return p.row_dims == 1 ? inner * strides[0] : outer * strides[0] + inner * strides[1];
-  }
-};
-
-// One row of the call from element `start` on, typed.
-template <class X, bool kAdd>
-struct Row {
-  const X *x, *residual, *post;  // post may not exist
-  X *out, *residual_out;
-
-  GEMMA_NORM_DEVICE Row(const RowParams& p, int64_t row, int64_t start) {
-    const RowIndex at(p, row);
-    const auto pointer = [&](Operand o) { return static_cast<X*>(p.data[o]) + at.offset(p, p.strides[o]) + start; };
-    x = pointer(kX);
-    out = pointer(kOut);
-    if constexpr (kAdd) {
-      residual = pointer(kResidual);
-      residual_out = pointer(kResidualOut);
-      post = pointer(kPost);
-    }
+  // The row's element `start` of an operand whose elements are of type T.
+  template <class T>
+  GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand, int64_t start) const {
+    const auto& strides = p.strides[operand];
+    const int64_t offset = p.row_dims == 1 ? inner * strides[0] : outer * strides[0] + inner * strides[1];
+    return static_cast<T*>(p.data[operand]) + offset + start;
   }
 };
 

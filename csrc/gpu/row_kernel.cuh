@@ -1,47 +1,45 @@
-// The kernels. Each is load -> statistics -> store:
+// The kernels. Each is source -> statistic -> finish, of an operator's parts (policies.cuh):
 //
-//   s = x, or round(x + residual), which is stored;   rstd = 1 / sqrt(mean(s^2) + eps);   y = round(s * rstd * (weight + offset))
+//   s = the source, such as round(x + residual), which is stored;   rstd = 1 / sqrt(mean(s^2) + eps);   y = the finish of s and
+//   rstd
 //
-// The sum of squares has one order for all of them, a function of hidden and dtype alone: each of a slot's vectors adds to as many
-// running sums as it has elements, these are added pairwise, then the slots as a binary tree.
+// The sum of squares has one order for all of them, a function of hidden and dtype alone (shapes.h): a slot's vectors, then the
+// slots as a binary tree.
 #pragma once
 
+#include "policies.cuh"
 #include "reduce.cuh"
 #include "row.cuh"
 #include "tuning.h"
 
 namespace gemma_norm::gpu {
 
-template <class X>
-struct SquareSums {
-  float sum[kItems<X>] = {};
-
-  GEMMA_NORM_DEVICE void add(Words s) {
-    float f[kItems<X>];
-    unpack_items<X>(s, f);
-#pragma unroll
-    for (int i = 0; i < kItems<X>; ++i) sum[i] = device::fma(f[i], f[i], sum[i]);
-  }
-  GEMMA_NORM_DEVICE float total() {
-    if constexpr (kItems<X> == 8) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += sum[i + 4];
-    }
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);  // neighbours last: CDNA computes them as pairs
-  }
-};
-
-template <bool kQuick>
-GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
-  return device::reciprocal_root<kQuick>(device::fma(square_sum, p.inv_hidden, p.eps));
-}
-
 template <class Op, class X, class W>
-constexpr Held kHeld = Op::kTwoRows             ? Held::kTwoRows
+constexpr Held kHeld = Op::Source::kTwoRows     ? Held::kTwoRows
                        : sizeof(W) != sizeof(X) ? Held::kRowWideWeights
                                                 : Held::kRow;
 template <class Op, class X, class W, int kRow>
 constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<Op, X, W>)];
+
+// Which slot of which row a thread is.
+template <Scope kScope>
+struct Place {
+  int slot;
+  int64_t row;
+
+  GEMMA_NORM_DEVICE Place(const RowParams& p, const Launch& launch)
+      : slot(device::thread_index()), row(p.first_row + device::block_index()) {
+    if constexpr (kScope == Scope::kWave) {
+      const int log2 = launch.log2_group_threads;
+      row = p.first_row + device::block_index() * (device::block_threads() >> log2) + (slot >> log2);
+      slot &= (1 << log2) - 1;
+    }
+    if constexpr (kScope == Scope::kCluster) {
+      slot += device::cluster_rank() * device::block_threads();
+      row = p.first_row + device::cluster_index();
+    }
+  }
+};
 
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
 // a power of two of lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
@@ -50,101 +48,74 @@ template <class Op, class X, class W, Scope kScope, int kVectors, int kThreads, 
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<Op, X, W, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
 normalize_rows(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;  // such GPUs have no plan with clusters
-  constexpr bool kAdd = Op::kTwoRows;
-  int slot = device::thread_index();
-  int64_t r = p.first_row + device::block_index();
-  if constexpr (kScope == Scope::kWave) {
-    const int log2 = launch.log2_group_threads;
-    r = p.first_row + device::block_index() * (device::block_threads() >> log2) + (slot >> log2);
-    slot &= (1 << log2) - 1;
-  }
-  if constexpr (kScope == Scope::kCluster) {
-    device::open_inbox(cluster_inbox());
-    slot += device::cluster_rank() * device::block_threads();
-    r = p.first_row + device::cluster_index();
-  }
+  using Order = LoadOrder<kVectors, kThreads, kHeld<Op, X, W>, sizeof(X), sizeof(W) != sizeof(X), kAligned>;
+  using Source = SourceOf<typename Op::Source, X, kVectors, Order, Reuse::kNone>;
+  using Finish = FinishOf<typename Op::Formula, X, W>;
+
+  open_exchanges<kScope, SquareSum<X>::kNumbers>();
+  const Place<kScope> place(p, launch);
   // Threads without a part of a row still take part in the exchanges.
-  const bool active = (kScope != Scope::kWave || r < p.rows) && slot < launch.slots;
+  const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
   const int step = item_step(launch);
-  const int start = kAligned ? first_item<kAligned, X, int>(launch, slot, 0) : 0;  // all that follows is relative to it
-  const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, kAligned ? 0 : slot, k); };
+  const int start = kAligned ? first_item<kAligned, X, int>(launch, place.slot, 0) : 0;  // all that follows is relative to it
+  const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, kAligned ? 0 : place.slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
-  const Row<X, kAdd> row(p, kScope != Scope::kWave || active ? r : 0, start);  // a block's row is uniform
-  const W* weight = static_cast<const W*>(p.data[kWeight]) + start;
-  using Order = LoadOrder<kVectors, kThreads, kHeld<Op, X, W>, sizeof(W) != sizeof(X), kAligned>;
-  Words s[kVectors], residual[kVectors];
-  Weights<X, W> w[kVectors];
+  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);  // a block's row is uniform
+  const Source source(p, row, start);
+  const Finish finish(p, row, start);
+  Words s[kVectors];
+  typename Source::Second second[kVectors];
+  typename Finish::Weights w[kVectors];
   const auto load_weights = [&](auto end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) w[k].template load<kAligned>(weight, first(k), step, end);
+    for (int k = 0; k < kVectors; ++k) finish.template load<kAligned>(w[k], first(k), step, end);
   };
   const auto load = [&](auto end) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned>(row.x, first(k), step, end, true);
-    if constexpr (kAdd && Order::kWholeRows) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) residual[k] = load_items<kAligned>(row.residual, first(k), step, end, true);
-    }
+    source.template load<kAligned>(s, second, first, step, end);
     if constexpr (Order::kEarlyWeights && !Order::kWeightsAfterRows) load_weights(end);
   };
+
   // What needs no memory is done by now.
-  device::wait_for_previous_kernel(row.x, row.out, weight);
-  // The next kernel may come up to its own wait. Where it would fill but a part of the GPU, its blocks would lie unevenly later:
-  // it is allowed after the sum then.
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight);
+  // Overlapped launches: from here on the next kernel's blocks may start; they stop at their own wait_for_previous_kernel(). This
+  // early only if as many blocks again fit on the GPU: else its first blocks would crowd some multiprocessors, and it is allowed
+  // after the exchange.
   if (launch.room_for_next) device::allow_next_kernel();
   if (kAligned && device::in_all_lanes(first(kVectors - 1) < end)) {
     load(NoEnd{});  // no conditions: the loads go out back to back
   } else {
     load(end);
   }
-  if constexpr (kAdd) {
-    if constexpr (Order::kWholeRows) {
-      if (p.data[kPost]) {
+  source.template sum<kAligned>(s, second, first, step, end, [&] {
+    if constexpr (Order::kEarlyWeights) {
+      if constexpr (Order::kWeightsAfterRows) load_weights(end);
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k)
-          residual[k] = add_rounded<X>(residual[k], load_items<kAligned>(row.post, first(k), step, end, true));
-      }
+      for (int k = 0; k < kVectors; ++k) finish.wait_for(w[k]);
     }
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      if (Order::kStoreOneByOne && !(first(k) < end)) break;
-      if constexpr (!Order::kWholeRows) {
-        constexpr int kBatch = kVectors / 4;
-        if (k % kBatch == 0)
-          for (int i = k; i < k + kBatch; ++i) {
-            residual[i] = load_items<kAligned>(row.residual, first(i), step, end, true);
-            if (p.data[kPost]) residual[i] = add_rounded<X>(residual[i], load_items<kAligned>(row.post, first(i), step, end, true));
-          }
-      }
-      s[k] = add_rounded<X>(s[k], residual[k]);
-      store_items<kAligned>(row.residual_out, first(k), step, end, s[k]);
-    }
-  }
+  });
+  if constexpr (Order::kEarlyWeights && Order::kWeightsAfterRows && !Source::kSumsBeforeStores) load_weights(end);
 
-  if constexpr (Order::kEarlyWeights && Order::kWeightsAfterRows) load_weights(end);
-
-  SquareSums<X> squares;
+  SquareSum<X> squares;
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) squares.add(s[k]);
-  float sum = squares.total();
-  if constexpr (kScope == Scope::kWave) {
-    sum = device::sum_over_lanes(sum, 1 << launch.log2_group_threads);
-  } else {
-    sum = sum_over_block<kThreads>(sum);
-    if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
+  for (int k = 0; k < kVectors; ++k) {
+    squares.add(s[k]);
+    if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
   }
+  float sums[SquareSum<X>::kNumbers];
+  squares.total(sums);
+  sum_over_row<kScope, kThreads>(sums, launch);
   device::allow_next_kernel();
-  const float rstd = reciprocal_std<Order::kQuickRoot>(sum, p);
+  const float rstd = reciprocal_std<Order::kQuickRoot>(sums[0], p);
 
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     if (Order::kStoreOneByOne && !(first(k) < end)) break;
     if constexpr (!Order::kEarlyWeights) {
-      constexpr int kBatch = 4 / Weights<X, W>::kVectors;  // a load cannot move up before a store
+      constexpr int kBatch = 4 / Finish::kWeightVectors;  // a load cannot move up before a store
       if (k % kBatch == 0)
-        for (int i = k; i < k + kBatch; ++i) w[i].template load<kAligned>(weight, first(i), step, end);
+        for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], first(i), step, end);
     }
-    store_items<kAligned>(row.out, first(k), step, end, w[k].apply(s[k], rstd, p.weight_offset));
+    finish.template store<kAligned>(s[k], w[k], rstd, first(k), step, end);
   }
 }
 
@@ -154,43 +125,39 @@ template <class Op, class X, class W, Scope kScope, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, 1)
 normalize_stream(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;
-  constexpr bool kAdd = Op::kTwoRows;
-  int slot = device::thread_index();
-  int64_t r = p.first_row + device::block_index();
-  if constexpr (kScope == Scope::kCluster) {
-    device::open_inbox(cluster_inbox());
-    slot += device::cluster_rank() * device::block_threads();
-    r = p.first_row + device::cluster_index();
-  }
+  open_exchanges<kScope, SquareSum<X>::kNumbers>();
+  const Place<kScope> place(p, launch);
   const int step = item_step(launch);
-  const int64_t end = slot < launch.slots ? p.hidden : 0;
-  const Row<X, kAdd> row(p, r, 0);
-  device::wait_for_previous_kernel(row.x, row.out, p.data[kWeight]);
+  const int64_t end = place.slot < launch.slots ? p.hidden : 0;
+  const RowIndex row(p, place.row);
+  using Source = SourceOf<typename Op::Source, X, 1, StreamOrder, Reuse::kSome>;
+  using Finish = FinishOf<typename Op::Formula, X, W>;
+  const Source source(p, row, 0);
+  const Finish finish(p, row, 0);
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight);
 
-  SquareSums<X> squares;
+  SquareSum<X> squares;
   for (int k = 0; k < launch.vectors; ++k) {
-    const int64_t first = first_item<kAligned, X, int64_t>(launch, slot, k);
-    Words s = load_items<kAligned>(row.x, first, step, end, kAdd);
-    if constexpr (kAdd) {
-      Words residual = load_items<kAligned>(row.residual, first, step, end, true);
-      if (p.data[kPost]) residual = add_rounded<X>(residual, load_items<kAligned>(row.post, first, step, end, true));
-      s = add_rounded<X>(s, residual);
-      store_items<kAligned>(row.residual_out, first, step, end, s);
-    }
-    squares.add(s);
+    const auto first = [&](int) { return first_item<kAligned, X, int64_t>(launch, place.slot, k); };
+    Words s[1];
+    typename Source::Second second[1];
+    source.template load<kAligned>(s, second, first, step, end);
+    source.template sum<kAligned>(s, second, first, step, end, [] {});
+    squares.add(s[0]);
   }
-  float sum = sum_over_block<kThreads>(squares.total());
-  if constexpr (kScope == Scope::kCluster) sum = sum_over_cluster(sum);
+  float sums[SquareSum<X>::kNumbers];
+  squares.total(sums);
+  sum_over_row<kScope, kThreads>(sums, launch);
   device::allow_next_kernel();
-  const float rstd = reciprocal_std<false>(sum, p);
+  const float rstd = reciprocal_std<false>(sums[0], p);
 
-  const X* again = kAdd ? row.residual_out : row.x;  // each thread reads back what it wrote itself
   for (int k = 0; k < launch.vectors; ++k) {
-    const int64_t first = first_item<kAligned, X, int64_t>(launch, slot, k);
-    Weights<X, W> w;
-    w.template load<kAligned>(static_cast<const W*>(p.data[kWeight]), first, step, end);
-    const Words s = load_items<kAligned>(again, first, step, end, true);
-    store_items<kAligned>(row.out, first, step, end, w.apply(s, rstd, p.weight_offset));
+    const int64_t first = first_item<kAligned, X, int64_t>(launch, place.slot, k);
+    typename Finish::Weights w;
+    finish.template load<kAligned>(w, first, step, end);
+    const Words s =
+        load_items<kAligned, Reuse::kNone>(source.stored(), first, step, end);  // each thread reads what it wrote itself
+    finish.template store<kAligned>(s, w, rstd, first, step, end);
   }
 }
 

@@ -90,7 +90,7 @@ constexpr bool kernels_have_the_shapes() {
 static_assert(kernels_have_the_shapes());
 
 // When a kernel that holds rows in registers asks for what.
-template <int kVectors, int kMaxThreads, Held kHeld, bool kWideWeights, bool kAligned>
+template <int kVectors, int kMaxThreads, Held kHeld, int kItemBytes, bool kWideWeights, bool kAligned>
 struct LoadOrder {
   static constexpr bool kHasRegisters = kMaxThreads < kMaxBlockThreads;
   // All of the second row at once; else in batches.
@@ -102,8 +102,15 @@ struct LoadOrder {
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first. "a
   // vector stored before the next is computed", and not "the same with 2 vectors, or with 1024 threads (not kept)".
   static constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
+  // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice.
+  static constexpr bool kKeepPacked = !kHasRegisters && kItemBytes == 2;
   // "the reciprocal root by Newton's steps", and not "the same with 8 vectors a thread (not kept: spills)".
   static constexpr bool kQuickRoot = kVectors <= 4;
+};
+
+// The same of a kernel that holds one vector at a time.
+struct StreamOrder {
+  static constexpr bool kWholeRows = true, kStoreOneByOne = false, kKeepPacked = false;
 };
 
 // Where few rows leave most of a GPU idle, each is spread over the blocks of a cluster ("few rows by clusters ..."): rows of which

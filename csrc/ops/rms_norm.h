@@ -9,11 +9,13 @@
 #pragma once
 
 #include "../core/op_info.h"
+#include "parts.h"
 
 namespace gemma_norm {
 
 struct RmsNorm {
-  static constexpr bool kTwoRows = false;
+  using Source = InputSource;
+  using Formula = formulas::Scale;
   static constexpr OperandRule kRules[] = {kXRule, kWeightRule, output(kOut, Use::kNew, kX)};
   static constexpr OperandRule kOutRules[] = {kXRule, kWeightRule, output(kOut, Use::kWritten, kX)};
   static constexpr OpInfo kInfos[] = {
@@ -24,7 +26,8 @@ struct RmsNorm {
 };
 
 struct AddRmsNorm {
-  static constexpr bool kTwoRows = true;
+  using Source = ResidualSource;
+  using Formula = formulas::Scale;
   static constexpr OperandRule kRules[] = {
       kXRule,
       kWeightRule,

@@ -256,17 +256,17 @@ TEST(Rows, AreThoseOfTheTensors) {
     for (int64_t s = 0; s < slices.count; ++s) {
       const RowParams slice = select_slice(params, slices, s);
       for (int64_t r = 0; r < slice.rows; ++r, ++row) {
-        const gpu::Row<bfloat16, true> at(slice, r, 0);
-        const auto expect_row = [&](const Place& o, const bfloat16* address) {
+        const gpu::RowIndex at(slice, r);
+        const auto expect_row = [&](const Place& o, Operand operand) {
           int64_t rest = row, want = o.first;
           for (size_t d = sizes.size() - 1; d-- > 0; rest /= sizes[d]) want += rest % sizes[d] * o.strides[d];
-          ASSERT_EQ(want * 2, reinterpret_cast<int64_t>(address)) << "row " << row;
+          ASSERT_EQ(want * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0))) << "row " << row;
         };
-        expect_row(call.x, at.x);
-        expect_row(*call.residual, at.residual);
-        expect_row(*call.post, at.post);
-        expect_row(call.out, at.out);
-        expect_row(*call.sum, at.residual_out);
+        expect_row(call.x, kX);
+        expect_row(*call.residual, kResidual);
+        expect_row(*call.post, kPost);
+        expect_row(call.out, kOut);
+        expect_row(*call.sum, kResidualOut);
       }
     }
     int64_t rows = 1;
@@ -299,8 +299,8 @@ TEST(Rows, BeyondThirtyTwoBitsAreReached) {
   p.sizes[0] = int64_t{1} << 40, p.sizes[1] = int64_t{1} << 33;
   p.strides[kX][0] = int64_t{1} << 20, p.strides[kX][1] = 1;
   const int64_t outer = 12345, inner = (int64_t{1} << 32) + 6789;
-  const gpu::Row<float16, false> row(p, outer * p.sizes[1] + inner, 0);
-  EXPECT_EQ((outer * p.strides[kX][0] + inner) * 2, reinterpret_cast<int64_t>(row.x));
+  const gpu::RowIndex row(p, outer * p.sizes[1] + inner);
+  EXPECT_EQ((outer * p.strides[kX][0] + inner) * 2, reinterpret_cast<int64_t>(row.pointer<float16>(p, kX, 0)));
 }
 
 }  // namespace

@@ -6,9 +6,6 @@
 #include "gpu/launch.cuh"
 
 namespace gemma_norm::gpu {
-// What GEMMA_NORM_SHARED declares.
-Words partials[kMaxWaves / 4];
-Inbox inbox;
 template Status run<RmsNorm>(const Call&, device::Stream, Message*);
 template Status run<AddRmsNorm>(const Call&, device::Stream, Message*);
 }  // namespace gemma_norm::gpu
@@ -23,7 +20,7 @@ void add_reachable(int64_t most_hidden, std::set<const void*>* all) {
     for (const int32_t max_cluster : {1, kMaxCluster})
       for (int64_t hidden = 1; hidden <= most_hidden; ++hidden) {
         const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
-        const LaunchPlan whole = make_plan(hidden, x, facts, Op::kTwoRows);
+        const LaunchPlan whole = make_plan(hidden, x, facts, Op::Source::kTwoRows);
         int64_t most_bytes = 0;
         for (const OperandRule& rule : Op::kInfos[0]) most_bytes += hidden * size_of(rule.operand == kWeight ? weight : x);
         const auto add = [&](bool aligned, const LaunchPlan& plan) {
@@ -49,6 +46,6 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
 gemma_norm::Status gemma_norm_emulated(const gemma_norm::Call* call, const gemma_norm::EmulatedGpu* machine,
                                        gemma_norm::Message* message) {
   using namespace gemma_norm;
-  device::set_machine(*machine, {{gpu::partials, sizeof gpu::partials}, {&gpu::inbox, sizeof gpu::inbox}});
+  device::set_machine(*machine);
   return gpu::run(*call, {}, message);
 }

@@ -12,10 +12,13 @@ namespace gemma_norm {
 namespace {
 
 constexpr int64_t kPlenty = int64_t{1} << 32;
-float shared_value[512];
+struct SharedValues {
+  float of[512];
+};
+float (&shared_value)[512] = device::shared_memory<SharedValues>().of;
 
 device::Error launch(const EmulatedGpu& gpu, int64_t blocks, int threads, const std::function<void()>& thread, int cluster = 1) {
-  device::set_machine(gpu, {{shared_value, sizeof shared_value}});
+  device::set_machine(gpu);
   return device::run_grid(nullptr, blocks, threads, cluster, thread);
 }
 
