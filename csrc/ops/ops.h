@@ -1,8 +1,6 @@
 // The table of operators. A new one is a file in this folder and a name in this list.
 #pragma once
 
-#include <iterator>
-
 #include "rms_norm.h"
 
 namespace gemma_norm {
@@ -12,6 +10,11 @@ template <class... Op>
 struct OpList {
   static constexpr int kCount = sizeof...(Op);
 
+  template <class One>
+  static constexpr bool has(const OpInfo* info) {
+    return info >= One::kInfos && info < One::kInfos + sizeof One::kInfos / sizeof One::kInfos[0];
+  }
+
   template <class Visit>
   static void each_info(const Visit& visit) {
     const auto visit_infos = [&](auto op) {
@@ -20,11 +23,18 @@ struct OpList {
     (visit_infos(Op{}), ...);
   }
 
+  // Which of them has this info.
+  static int index(const OpInfo* info) {
+    int i = 0, found = -1;
+    ((found = has<Op>(info) ? i : found, ++i), ...);
+    return found;
+  }
+
   // Calls visit(op) for the one whose info this is.
   template <class Visit>
   static void visit(const OpInfo* info, const Visit& visit) {
     const auto visit_if = [&](auto op) {
-      if (info >= std::begin(op.kInfos) && info < std::end(op.kInfos)) visit(op);
+      if (has<decltype(op)>(info)) visit(op);
     };
     (visit_if(Op{}), ...);
   }

@@ -61,7 +61,7 @@ class IsaTarget : public HostTarget {
     RowSlices slices;
     const Status status = check(call, &params, &slices, message);
     for (int64_t i = 0; status == Status::kOk && i < slices.count; ++i)
-      cpu_rows(isa_, select_slice(params, slices, i), 0, params.rows);
+      cpu_rows(isa_, call.op)(select_slice(params, slices, i), 0, params.rows);
     return status;
   }
 

@@ -11,13 +11,13 @@ namespace {
 constexpr int64_t kGrain = 32768;
 
 struct Work {
-  Isa isa;
+  RowsFunction rows;
   RowParams params;
 };
 
 void run_rows(void* context, int64_t begin, int64_t end) {
   const Work& work = *static_cast<const Work*>(context);
-  cpu_rows(work.isa, work.params, begin, end);
+  work.rows(work.params, begin, end);
 }
 
 }  // namespace
@@ -32,9 +32,10 @@ gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::Para
   if (status != Status::kOk) return status;
 
   static const Isa isa = best_isa();
+  const RowsFunction rows = cpu_rows(isa, call->op);
   const int64_t grain = (kGrain + params.hidden - 1) / params.hidden;
   for (int64_t i = 0; i < slices.count; ++i) {
-    Work work{isa, select_slice(params, slices, i)};
+    Work work{rows, select_slice(params, slices, i)};
     if (!parallel_for || params.rows <= grain)
       run_rows(&work, 0, params.rows);
     else
