@@ -53,16 +53,18 @@ constexpr OperandRule optional(OperandRule rule) {
 // Operands are checked in the order of their rules: x first, as all others are compared with it, then the weight, then the other
 // inputs in the schema's order, then the outputs.
 struct OpInfo {
-  const char* name;        // in messages: "rms_norm"
-  const char* torch_name;  // with its overload: "rms_norm.out"
-  const char* schema;      // of the arguments and results, after torch_name
+  const char* name;            // in messages: "rms_norm"
+  const char* torch_name;      // with its overload: "rms_norm.out"
+  const char* schema;          // of the arguments and results, after torch_name
+  const char* differentiable;  // what to call instead where a derivative is wanted, after "gemma_norm."
   const OperandRule* rules;
   int32_t rule_count;
   uint64_t operands = 0;  // a bit for each
 
   template <int kCount>
-  constexpr OpInfo(const char* name, const char* torch_name, const char* schema, const OperandRule (&rules)[kCount])
-      : name(name), torch_name(torch_name), schema(schema), rules(rules), rule_count(kCount) {
+  constexpr OpInfo(const char* name, const char* torch_name, const char* schema, const char* differentiable,
+                   const OperandRule (&rules)[kCount])
+      : name(name), torch_name(torch_name), schema(schema), differentiable(differentiable), rules(rules), rule_count(kCount) {
     for (const OperandRule& rule : rules) operands |= uint64_t{1} << rule.operand;
   }
   constexpr bool has(Operand operand) const { return operands >> operand & 1; }

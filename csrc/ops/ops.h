@@ -15,6 +15,11 @@ struct OpList {
     return info >= One::kInfos && info < One::kInfos + sizeof One::kInfos / sizeof One::kInfos[0];
   }
 
+  // Calls visit(op) for each.
+  template <class Visit>
+  static void each(const Visit& visit) {
+    (visit(Op{}), ...);
+  }
   template <class Visit>
   static void each_info(const Visit& visit) {
     const auto visit_infos = [&](auto op) {

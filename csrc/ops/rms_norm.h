@@ -19,9 +19,9 @@ struct RmsNorm {
   static constexpr OperandRule kRules[] = {kXRule, kWeightRule, output(kOut, Use::kNew, kX)};
   static constexpr OperandRule kOutRules[] = {kXRule, kWeightRule, output(kOut, Use::kWritten, kX)};
   static constexpr OpInfo kInfos[] = {
-      {"rms_norm", "rms_norm", "(Tensor x, Tensor weight, float eps=1e-6, bool gemma=False) -> Tensor", kRules},
+      {"rms_norm", "rms_norm", "(Tensor x, Tensor weight, float eps=1e-6, bool gemma=False) -> Tensor", "rms_norm", kRules},
       {"rms_norm", "rms_norm.out", "(Tensor x, Tensor weight, float eps=1e-6, bool gemma=False, *, Tensor(a!) out) -> Tensor(a!)",
-       kOutRules},
+       "rms_norm without out", kOutRules},
   };
 };
 
@@ -48,11 +48,11 @@ struct AddRmsNorm {
       {"add_rms_norm", "add_rms_norm",
        "(Tensor x, Tensor residual, Tensor weight, float eps=1e-6, bool gemma=False, Tensor? post_residual_addition=None)"
        " -> (Tensor, Tensor)",
-       kRules},
+       "add_rms_norm", kRules},
       {"fused_add_rms_norm", "fused_add_rms_norm",
        "(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps=1e-6, bool gemma=False, "
        "Tensor? post_residual_addition=None) -> ()",
-       kFusedRules},
+       "add_rms_norm", kFusedRules},
   };
 };
 

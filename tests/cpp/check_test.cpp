@@ -31,10 +31,10 @@ struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, weight{20000, {8}, {1}}, out{30000, {4, 8}, {8, 1}};
   std::optional<Place> residual, post, sum;
   double eps = 1e-6;
-  OpInfo op{"op", "op", "", RmsNorm::kRules};
+  OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
   TestCall& add() {
-    op = OpInfo("op", "op", "", AddRmsNorm::kRules);
+    op = OpInfo("op", "op", "", "", AddRmsNorm::kRules);
     residual = Place{40000, {4, 8}, {8, 1}};
     sum = Place{60000, {4, 8}, {8, 1}};
     return *this;
