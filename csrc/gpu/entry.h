@@ -1,4 +1,4 @@
-// From the C interface to an operator's kernels, which are compiled in a file of their own for each operator.
+// From the C interface to an operator's kernels, which each have a source of their own: this one instantiates none.
 #pragma once
 
 #include "../device/platform.h"

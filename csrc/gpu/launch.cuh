@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "../core/check.h"
-#include "entry.h"
 #include "plan.h"
 #include "row_kernel.cuh"
 
@@ -103,6 +102,7 @@ device::Error launch_rows(const OpInfo& info, RowParams p, LaunchPlan plan, cons
 
 }  // namespace
 
+// Each operator's source instantiates it (csrc/cuda/rms_norm.cu), and with it all of the operator's kernels.
 template <class Op>
 Status run(const Call& call, device::Stream stream, Message* message) {
   RowParams params;

@@ -3,6 +3,7 @@
 
 #include "cases.h"
 #include "emulated_machine.h"
+#include "gpu/entry.h"
 #include "gpu/launch.cuh"
 
 namespace gemma_norm::gpu {
