@@ -233,5 +233,41 @@ TEST(Plan, PrintsItself) {
   EXPECT_EQ("wave: 13 of 16 threads a row, 16 rows a block, 2 x 4 interleaved elements a thread", describe(plan, DType::kFloat32));
 }
 
+TEST(Plan, IsPrintedOnceWhereAskedFor) {
+  setenv("GEMMA_NORM_PRINT_PLAN", "1", 1);
+  EXPECT_TRUE(prints_plans());
+  RowParams params{};
+  params.hidden = 4096;
+  params.dtypes[kX] = DType::kBFloat16;
+  const DeviceFacts device{32, kNoLimit, true, 8, 132};
+  const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], device);
+  testing::internal::CaptureStderr();
+  for (int i = 0; i < 2; ++i) print_plan(RmsNorm::kInfos[0], params, plan, true);
+  print_plan(RmsNorm::kInfos[0], params, plan, false);
+  const std::string line =
+      "gemma_norm: rms_norm, hidden 4096, bfloat16: block: 256 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a "
+      "thread, ";
+  EXPECT_EQ(line + "16 bytes an access\n" + line + "an element an access\n", testing::internal::GetCapturedStderr());
+}
+
+// Each row of tuning.h's table is some plan's, for one row or two.
+TEST(Kernels, AreAllOfSomePlan) {
+  std::set<int32_t> kernels;
+  for (const int32_t max_cluster : {1, 8})
+    for (const bool two_rows : {false, true})
+      for (const int64_t hidden : hidden_sizes()) {
+        const DeviceFacts device{32, kNoLimit, true, max_cluster, 132};
+        const LaunchPlan plan = make_plan(hidden, DType::kFloat32, device, two_rows);
+        for (const LaunchPlan& p : {plan, spread(plan, 1, hidden * 20, device)}) {
+          kernels.insert(p.kernel);
+          EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
+          EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
+          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors == p.vectors) << "the shape's, not the kernel's";
+          EXPECT_LT(0, kKernels[p.kernel].resident_threads[two_rows ? 2 : 0]);
+        }
+      }
+  EXPECT_EQ(kKernelCount, static_cast<int>(kernels.size()));
+}
+
 }  // namespace
 }  // namespace gemma_norm
