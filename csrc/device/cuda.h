@@ -40,17 +40,17 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
-GEMMA_NORM_DEVICE Words words(uint4 v) { return {v.x, v.y, v.z, v.w}; }
+GEMMA_NORM_DEVICE Vector16 vector16(uint4 v) { return {v.x, v.y, v.z, v.w}; }
 // Not the read-only path: with overlapped launches the kernel before may have written this memory.
-GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*reinterpret_cast<const uint4*>(p)); }
+GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*reinterpret_cast<const uint4*>(p)); }
 // Evict-first loads and stores are slower, in place above all (docs/performance.md).
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
-GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
+GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return load(p); }
+GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 constexpr bool kLoadsBeforeStores = false;
-GEMMA_NORM_DEVICE void wait_for_load(const Words&) {}
-GEMMA_NORM_DEVICE void keep_packed(Words*) {}
+GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}
+GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }

@@ -82,22 +82,22 @@ void wait_for_previous_kernel(Pointers...) {
 }
 inline void allow_next_kernel() {}
 
-inline void check_access(const Words* p) {
-  if (reinterpret_cast<uintptr_t>(p) % alignof(Words)) fail("a 16-byte access at an address that is no multiple of 16");
+inline void check_access(const Vector16* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(Vector16)) fail("a 16-byte access at an address that is no multiple of 16");
   if (!here.waited_for_previous_kernel) fail("an access to memory before wait_for_previous_kernel");
 }
-inline Words load(const Words* p) {
+inline Vector16 load(const Vector16* p) {
   check_access(p);
   return *p;
 }
-inline Words load_once(const Words* p) { return load(p); }
-inline void store_once(Words* p, Words v) {
+inline Vector16 load_once(const Vector16* p) { return load(p); }
+inline void store_once(Vector16* p, Vector16 v) {
   check_access(p);
   *p = v;
 }
 constexpr bool kLoadsBeforeStores = false;
-inline void wait_for_load(const Words&) {}
-inline void keep_packed(Words*) {}
+inline void wait_for_load(const Vector16&) {}
+inline void keep_packed(Vector16*) {}
 
 template <class To, class From>
 To bit_cast(From from) {

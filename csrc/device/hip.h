@@ -82,10 +82,10 @@ using UInt2 = uint32_t __attribute__((ext_vector_type(2)));
 using Vector4 = uint32_t __attribute__((ext_vector_type(4)));
 // Said to be global memory, which compilers do not always infer: flat accesses, which could be LDS, are slower.
 using GlobalVector4 = Vector4 __attribute__((address_space(1)));
-GEMMA_NORM_DEVICE Words words(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
-GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*(const GlobalVector4*)p); }
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nontemporal_load((const GlobalVector4*)p)); }
-GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
+GEMMA_NORM_DEVICE Vector16 vector16(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
+GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*(const GlobalVector4*)p); }
+GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return vector16(__builtin_nontemporal_load((const GlobalVector4*)p)); }
+GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
 // CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have
@@ -97,8 +97,8 @@ constexpr bool kLoadsBeforeStores = false;
 constexpr bool kLoadsBeforeStores = true;
 #endif
 // Neither is an instruction. The first only reads a word: reading and writing them all would cost registers.
-GEMMA_NORM_DEVICE void wait_for_load(const Words& v) { asm volatile("" ::"v"(v.word[0])); }
-GEMMA_NORM_DEVICE void keep_packed(Words* v) {
+GEMMA_NORM_DEVICE void wait_for_load(const Vector16& v) { asm volatile("" ::"v"(v.word[0])); }
+GEMMA_NORM_DEVICE void keep_packed(Vector16* v) {
   asm volatile("" : "+v"(v->word[0]), "+v"(v->word[1]), "+v"(v->word[2]), "+v"(v->word[3]));
 }
 

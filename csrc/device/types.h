@@ -12,7 +12,7 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-struct alignas(16) Words {
+struct alignas(16) Vector16 {
   uint32_t word[4];
 };
 

@@ -24,13 +24,13 @@ struct SourceOf<InputSource, X, kVectors, Order, kReuse> {
   GEMMA_NORM_DEVICE SourceOf(const RowParams& p, const RowIndex& row, int start) : x(row.pointer<X>(p, kX, start)) {}
 
   template <bool kAligned, class First, class End>
-  GEMMA_NORM_DEVICE void load(Words (&s)[kVectors], Second (&)[kVectors], const First& first, int step, End end) const {
+  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&)[kVectors], const First& first, int step, End end) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, kReuse>(x, first(k), step, end);
   }
   static constexpr bool kSumsBeforeStores = false;
   template <bool kAligned, class First, class End, class BeforeStores>
-  GEMMA_NORM_DEVICE void sum(Words (&)[kVectors], Second (&)[kVectors], const First&, int, End, const BeforeStores&) const {}
+  GEMMA_NORM_DEVICE void sum(Vector16 (&)[kVectors], Second (&)[kVectors], const First&, int, End, const BeforeStores&) const {}
 
   // Where s is to be found again.
   GEMMA_NORM_DEVICE const X* stored() const { return x; }
@@ -41,7 +41,7 @@ struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
   const X *x, *residual, *post;
   X* residual_out;
   const RowParams& p;
-  using Second = Words;
+  using Second = Vector16;
 
   GEMMA_NORM_DEVICE SourceOf(const RowParams& p, const RowIndex& row, int start)
       : x(row.pointer<X>(p, kX, start)),
@@ -51,7 +51,7 @@ struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
         p(p) {}
 
   template <bool kAligned, class First, class End>
-  GEMMA_NORM_DEVICE void load(Words (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end) const {
+  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, Reuse::kNone>(x, first(k), step, end);
     if constexpr (Order::kWholeRows) {
@@ -63,7 +63,7 @@ struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
   // The sums are worked out, and before_stores() is called, before any sum is stored; else nobody calls it.
   static constexpr bool kSumsBeforeStores = Order::kWholeRows && device::kLoadsBeforeStores;
   template <bool kAligned, class First, class End, class BeforeStores>
-  GEMMA_NORM_DEVICE void sum(Words (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end,
+  GEMMA_NORM_DEVICE void sum(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end,
                              const BeforeStores& before_stores) const {
     if constexpr (Order::kWholeRows) {
       if (p.data[kPost]) {
@@ -110,7 +110,7 @@ struct SquareSum {
   static constexpr int kNumbers = 1;
   float sum[kItems<X>] = {};
 
-  GEMMA_NORM_DEVICE void add(Words s) {
+  GEMMA_NORM_DEVICE void add(Vector16 s) {
     float f[kItems<X>];
     unpack_items<X>(s, f);
 #pragma unroll
@@ -142,7 +142,7 @@ struct FinishOf {
   const W* weight;
   const RowParams& p;
   struct Weights {
-    Words v[kWeightVectors];
+    Vector16 v[kWeightVectors];
   };
 
   GEMMA_NORM_DEVICE FinishOf(const RowParams& p, const RowIndex& row, int start)
@@ -162,7 +162,7 @@ struct FinishOf {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void store(Words s, const Weights& w, float rstd, Index first, int step, End end) const {
+  GEMMA_NORM_DEVICE void store(Vector16 s, const Weights& w, float rstd, Index first, int step, End end) const {
     float y[kItems<X>], f[kItems<X>];
     unpack_items<X>(s, y);
 #pragma unroll

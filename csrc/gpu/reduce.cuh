@@ -20,7 +20,7 @@ static_assert(kMaxWaves <= 32 && kMaxCluster == 8, "as many terms are added belo
 
 template <int kNumbers, int kUses>
 struct BlockSums {
-  Words of_waves[kUses][kNumbers][kMaxWaves / 4];
+  Vector16 of_waves[kUses][kNumbers][kMaxWaves / 4];
 };
 
 // What a block gets from each block of its cluster.
@@ -56,7 +56,7 @@ GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], int use) {
 #pragma unroll
       for (int i = 0; i < (kThreads / width + 3) / 4; ++i) {
         if (i >= 2 && waves <= 8) break;
-        const Words four = sums[n][i];
+        const Vector16 four = sums[n][i];
         float f[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) f[j] = 4 * i + j < 2 || 4 * i + j < waves ? device::as_float(four.word[j]) : 0.0f;

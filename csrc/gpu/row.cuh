@@ -45,11 +45,11 @@ enum class Reuse { kNone, kSome };
 // A slot's k-th vector of a row; what lies past the row's end reads as 0 and is not written. Aligned: whole 16-byte accesses.
 // Otherwise element by element, for any alignment: the same elements in the same places, so the same results.
 template <bool kAligned, Reuse kReuse, class T, class Index, class End>
-GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end) {
-  Words v{};
+GEMMA_NORM_DEVICE Vector16 load_items(const T* row, Index first, int step, End end) {
+  Vector16 v{};
   if constexpr (kAligned) {
     if (first < end) {
-      const Words* p = reinterpret_cast<const Words*>(row + first);
+      const Vector16* p = reinterpret_cast<const Vector16*>(row + first);
       v = kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
     }
   } else {
@@ -68,9 +68,9 @@ GEMMA_NORM_DEVICE Words load_items(const T* row, Index first, int step, End end)
 }
 
 template <bool kAligned, class T, class Index>
-GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Words v) {
+GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Vector16 v) {
   if constexpr (kAligned) {
-    if (first < end) device::store_once(reinterpret_cast<Words*>(row + first), v);
+    if (first < end) device::store_once(reinterpret_cast<Vector16*>(row + first), v);
   } else {
 #pragma unroll
     for (int i = 0; i < kItems<T>; ++i) {
@@ -86,21 +86,21 @@ GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Wor
 }
 
 template <class T>
-GEMMA_NORM_DEVICE void unpack_items(Words v, float (&f)[kItems<T>]) {
+GEMMA_NORM_DEVICE void unpack_items(Vector16 v, float (&f)[kItems<T>]) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) device::unpack<T>(v.word[w], f + w * kWordItems<T>);
 }
 
 template <class T>
-GEMMA_NORM_DEVICE Words pack_items(const float (&f)[kItems<T>]) {
-  Words v;
+GEMMA_NORM_DEVICE Vector16 pack_items(const float (&f)[kItems<T>]) {
+  Vector16 v;
 #pragma unroll
   for (int w = 0; w < 4; ++w) v.word[w] = device::pack<T>(f + w * kWordItems<T>);
   return v;
 }
 
 template <class T>
-GEMMA_NORM_DEVICE Words add_rounded(Words a, Words b) {
+GEMMA_NORM_DEVICE Vector16 add_rounded(Vector16 a, Vector16 b) {
   float x[kItems<T>], y[kItems<T>];
   unpack_items<T>(a, x);
   unpack_items<T>(b, y);

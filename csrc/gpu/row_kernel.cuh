@@ -63,7 +63,7 @@ normalize_rows(RowParams p, Launch launch) {
   const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);  // a block's row is uniform
   const Source source(p, row, start);
   const Finish finish(p, row, start);
-  Words s[kVectors];
+  Vector16 s[kVectors];
   typename Source::Second second[kVectors];
   typename Finish::Weights w[kVectors];
   const auto load_weights = [&](auto end) {
@@ -139,7 +139,7 @@ normalize_stream(RowParams p, Launch launch) {
   SquareSum<X> squares;
   for (int k = 0; k < launch.vectors; ++k) {
     const auto first = [&](int) { return first_item<kAligned, X, int64_t>(launch, place.slot, k); };
-    Words s[1];
+    Vector16 s[1];
     typename Source::Second second[1];
     source.template load<kAligned>(s, second, first, step, end);
     source.template sum<kAligned>(s, second, first, step, end, [] {});
@@ -155,7 +155,7 @@ normalize_stream(RowParams p, Launch launch) {
     const int64_t first = first_item<kAligned, X, int64_t>(launch, place.slot, k);
     typename Finish::Weights w;
     finish.template load<kAligned>(w, first, step, end);
-    const Words s =
+    const Vector16 s =
         load_items<kAligned, Reuse::kNone>(source.stored(), first, step, end);  // each thread reads what it wrote itself
     finish.template store<kAligned>(s, w, rstd, first, step, end);
   }

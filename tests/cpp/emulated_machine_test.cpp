@@ -86,8 +86,8 @@ TEST_P(EmulatedMachine, SaysWhenThreadsOfABlockDiverge) {
 }
 
 TEST_P(EmulatedMachine, SaysWhenAnAccessIsNotAligned) {
-  Words words[2];
-  const auto* between = reinterpret_cast<const Words*>(reinterpret_cast<const char*>(words) + 4);
+  Vector16 words[2];
+  const auto* between = reinterpret_cast<const Vector16*>(reinterpret_cast<const char*>(words) + 4);
   const device::Error error = launch(GetParam(), 1, 64, [&] {
     device::wait_for_previous_kernel();
     device::load(between);
@@ -96,7 +96,7 @@ TEST_P(EmulatedMachine, SaysWhenAnAccessIsNotAligned) {
 }
 
 TEST_P(EmulatedMachine, SaysWhenAnAccessDoesNotWaitForThePreviousKernel) {
-  Words words[1];
+  Vector16 words[1];
   const device::Error error = launch(GetParam(), 1, 64, [&] {
     if (device::thread_index() != 3) device::wait_for_previous_kernel();
     device::load(words);
