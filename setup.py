@@ -66,7 +66,7 @@ from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
-CORE = ["csrc/check.cpp", "csrc/overlap.cpp", "csrc/plan.cpp"]
+CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp", "csrc/gpu/plan.cpp"]
 CPU = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
 # Error messages hold the names of source files. Without the folders of this build, libraries are the same everywhere.
 PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
@@ -146,6 +146,7 @@ def output(*command: str, env: dict[str, str] | None = None) -> str:
 
 class Toolkit:
     tool: str
+    sources: list[Path]
     variables: list[str]
     install: str
     compiler: str | None
@@ -159,7 +160,7 @@ class Toolkit:
 
 
 class Cuda(Toolkit):
-    source, object = "csrc/cuda/rms_norm.cu", "cuda_rms_norm.o"
+    sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
     tool, variables = "nvcc", ["CUDA_HOME", "CUDA_PATH"]
     install = "install the CUDA toolkit, or set CUDA_HOME to where it is"
 
@@ -198,7 +199,7 @@ class Cuda(Toolkit):
 
 
 class Hip(Toolkit):
-    source, object = "csrc/hip/rms_norm.hip", "hip_rms_norm.o"
+    sources = sorted(ROOT.glob("csrc/hip/*.hip"))
     tool, variables = "hipcc", ["ROCM_PATH", "ROCM_HOME"]
     install = "install ROCm (on Debian: apt-get install hipcc libamdhip64-dev), or set ROCM_PATH to where it is"
 
@@ -294,7 +295,7 @@ class BuildLibraries(cpp_extension.BuildExtension):
             if toolkit := TOOLKITS.get(name):
                 compiler, architectures = toolkit.describe()
                 info[name] = {"compiler": compiler, "architectures": architectures}
-                ext.extra_objects = [self.compile_kernels(toolkit, architectures)]
+                ext.extra_objects = self.compile_kernels(toolkit, architectures)
                 ext.extra_link_args += toolkit.link()
         super().build_extensions()
         version = self.distribution.get_version()
@@ -317,23 +318,28 @@ class BuildLibraries(cpp_extension.BuildExtension):
             if library.stem.rsplit("_", 1)[1] not in BACKENDS:
                 library.unlink()
 
-    def compile_kernels(self, toolkit: Toolkit, architectures: list[str]) -> str:
-        """Through ninja: compiled again only when a source, a header or the command has changed."""
+    def compile_kernels(self, toolkit: Toolkit, architectures: list[str]) -> list[str]:
+        """Through ninja, MAX_JOBS sources at a time: again only when a source, a header or the command has changed."""
         folder = ROOT / "build" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        target, source = folder / toolkit.object, ROOT / toolkit.source
+        targets = {folder / f"{toolkit.tool}_{source.stem}.o": source for source in toolkit.sources}
         environment = "".join(f"{k}={v} " for k, v in toolkit.environment.items())
         launcher = "ccache " if shutil.which("ccache") else ""
         command = shlex.join(toolkit.command()).replace("$", "$$")
         escaped = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
-        (folder / f"{toolkit.object}.ninja").write_text(
+        (folder / f"{toolkit.tool}.ninja").write_text(
             f"rule compile\n  command = {environment}{launcher}{command} -MD -MF $out.d -c $in -o $out\n"
-            f"  description = {toolkit.tool} {toolkit.source} for {', '.join(architectures)}\n"
-            f"  depfile = $out.d\n  deps = gcc\nbuild {escaped(target)}: compile {escaped(source)}\n"
+            f"  description = {toolkit.tool} $name for {', '.join(architectures)}\n"
+            "  depfile = $out.d\n  deps = gcc\n"
+            + "".join(
+                f"build {escaped(target)}: compile {escaped(source)}\n  name = {source.relative_to(ROOT)}\n"
+                for target, source in targets.items()
+            )
         )
-        if subprocess.run(["ninja", "-C", str(folder), "-f", f"{toolkit.object}.ninja"], check=False).returncode:
-            stop(f"{toolkit.compiler} did not compile {toolkit.source}; what it said is above")
-        return str(target)
+        ninja = ["ninja", "-j", MAX_JOBS, "-C", str(folder), "-f", f"{toolkit.tool}.ninja"]
+        if subprocess.run(ninja, check=False).returncode:
+            stop(f"{toolkit.compiler} did not compile {toolkit.sources[0].parent}; what it said is above")
+        return [str(target) for target in targets]
 
 
 class BuildModules(build_py):

@@ -1,13 +1,7 @@
-// The C interface of gemma_norm: RMSNorm, plain or fused with the residual addition, one function a device.
-//
-//   s = x                                         without residual
-//   s = round(x + residual)                       with residual
-//   s = round(x + round(residual + post))         with residual and post_residual_addition
-//   y = round(s * rstd * (gemma ? 1 + weight : weight)),   rstd = 1 / sqrt(mean(s^2) + eps)
-//
-// round() is to x's dtype, nearest even; everything else is float32. y goes to `out`, s to `residual_out`.
-// A function checks its arguments before anything is written, and neither throws (but see NormArgs::before_write), prints, exits
-// nor synchronises.
+// The C interface of gemma_norm: one function a device runs any operator of the library. What an operator computes is in its file
+// in ops/; what it takes is in its OpInfo (core/op_info.h).
+// A function checks its arguments before anything is written, and neither throws (but see Call::before_write), prints (but see
+// GEMMA_NORM_PRINT_PLAN in gpu/plan.h), exits nor synchronises.
 #pragma once
 
 #include <cstddef>
@@ -35,16 +29,28 @@ struct Tensor {
   const char* dtype_name;  // for messages; names the dtype also when it is kOther
 };
 
-struct NormArgs {
-  const char* op;                        // for messages: "rms_norm", "fused_add_rms_norm", "add_rms_norm"
-  Tensor x;                              // [..., hidden]
-  Tensor weight;                         // [hidden], contiguous, x's dtype or float32
-  Tensor out;                            // [..., hidden]; exactly x's memory (in place) or disjoint from every input
-  const Tensor* residual;                // [..., hidden] or null
-  const Tensor* post_residual_addition;  // [..., hidden] or null; needs residual
-  const Tensor* residual_out;            // [..., hidden], null exactly when residual is; exactly residual's memory or disjoint
-  double eps;                            // finite, >= 0
-  bool gemma;                            // multiply by 1 + weight
+// Every tensor that an operator may take or give: an index into the arrays of a call and of its checked parameters.
+enum Operand : int32_t {
+  kX,            // [..., hidden]
+  kWeight,       // [hidden]
+  kResidual,     // [..., hidden]
+  kPost,         // [..., hidden]; Python's post_residual_addition
+  kOut,          // [..., hidden]
+  kResidualOut,  // [..., hidden]
+  kOperands,
+  kNoOperand = -1
+};
+constexpr const char* kOperandNames[kOperands] = {"x", "weight", "residual", "post_residual_addition", "out", "residual_out"};
+
+struct OpInfo;
+
+// One call of an operator. An output may be an input itself (in place: same pointer, shape and strides); otherwise it must not
+// overlap any input.
+struct Call {
+  const OpInfo* op;
+  const Tensor* tensors[kOperands];  // null for what the operator has not, and for an optional operand that is left out
+  double eps;                        // finite, >= 0
+  bool gemma;                        // multiply by 1 + weight
   // Called once, after the last check and before the first write; null: not called. What it throws passes through: nothing has
   // been written then.
   void (*before_write)(const void* context) = nullptr;
@@ -65,12 +71,14 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* co
 #pragma GCC visibility push(default)
 extern "C" {
 
+// The operator whose torch name is `name` ("rms_norm", "add_rms_norm", ...), or null.
+const gemma_norm::OpInfo* gemma_norm_op(const char* name);
+
 // Runs on the calling thread and on whatever threads `parallel_for` brings (null: the calling thread alone).
-gemma_norm::Status gemma_norm_cpu(const gemma_norm::NormArgs* args, gemma_norm::ParallelFor parallel_for,
-                                  gemma_norm::Message* message);
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for, gemma_norm::Message* message);
 
 // Enqueue on `stream` (a cudaStream_t or hipStream_t of the current device) and return; pointers are device pointers.
-gemma_norm::Status gemma_norm_cuda(const gemma_norm::NormArgs* args, void* stream, gemma_norm::Message* message);
-gemma_norm::Status gemma_norm_hip(const gemma_norm::NormArgs* args, void* stream, gemma_norm::Message* message);
+gemma_norm::Status gemma_norm_cuda(const gemma_norm::Call* call, void* stream, gemma_norm::Message* message);
+gemma_norm::Status gemma_norm_hip(const gemma_norm::Call* call, void* stream, gemma_norm::Message* message);
 }
 #pragma GCC visibility pop

@@ -37,17 +37,16 @@ Isa best_isa() {
   return Isa::kGeneric;
 }
 
-void cpu_rows(Isa isa, const RowParams& params, int64_t begin, int64_t end) {
-  switch (isa) {
+RowsFunction cpu_rows(Isa isa, const OpInfo* op) {
+  const CpuKernels* kernels = &kGenericKernels;
 #if defined(__x86_64__)
-    case Isa::kAvx2: return rows_avx2(params, begin, end);
-    case Isa::kAvx512: return rows_avx512(params, begin, end);
-    case Isa::kAvx512Bf16: return rows_avx512_bf16(params, begin, end);
+  if (isa == Isa::kAvx2) kernels = &kAvx2Kernels;
+  if (isa == Isa::kAvx512) kernels = &kAvx512Kernels;
+  if (isa == Isa::kAvx512Bf16) kernels = &kAvx512Bf16Kernels;
 #elif defined(__aarch64__)
-    case Isa::kNeon: return rows_neon(params, begin, end);
+  if (isa == Isa::kNeon) kernels = &kNeonKernels;
 #endif
-    default: return rows_generic(params, begin, end);
-  }
+  return kernels->rows[Ops::index(op)];
 }
 
 }  // namespace gemma_norm

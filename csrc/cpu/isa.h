@@ -1,9 +1,12 @@
-// The instruction sets that the row kernel is compiled for, one file each, and the choice between them.
+// The instruction sets that the kernels are compiled for, one file each, and the choice between them.
 #pragma once
 
 #include <cstdint>
 
-#include "../kernels/row_params.h"
+#include "exact.h"  // before any formula
+
+#include "../core/row_params.h"
+#include "../ops/ops.h"
 
 namespace gemma_norm {
 
@@ -15,15 +18,16 @@ const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // compiled in, and the processor has it
 Isa best_isa();
 
-// Normalises rows [begin, end) of `params` on the calling thread. The instruction set must be supported; the bits do not depend
-// on which (see row_kernel.h).
-void cpu_rows(Isa isa, const RowParams& params, int64_t begin, int64_t end);
+// Computes rows [begin, end) of `params` on the calling thread.
+using RowsFunction = void (*)(const RowParams& params, int64_t begin, int64_t end);
 
-// What cpu_rows chooses from.
-void rows_generic(const RowParams& params, int64_t begin, int64_t end);
-void rows_avx2(const RowParams& params, int64_t begin, int64_t end);
-void rows_avx512(const RowParams& params, int64_t begin, int64_t end);
-void rows_avx512_bf16(const RowParams& params, int64_t begin, int64_t end);
-void rows_neon(const RowParams& params, int64_t begin, int64_t end);
+// An instruction set's function for each of Ops. The bits do not depend on the instruction set (see row_kernel.h).
+struct CpuKernels {
+  RowsFunction rows[Ops::kCount];
+};
+extern const CpuKernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kNeonKernels;
+
+// The instruction set must be supported.
+RowsFunction cpu_rows(Isa isa, const OpInfo* op);
 
 }  // namespace gemma_norm

@@ -1,8 +1,8 @@
-// The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (rms_norm_*.cpp).
+// The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (generic.cpp, avx2.cpp, ...).
 //
 // Each row is passed over twice, the second time out of the cache:
 //   statistics  s = the sum of the inputs, stored where there is something to add; rstd = 1 / sqrt(mean(s^2) + eps)
-//   normalize   y = s * rstd * (weight + offset)
+//   normalize   y = Op::Formula(s, rstd, weight + offset)
 // A thread with many rows does the second of a row and the first of the next one side by side: memory is read while the
 // processor computes, and the latencies of a row's end (tree, root, division) hide behind other rows.
 //
@@ -17,14 +17,9 @@
 
 #include <cstdint>
 
-// A fused multiply-add rounds once where an instruction set without it rounds twice. (Clang's -ffp-contract=fast overrules this.)
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "exact.h"  // before any formula
 
-#include "../kernels/row_params.h"
+#include "isa.h"
 #include "rows.h"
 #include "squares.h"
 #include "weights.h"
@@ -32,32 +27,64 @@
 namespace gemma_norm {
 namespace {
 
-// What a thread with many rows sets up: weights converted or packed once, and a place for two rows' sums. Rows that are longer
-// still do without, and go one by one.
+// --- How a thread goes about its rows
+
+// A thread with at least this many rows first converts or packs the weights, once, and reserves a buffer for the sums of two rows.
+// Longer rows do not fit into the buffers and are done one by one.
 constexpr int64_t kManyRows = 4;
 constexpr int64_t kBufferElements = 16384;
 
 // From here on, float32 weights, two bfloat16 rows and the outputs of one do not fit into an innermost cache of 32 KiB. Packed
-// weights take 14 % less time for 1024 x 4096, and 8 % more where all fits.
+// weights make 1024 x 4096 take 14 % less time, and 8 % more where all fits.
 constexpr int64_t kPackedFrom = (32 << 10) / (sizeof(float) + 3 * sizeof(BFloat16)) + 1;
 
-// Outputs from here on are written around the caches: most would leave them before anybody reads them, and an ordinary store
-// first reads from memory what it overwrites. At this size, norm and copy in turn took 10 % less so. At half of it, they took 14 %
-// less where one thread wrote it all, but 40 % more where two did.
+// An output of so many bytes is written around the caches: most of it would leave them before anybody reads it, and an ordinary
+// store first reads from memory what it overwrites. At this size, norm and copy in turn took 10 % less time. At half of it, they
+// took 14 % less where one thread wrote all of it, but 40 % more where two did: the second number is for one thread's part.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kStreamBytesOfThread = kStreamBytes / 2;
+
+struct Strategy {
+  bool beside;                  // each row's second pass goes beside the next row's first
+  bool packed;                  // the weights are kept in 16 bits, not in float32; only beside
+  bool stream_sum, stream_out;  // written around the caches; the sum only beside
+};
+
+// Whether to write an output around the caches: it is large, none of it is in them as an input, and it is made of whole lines.
+template <class T>
+bool streams(const RowParams& p, int64_t rows, Operand output) {
+  constexpr int64_t kItem = sizeof(T);
+  const void* const out = p.data[output];
+  const int64_t row_bytes = p.hidden * kItem;
+  if (!out || (p.rows * row_bytes < kStreamBytes && rows * row_bytes < kStreamBytesOfThread)) return false;
+  for (int o = 0; o < kOperands; ++o)
+    if (o != output && out == p.data[o]) return false;
+  bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
+  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && p.strides[output][d] * kItem % kCacheLine == 0;
+  return aligned;
+}
+
+template <class V, class T, class W>
+Strategy choose(const RowParams& p, int64_t rows) {
+  Strategy strategy{};
+  strategy.beside = rows >= kManyRows && p.hidden <= kBufferElements;
+  strategy.packed = kPacks<V, W> && strategy.beside && p.hidden >= kPackedFrom;
+  strategy.stream_sum = V::kStreams && strategy.beside && streams<T>(p, rows, kResidualOut);
+  strategy.stream_out = V::kStreams && streams<T>(p, rows, kOut);
+  return strategy;
+}
 
 // --- The second pass
 
 // Writes a row's outputs. Prepared weights reach to the end of the last vector.
-template <class V, class T, class Factors, bool kStream>
+template <class V, class Op, class T, class Factors, bool kStream>
 class Normalizer {
  public:
   Normalizer(Factors factors, const Row<T>& row, float rstd)
-      : factors_(factors), s_(row.sum ? row.sum : row.x), out_(row.out), scale_(V::broadcast(rstd)) {}
+      : factors_(factors), s_(row.sum ? row.sum : row[kX]), out_(row[kOut]), rstd_(V::broadcast(rstd)) {}
 
   [[gnu::always_inline]] void vector(int64_t i) const {
-    const V y = V::load(s_ + i) * scale_ * factors_.template at<V>(i);
+    const V y = Op::Formula::apply(V::load(s_ + i), rstd_, factors_.template at<V>(i));
     if constexpr (kStream)
       y.stream(out_ + i);
     else
@@ -68,7 +95,7 @@ class Normalizer {
     if (const int64_t rest = hidden - i) {
       T y[kLanes] = {};
       copy(y, s_ + i, rest);
-      (V::load(y) * scale_ * factors_.template rest_at<V>(i, rest)).store(y);
+      Op::Formula::apply(V::load(y), rstd_, factors_.template rest_at<V>(i, rest)).store(y);
       copy(out_ + i, y, rest);
     }
   }
@@ -77,7 +104,7 @@ class Normalizer {
   const Factors factors_;
   const T* const s_;
   T* const out_;
-  const V scale_;
+  const V rstd_;
 };
 
 // --- Both
@@ -102,9 +129,9 @@ float statistics(const RowParams& p, const Row<T>& row) {
   return squares.rstd(p);
 }
 
-template <class V, class T, class Factors, bool kStream>
+template <class V, class Op, class T, class Factors, bool kStream>
 void normalize(const RowParams& p, Factors factors, const Row<T>& row, float rstd) {
-  Normalizer<V, T, Factors, kStream>(factors, row, rstd).rest(0, p.hidden);
+  Normalizer<V, Op, T, Factors, kStream>(factors, row, rstd).rest(0, p.hidden);
 }
 
 // Brings in what a V will want soon.
@@ -115,19 +142,19 @@ template <class T>
 }
 
 // Normalises `row` and returns the rstd of `next`, while the memory in `ahead` is brought in.
-template <class V, class T, class Factors, Addition kAddition, bool kStreamSum, bool kStreamOut>
+template <class V, class Op, class T, class Factors, Addition kAddition, bool kStreamSum, bool kStreamOut>
 [[gnu::always_inline]] inline float normalize_beside(const RowParams& p, Factors factors, const Row<T>& row, float rstd,
                                                      const Row<T>& next, Row<T> ahead) {
   Squares<V, T, kAddition, kStreamSum> squares(next);
-  const Normalizer<V, T, Factors, kStreamOut> normalizer(factors, row, rstd);
+  const Normalizer<V, Op, T, Factors, kStreamOut> normalizer(factors, row, rstd);
   const auto step = [&](int64_t i) {
     squares.add_step(i);
     for (int k = 0; k < kStep; k += kLanes) {
-      prefetch(ahead.x, i + k);
-      if constexpr (!kStreamOut) prefetch(ahead.out, i + k);
+      prefetch(ahead[kX], i + k);
+      if constexpr (!kStreamOut) prefetch(ahead[kOut], i + k);
       if constexpr (kAddition != Addition::kNone) {
-        prefetch(ahead.residual, i + k);
-        if constexpr (!kStreamSum) prefetch(ahead.residual_out, i + k);
+        prefetch(ahead[kResidual], i + k);
+        if constexpr (!kStreamSum) prefetch(ahead[kResidualOut], i + k);
       }
       normalizer.vector(i + k);
     }
@@ -138,37 +165,22 @@ template <class V, class T, class Factors, Addition kAddition, bool kStreamSum, 
   return squares.rstd(p);
 }
 
-// Whether to write an output around the caches: it is large, none of it is in them as an input, and it is made of whole lines.
-template <class T>
-bool streams(const RowParams& p, int64_t rows_of_thread, const void* out, const int64_t* strides) {
-  constexpr int64_t kItem = sizeof(T);
-  const int64_t row_bytes = p.hidden * kItem;
-  if (p.rows * row_bytes < kStreamBytes && rows_of_thread * row_bytes < kStreamBytesOfThread) return false;
-  if (out == p.x || out == p.residual || out == p.post_residual_addition) return false;
-  bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
-  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && strides[d] * kItem % kCacheLine == 0;
-  return aligned;
-}
+// --- All of a thread's rows, by a strategy
 
 // Row by row.
-template <class V, class T, class W>
+template <class V, class Op, class T, class W, Addition kAddition, bool kStreamOut>
 void run_few(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  const auto first_pass = !p.residual                 ? &statistics<V, T, Addition::kNone, false>
-                          : !p.post_residual_addition ? &statistics<V, T, Addition::kResidual, false>
-                                                      : &statistics<V, T, Addition::kResidualAndPost, false>;
-  const auto second_pass = streams<T>(p, end - begin, p.out, p.out_strides) ? &normalize<V, T, Weights<T, W>, true>
-                                                                            : &normalize<V, T, Weights<T, W>, false>;
-  RowCursor<T> cursor(p, begin);
+  RowCursor<Op, T> cursor(p, begin);
   for (; begin < end; ++begin) {
     const Row<T> row = cursor.next();
-    second_pass(p, weights, row, first_pass(p, row));
+    normalize<V, Op, T, Weights<T, W>, kStreamOut>(p, weights, row, statistics<V, T, kAddition, false>(p, row));
   }
 }
 
 // Each row beside the next. `sums` holds two rows.
-template <class V, class T, class Factors, Addition kAddition, bool kStreamSum, bool kStreamOut>
+template <class V, class Op, class T, class Factors, Addition kAddition, bool kStreamSum, bool kStreamOut>
 void run_beside(const RowParams& p, Factors factors, T* sums, int64_t begin, int64_t end) {
-  RowCursor<T> cursor(p, begin);
+  RowCursor<Op, T> cursor(p, begin);
   const auto take = [&](int64_t index) {
     Row<T> row = cursor.next();
     if constexpr (kStreamSum) row.sum = sums + index % 2 * kBufferElements;
@@ -178,78 +190,92 @@ void run_beside(const RowParams& p, Factors factors, T* sums, int64_t begin, int
   float rstd = statistics<V, T, kAddition, kStreamSum>(p, row);
   for (; begin + 1 < end; ++begin) {
     const Row<T> after = take(begin + 2);  // perhaps another thread's: it is prefetched at most
-    const Row<T> ahead{after.x, after.residual, nullptr, next.out, after.residual_out, nullptr};
-    rstd = normalize_beside<V, T, Factors, kAddition, kStreamSum, kStreamOut>(p, factors, row, rstd, next, ahead);
+    Row<T> ahead = after;
+    ahead.of[kOut] = next[kOut];
+    rstd = normalize_beside<V, Op, T, Factors, kAddition, kStreamSum, kStreamOut>(p, factors, row, rstd, next, ahead);
     row = next;
     next = after;
   }
-  normalize<V, T, Factors, kStreamOut>(p, factors, row, rstd);
+  normalize<V, Op, T, Factors, kStreamOut>(p, factors, row, rstd);
 }
 
-template <class V, class T, class Factors, bool kStreamSum, bool kStreamOut>
-auto choose_beside(const RowParams& p) {
-  return !p.residual                 ? &run_beside<V, T, Factors, Addition::kNone, false, kStreamOut>
-         : !p.post_residual_addition ? &run_beside<V, T, Factors, Addition::kResidual, kStreamSum, kStreamOut>
-                                     : &run_beside<V, T, Factors, Addition::kResidualAndPost, kStreamSum, kStreamOut>;
+// Large buffers have stack frames of their own, here and below: few rows do not even touch them.
+template <class V, class Op, class T, Addition kAddition, bool kStreamSum, bool kStreamOut, class Factors>
+void run_beside_with_sums(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
+  alignas(kCacheLine) T sums[kStreamSum ? 2 * kBufferElements : 1];
+  run_beside<V, Op, T, Factors, kAddition, kStreamSum, kStreamOut>(p, factors, sums, begin, end);
 }
 
-// Large buffers have stack frames of their own, here and below: not even touched for few rows.
-template <class V, class T, class Factors>
-void run_many(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
-  alignas(kCacheLine) T sums[2 * kBufferElements];
-  const bool stream_out = streams<T>(p, end - begin, p.out, p.out_strides);
-  const bool stream_sum = p.residual && streams<T>(p, end - begin, p.residual_out, p.residual_out_strides);
-  auto pass = choose_beside<V, T, Factors, false, false>(p);
-  if (stream_sum && stream_out)
-    pass = choose_beside<V, T, Factors, true, true>(p);
-  else if (stream_sum)
-    pass = choose_beside<V, T, Factors, true, false>(p);
-  else if (stream_out)
-    pass = choose_beside<V, T, Factors, false, true>(p);
-  pass(p, factors, sums, begin, end);
-}
-
-template <class V, class T, class W>
+template <class V, class Op, class T, class W, Addition kAddition, bool kStreamSum, bool kStreamOut>
 [[gnu::noinline]] void run_prepared(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
   alignas(kCacheLine) float factors[kBufferElements];
-  run_many<V, T>(p, prepare<V>(weights, p.hidden, factors), begin, end);
+  const auto prepared = prepare<V>(weights, p.hidden, factors);
+  run_beside_with_sums<V, Op, T, kAddition, kStreamSum, kStreamOut>(p, prepared, begin, end);
 }
 
-template <class V, class T, class W>
+template <class V, class Op, class T, class W, Addition kAddition, bool kStreamSum, bool kStreamOut>
 [[gnu::noinline]] void run_packed(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
   alignas(kCacheLine) W packed[kBufferElements];
-  run_many<V, T>(p, pack<V>(weights, p.hidden, packed), begin, end);
+  run_beside_with_sums<V, Op, T, kAddition, kStreamSum, kStreamOut>(p, pack<V>(weights, p.hidden, packed), begin, end);
 }
 
-template <class V, class T, class W>
+template <class V, class Op, class T, class W, Addition kAddition, bool kStreamSum, bool kStreamOut>
+void run(const RowParams& p, bool beside, bool packed, int64_t begin, int64_t end) {
+  const Weights<T, W> weights{static_cast<const W*>(p.data[kWeight]), p.weight_offset};
+  if (!beside) return run_few<V, Op, T, W, kAddition, kStreamOut>(p, weights, begin, end);
+  if constexpr (kPacks<V, W>)
+    if (packed) return run_packed<V, Op, T, W, kAddition, kStreamSum, kStreamOut>(p, weights, begin, end);
+  run_prepared<V, Op, T, W, kAddition, kStreamSum, kStreamOut>(p, weights, begin, end);
+}
+
+template <class V, class Op, class T, class W, Addition kAddition>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  const Weights<T, W> weights{static_cast<const W*>(p.weight), p.weight_offset};
-  if (end - begin < kManyRows || p.hidden > kBufferElements)
-    run_few<V>(p, weights, begin, end);
-  else if constexpr (kPacks<V, W>)
-    (p.hidden < kPackedFrom ? run_prepared<V, T, W> : run_packed<V, T, W>)(p, weights, begin, end);
-  else
-    run_prepared<V>(p, weights, begin, end);
+  const Strategy s = choose<V, T, W>(p, end - begin);
+  auto rows = &run<V, Op, T, W, kAddition, false, false>;
+  if constexpr (V::kStreams) {
+    if (s.stream_out) rows = &run<V, Op, T, W, kAddition, false, true>;
+    if constexpr (kAddition != Addition::kNone) {
+      if (s.stream_sum) rows = s.stream_out ? &run<V, Op, T, W, kAddition, true, true> : &run<V, Op, T, W, kAddition, true, false>;
+    }
+  }
+  rows(p, s.beside, s.packed, begin, end);
   V::fence();
 }
 
-template <class V, class T>
+// --- From types that are known at run time
+
+template <class V, class Op, class T, class W>
 void run(const RowParams& p, int64_t begin, int64_t end) {
-  if (p.weight_dtype == DType::kFloat32)
-    run<V, T, float>(p, begin, end);
+  if constexpr (!Op::Source::kTwoRows)
+    run<V, Op, T, W, Addition::kNone>(p, begin, end);
+  else if (p.data[kPost])
+    run<V, Op, T, W, Addition::kResidualAndPost>(p, begin, end);
   else
-    run<V, T, T>(p, begin, end);
+    run<V, Op, T, W, Addition::kResidual>(p, begin, end);
 }
 
-template <class V>
+template <class V, class Op, class T>
+void run(const RowParams& p, int64_t begin, int64_t end) {
+  if (p.dtypes[kWeight] == DType::kFloat32)
+    run<V, Op, T, float>(p, begin, end);
+  else
+    run<V, Op, T, T>(p, begin, end);
+}
+
+template <class V, class Op>
 void run(const RowParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  switch (p.dtype) {
-    case DType::kFloat32: return run<V, float, float>(p, begin, end);
-    case DType::kFloat16: return run<V, Float16>(p, begin, end);
-    case DType::kBFloat16: return run<V, BFloat16>(p, begin, end);
+  switch (p.dtypes[kX]) {
+    case DType::kFloat32: return run<V, Op, float, float>(p, begin, end);
+    case DType::kFloat16: return run<V, Op, Float16>(p, begin, end);
+    case DType::kBFloat16: return run<V, Op, BFloat16>(p, begin, end);
     case DType::kOther: return;  // check() refuses it
   }
+}
+
+template <class V, class... Op>
+constexpr CpuKernels cpu_kernels(OpList<Op...>) {
+  return {{&run<V, Op>...}};
 }
 
 }  // namespace

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../kernels/row_params.h"
+#include "../core/op_info.h"
+#include "../core/row_params.h"
+#include "exact.h"
 
 namespace gemma_norm {
 namespace {
@@ -24,23 +26,22 @@ void copy(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Where one row of each operand is; null where the call has no such operand.
 template <class T>
 struct Row {
-  const T* x;
-  const T* residual;
-  const T* post;
-  T* out;
-  T* residual_out;
-  T* sum;  // where statistics leaves s for normalize: residual_out or a buffer
+  T* of[kOperands] = {};
+  T* sum;  // where the first pass leaves s for the second: residual_out or a buffer; null: s is x
+
+  T* operator[](Operand operand) const { return of[operand]; }
 };
 
-// Walks the rows in order; after the last one comes the first.
-template <class T>
+// Walks the rows of Op's operands in order; after the last one comes the first.
+template <class Op, class T>
 class RowCursor {
  public:
   RowCursor(const RowParams& p, int64_t row) : p_(p) {
-    row_ = {static_cast<const T*>(p.x), static_cast<const T*>(p.residual), static_cast<const T*>(p.post_residual_addition),
-            static_cast<T*>(p.out),     static_cast<T*>(p.residual_out),   static_cast<T*>(p.residual_out)};
+    for (const OperandRule& rule : Op::kRules)
+      if (rule.extent != Extent::kHidden) row_.of[rule.operand] = static_cast<T*>(p.data[rule.operand]);
     for (int d = p.row_dims - 1; d >= 0; --d) {
       at_[d] = row % p.sizes[d];
       row /= p.sizes[d];
@@ -49,6 +50,7 @@ class RowCursor {
   }
 
   Row<T> next() {
+    row_.sum = row_[kResidualOut];
     const Row<T> row = row_;
     for (int d = p_.row_dims - 1; d >= 0; --d) {
       move(d, 1);
@@ -61,12 +63,8 @@ class RowCursor {
 
  private:
   void move(int d, int64_t steps) {
-    row_.x += steps * p_.x_strides[d];
-    row_.residual += steps * p_.residual_strides[d];
-    row_.post += steps * p_.post_strides[d];
-    row_.out += steps * p_.out_strides[d];
-    row_.residual_out += steps * p_.residual_out_strides[d];
-    row_.sum = row_.residual_out;
+    for (const OperandRule& rule : Op::kRules)
+      if (rule.extent != Extent::kHidden) row_.of[rule.operand] += steps * p_.strides[rule.operand][d];
   }
 
   const RowParams& p_;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../kernels/row_params.h"
+#include "../core/row_params.h"
 #include "rows.h"
 
 namespace gemma_norm {
@@ -12,6 +12,7 @@ namespace {
 constexpr int kStep = 2 * kLanes;       // an addition takes some cycles: have more than one under way
 constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
 
+// What ops/parts.h's sources add up: ResidualSource adds post where the call has one.
 enum class Addition { kNone, kResidual, kResidualAndPost };
 
 template <class V, class T>
@@ -24,27 +25,28 @@ V rounded(V value) {
 // s of kLanes elements from i on, written down.
 template <class V, class T, Addition kAddition, bool kStream>
 [[gnu::always_inline]] inline void store_sum(const Row<T>& row, int64_t i) {
-  V r = V::load(row.residual + i);
-  if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row.post + i));
-  const V s = V::load(row.x + i) + r;
+  V r = V::load(row[kResidual] + i);
+  if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row[kPost] + i));
+  const V s = V::load(row[kX] + i) + r;
   s.store(row.sum + i);
-  if constexpr (kStream) s.stream(row.residual_out + i);
+  if constexpr (kStream) s.stream(row[kResidualOut] + i);
 }
 
 // s of the last, incomplete step; the rest of `sum` stays or becomes zero.
 template <class V, class T, Addition kAddition>
 [[gnu::noinline]] void rest_of_sum(Row<T> row, int64_t i, int64_t rest, T (&sum)[kStep]) {
   if constexpr (kAddition == Addition::kNone) {
-    copy(sum, row.x + i, rest);
+    copy(sum, row[kX] + i, rest);
   } else {
     T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {};
-    copy(x, row.x + i, rest);
-    copy(residual, row.residual + i, rest);
-    if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row.post + i, rest);
-    const Row<T> padded{x, residual, post, nullptr, nullptr, sum};
+    copy(x, row[kX] + i, rest);
+    copy(residual, row[kResidual] + i, rest);
+    if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row[kPost] + i, rest);
+    Row<T> padded;
+    padded.of[kX] = x, padded.of[kResidual] = residual, padded.of[kPost] = post, padded.sum = sum;
     for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, false>(padded, k);
     copy(row.sum + i, sum, rest);
-    copy(row.residual_out + i, sum, rest);
+    copy(row[kResidualOut] + i, sum, rest);
   }
 }
 
@@ -65,8 +67,9 @@ struct LaneSum {
   }
 };
 
-// AVX-512 has an operation for pairs of bfloat16. It takes subnormal numbers for zero: a sum that starts from the least normal
-// one never is subnormal, and never sees the square of one.
+// AVX-512's operation for pairs of bfloat16 takes subnormal inputs and sums as zero. Each lane's sum therefore starts at the least
+// normal number, which end_chunk() takes away again: so it is never subnormal, and the square of a subnormal bfloat16, below
+// 2^-252, could not change it anyway.
 template <>
 struct LaneSum<BFloat16> {
   static constexpr int kElements = 2;
@@ -91,7 +94,7 @@ class Squares {
 
   [[gnu::always_inline]] void add_step(int64_t i) {
     if constexpr (kAddition == Addition::kNone) {
-      add(row_.x + i);
+      add(row_[kX] + i);
     } else {
       for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, kStream>(row_, i + k);
       add(row_.sum + i);

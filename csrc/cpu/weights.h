@@ -29,7 +29,8 @@ struct Weights {
   template <class V>
   [[gnu::always_inline]] V sum(const W* w) const {
     const V sum = V::load(w) + V::broadcast(offset);
-    // Only here can a NaN have bits below those of T. Without any, V may round it to bfloat16 like a number.
+    // A float32 weight can be a NaN whose only fraction bits lie below bfloat16's. Rounding it by integer arithmetic would make it
+    // infinite: with the default NaN in place of all, V::store may round without looking.
     if constexpr (sizeof(W) > sizeof(T)) return sum.without_payload();
     return sum;
   }

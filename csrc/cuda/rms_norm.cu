@@ -1,6 +1,4 @@
-// The CUDA library's kernels and its entry of the C interface.
-#include "../kernels/dispatch.cuh"
+#include "../gpu/launch.cuh"
+#include "../ops/rms_norm.h"
 
-gemma_norm::Status gemma_norm_cuda(const gemma_norm::NormArgs* args, void* stream, gemma_norm::Message* message) {
-  return gemma_norm::kernels::run(*args, static_cast<cudaStream_t>(stream), message);
-}
+template gemma_norm::Status gemma_norm::gpu::run<gemma_norm::RmsNorm>(const Call&, device::Stream, Message*);

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../plan.h"
+#include "facts.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
@@ -18,7 +18,6 @@
 #else
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #endif
-#define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
 
@@ -28,6 +27,12 @@ GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
 
+template <class T>
+GEMMA_NORM_DEVICE T& shared_memory() {
+  __shared__ T memory;
+  return memory;
+}
+
 GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
@@ -35,17 +40,17 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
-GEMMA_NORM_DEVICE Words words(uint4 v) { return {v.x, v.y, v.z, v.w}; }
+GEMMA_NORM_DEVICE Vector16 vector16(uint4 v) { return {v.x, v.y, v.z, v.w}; }
 // Not the read-only path: with overlapped launches the kernel before may have written this memory.
-GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*reinterpret_cast<const uint4*>(p)); }
+GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*reinterpret_cast<const uint4*>(p)); }
 // Evict-first loads and stores are slower, in place above all (docs/performance.md).
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return load(p); }
-GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
+GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return load(p); }
+GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
 constexpr bool kLoadsBeforeStores = false;
-GEMMA_NORM_DEVICE void wait_for_load(const Words&) {}
-GEMMA_NORM_DEVICE void keep_packed(Words*) {}
+GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}
+GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
@@ -112,7 +117,12 @@ GEMMA_NORM_DEVICE void allow_next_kernel() {
 // Numbers travel by st.async, which the inbox's mbarrier counts. The cluster's own barrier, were it to order memory, would
 // flush it to the whole GPU: a microsecond.
 constexpr bool kHasClusters = true;
-#if __CUDA_ARCH__ >= 900
+// Of the GPUs that are compiled for now: facts() tells of no clusters on others.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100)
+constexpr bool kTargetHasClusters = true;
+#else
+constexpr bool kTargetHasClusters = false;
+#endif
 GEMMA_NORM_DEVICE int64_t cluster_index() {
   uint32_t index;
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
@@ -129,31 +139,40 @@ GEMMA_NORM_DEVICE int cluster_blocks() {
   return blocks;
 }
 GEMMA_NORM_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-GEMMA_NORM_DEVICE void open_inbox(Inbox* inbox) {
+struct Inbox {
+  uint64_t barrier;
+};
+GEMMA_NORM_DEVICE int number_bytes(int numbers) { return cluster_blocks() * numbers * static_cast<int>(sizeof(float)); }
+GEMMA_NORM_DEVICE void open_inbox(Inbox* inbox, int numbers) {
   if (threadIdx.x == 0)
     asm volatile(
         "mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;\n"
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&inbox->barrier)),
-        "r"(cluster_blocks() * static_cast<int>(sizeof(float)))
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)),
+        "r"(number_bytes(numbers))
         : "memory");
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 GEMMA_NORM_DEVICE void wait_for_inboxes() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-GEMMA_NORM_DEVICE void send(Inbox* inbox, int rank, float v) {
+GEMMA_NORM_DEVICE void send(float* number, Inbox* inbox, int rank, float v) {
   asm volatile(
       "{\n .reg .u32 to, counter;\n mapa.shared::cluster.u32 to, %0, %2;\n mapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [counter];\n}" ::"r"(
-          shared_address(&inbox->number[cluster_rank()])),
-      "r"(shared_address(&inbox->barrier)), "r"(rank), "r"(__float_as_uint(v))
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [counter];\n}" ::"r"(shared_address(number)),
+      "r"(shared_address(inbox)), "r"(rank), "r"(__float_as_uint(v))
       : "memory");
 }
-GEMMA_NORM_DEVICE void wait_for_numbers(const Inbox* inbox) {
+// The mbarrier's phases are the exchanges. Numbers of the next one may come before it is expected: they are counted all the same.
+GEMMA_NORM_DEVICE void wait_for_numbers(Inbox* inbox, int exchange) {
   asm volatile(
-      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(&inbox->barrier))
+      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(inbox)),
+      "r"(exchange % 2)
       : "memory");
 }
-#endif
+GEMMA_NORM_DEVICE void expect_numbers(Inbox* inbox, int numbers) {
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)), "r"(number_bytes(numbers))
+                 : "memory");
+}
 
 using Stream = cudaStream_t;
 using Error = cudaError_t;
@@ -193,21 +212,20 @@ static Error facts(DeviceFacts* result, const void* kernel) {
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream stream, const DeviceFacts& device,
-             Args... args) {
+Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const DeviceFacts& device, Args... args) {
   cudaLaunchAttribute attributes[2];
   int count = 0;
   if (device.overlap_launch) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (plan.cluster > 1) {
+  if (grid.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(groups * plan.cluster));
-  config.blockDim = dim3(static_cast<unsigned>(plan.block_threads));
+  config.gridDim = dim3(static_cast<unsigned>(grid.groups * grid.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(grid.block_threads));
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
@@ -216,9 +234,6 @@ Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, St
 
 }  // namespace gemma_norm::device
 
-#if !(__CUDA_ARCH__ >= 900)
-#include "no_clusters.h"
-#endif
 #include "reciprocal_root.h"
 
 namespace gemma_norm::device {

@@ -8,13 +8,11 @@
 #include <cstring>
 #include <functional>
 
-#include "../plan.h"
+#include "facts.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE inline
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) void
-// One block runs at a time, so all kernels can have the same variables: tests/cpp/emulated_kernels.cpp defines them.
-#define GEMMA_NORM_SHARED extern
 
 namespace gemma_norm::device {
 
@@ -36,16 +34,33 @@ void cluster_arrive();
 void cluster_wait();
 void store_in_block(float* shared, int rank, float v);
 
-constexpr bool kHasClusters = true;
+constexpr bool kHasClusters = true, kTargetHasClusters = true;
 inline int64_t cluster_index() { return here.block / here.cluster_blocks; }
 inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
-inline void open_inbox(Inbox*) { cluster_arrive(); }
+struct Inbox {};
+inline void open_inbox(Inbox*, int) { cluster_arrive(); }
 inline void wait_for_inboxes() { cluster_wait(); }
-inline void send(Inbox* inbox, int rank, float v) { store_in_block(&inbox->number[cluster_rank()], rank, v); }
-inline void wait_for_numbers(Inbox*) {
+inline void send(float* number, Inbox*, int rank, float v) { store_in_block(number, rank, v); }
+inline void wait_for_numbers(Inbox*, int) {
   cluster_arrive();
   cluster_wait();
+}
+inline void expect_numbers(Inbox*, int) {}
+
+// One block runs at a time, so all kernels have the same variables. The machine knows of them before any kernel runs: it fills them
+// with garbage before each block, and keeps those of a cluster's blocks apart.
+void add_shared_variable(void* data, size_t size);
+template <class T>
+struct SharedMemory {
+  T memory;
+  SharedMemory() { add_shared_variable(&memory, sizeof memory); }
+};
+template <class T>
+inline SharedMemory<T> shared;
+template <class T>
+T& shared_memory() {
+  return shared<T>.memory;
 }
 
 // Ends the launch with an error; the fiber does not go on. (AddressSanitizer stumbles over [[noreturn]] on a fiber's stack.)
@@ -67,22 +82,22 @@ void wait_for_previous_kernel(Pointers...) {
 }
 inline void allow_next_kernel() {}
 
-inline void check_access(const Words* p) {
-  if (reinterpret_cast<uintptr_t>(p) % alignof(Words)) fail("a 16-byte access at an address that is no multiple of 16");
+inline void check_access(const Vector16* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(Vector16)) fail("a 16-byte access at an address that is no multiple of 16");
   if (!here.waited_for_previous_kernel) fail("an access to memory before wait_for_previous_kernel");
 }
-inline Words load(const Words* p) {
+inline Vector16 load(const Vector16* p) {
   check_access(p);
   return *p;
 }
-inline Words load_once(const Words* p) { return load(p); }
-inline void store_once(Words* p, Words v) {
+inline Vector16 load_once(const Vector16* p) { return load(p); }
+inline void store_once(Vector16* p, Vector16 v) {
   check_access(p);
   *p = v;
 }
 constexpr bool kLoadsBeforeStores = false;
-inline void wait_for_load(const Words&) {}
-inline void keep_packed(Words*) {}
+inline void wait_for_load(const Vector16&) {}
+inline void keep_packed(Vector16*) {}
 
 template <class To, class From>
 To bit_cast(From from) {
@@ -155,8 +170,8 @@ Error facts(DeviceFacts* result, const void* kernel);
 Error run_grid(const void* kernel, int64_t blocks, int threads, int cluster, const std::function<void()>& thread);
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t groups, const LaunchPlan& plan, Stream, const DeviceFacts&, Args... args) {
-  return run_grid(reinterpret_cast<const void*>(kernel), groups * plan.cluster, plan.block_threads, plan.cluster,
+Error launch(void (*kernel)(Args...), const Grid& grid, Stream, const DeviceFacts&, Args... args) {
+  return run_grid(reinterpret_cast<const void*>(kernel), grid.groups * grid.cluster, grid.block_threads, grid.cluster,
                   [&] { kernel(args...); });
 }
 

@@ -6,13 +6,12 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../plan.h"
+#include "facts.h"
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
 // At least two waves a SIMD, hence at most 256 registers: tests/amdgpu asserts how many more fit.
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, 2)
-#define GEMMA_NORM_SHARED __shared__
 
 namespace gemma_norm::device {
 
@@ -31,6 +30,12 @@ GEMMA_NORM_DEVICE void block_barrier() {
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 #endif
+}
+
+template <class T>
+GEMMA_NORM_DEVICE T& shared_memory() {
+  __shared__ T memory;
+  return memory;
 }
 
 // Of the target being compiled; the host asks the device (facts). ROCm 7 has no macro or constant for it any more.
@@ -77,10 +82,10 @@ using UInt2 = uint32_t __attribute__((ext_vector_type(2)));
 using Vector4 = uint32_t __attribute__((ext_vector_type(4)));
 // Said to be global memory, which compilers do not always infer: flat accesses, which could be LDS, are slower.
 using GlobalVector4 = Vector4 __attribute__((address_space(1)));
-GEMMA_NORM_DEVICE Words words(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
-GEMMA_NORM_DEVICE Words load(const Words* p) { return words(*(const GlobalVector4*)p); }
-GEMMA_NORM_DEVICE Words load_once(const Words* p) { return words(__builtin_nontemporal_load((const GlobalVector4*)p)); }
-GEMMA_NORM_DEVICE void store_once(Words* p, Words v) {
+GEMMA_NORM_DEVICE Vector16 vector16(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
+GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*(const GlobalVector4*)p); }
+GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return vector16(__builtin_nontemporal_load((const GlobalVector4*)p)); }
+GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
 // CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have
@@ -92,8 +97,8 @@ constexpr bool kLoadsBeforeStores = false;
 constexpr bool kLoadsBeforeStores = true;
 #endif
 // Neither is an instruction. The first only reads a word: reading and writing them all would cost registers.
-GEMMA_NORM_DEVICE void wait_for_load(const Words& v) { asm volatile("" ::"v"(v.word[0])); }
-GEMMA_NORM_DEVICE void keep_packed(Words* v) {
+GEMMA_NORM_DEVICE void wait_for_load(const Vector16& v) { asm volatile("" ::"v"(v.word[0])); }
+GEMMA_NORM_DEVICE void keep_packed(Vector16* v) {
   asm volatile("" : "+v"(v->word[0]), "+v"(v->word[1]), "+v"(v->word[2]), "+v"(v->word[3]));
 }
 
@@ -151,7 +156,7 @@ template <class... Pointers>
 GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers...) {}
 GEMMA_NORM_DEVICE void allow_next_kernel() {}
 
-constexpr bool kHasClusters = false;
+constexpr bool kHasClusters = false, kTargetHasClusters = false;
 
 using Stream = hipStream_t;
 using Error = hipError_t;
@@ -177,10 +182,10 @@ static Error facts(DeviceFacts* result, const void*) {
 }
 
 template <class... Args>
-Error launch(void (*kernel)(Args...), int64_t blocks, const LaunchPlan& plan, Stream stream, const DeviceFacts&, Args... args) {
+Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const DeviceFacts&, Args... args) {
   void* pointers[] = {&args...};
-  return hipLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(plan.block_threads)), pointers, 0, stream);
+  return hipLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(grid.groups)),
+                         dim3(static_cast<unsigned>(grid.block_threads)), pointers, 0, stream);
 }
 
 }  // namespace gemma_norm::device

@@ -1,9 +1,10 @@
 // The narrow device layer. Everything that differs between platforms is behind these names, in namespace gemma_norm::device:
 //
-//   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads, min_blocks), GEMMA_NORM_SHARED     qualifiers
-//   thread_index() block_threads() block_index()                             ints; the last int64_t
+//   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads, min_blocks)      qualifiers
+//   thread_index() block_threads() block_index()                              ints; the last is an int64_t
 //   wave_width()                                                             lanes of a wave (warp): 32 or 64
 //   block_barrier()              orders the block's accesses to shared memory, not those to global memory
+//   shared_memory<T>()           a T in the block's shared memory, one of each type T in a kernel; at first its bytes are anything
 //   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
 //                                added as a balanced binary tree, neighbours first
 //   load_once(p) store_once(p, v)  16 bytes that this kernel touches once: not worth a place in the caches
@@ -20,14 +21,16 @@
 //   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
 //                                                                           the pointers are worked out before the wait
 //
-//   kHasClusters, and where true, called by every thread of every block of a cluster:
+//   kHasClusters (some target of this toolkit has thread block clusters) and kTargetHasClusters (the one compiled for now has);
+//   where true, called by every thread of every block of a cluster:
 //   cluster_index() cluster_rank() cluster_blocks()       of the cluster in the grid, of the block in it; how many there are in it
-//   open_inbox(inbox)             before all else
-//   wait_for_inboxes()            until all blocks have opened theirs
-//   send(inbox, rank, v)          (by one thread) v to the block of that rank, as this block's number
-//   wait_for_numbers(inbox)       until all have come
+//   open_inbox(inbox, numbers)    before all else: each block will get so many numbers from each, itself included, in an exchange
+//   wait_for_inboxes()            until all blocks have opened theirs; before the first exchange
+//   send(number, inbox, rank, v)  (by one thread) v to the same variable of the block of that rank
+//   wait_for_numbers(inbox, exchange)  until all numbers of the exchange have come; exchanges count from 0
+//   expect_numbers(inbox, numbers)     after that, where there will be another exchange
 //
-// and for the host side: Stream, launch(kernel, blocks or clusters, plan, stream, facts, args...), facts(), Error and error_text().
+// and for the host side: Stream, launch(kernel, grid, stream, facts, args...), facts(), Error and error_text().
 #pragma once
 
 #if defined(__HIP__)

@@ -1,6 +1,4 @@
-// The HIP library's kernels and its entry of the C interface. Native HIP, compiled as it is.
-#include "../kernels/dispatch.cuh"
+#include "../gpu/launch.cuh"
+#include "../ops/rms_norm.h"
 
-gemma_norm::Status gemma_norm_hip(const gemma_norm::NormArgs* args, void* stream, gemma_norm::Message* message) {
-  return gemma_norm::kernels::run(*args, static_cast<hipStream_t>(stream), message);
-}
+template gemma_norm::Status gemma_norm::gpu::run<gemma_norm::RmsNorm>(const Call&, device::Stream, Message*);

@@ -11,8 +11,10 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
 
-#include "../gemma_norm.h"
+#include "../ops/ops.h"
 
 // What the stable ABI lacks, and without which derivatives would be wrong in silence. All of it is weak: should a later PyTorch
 // drop a symbol, the libraries still load, and a test fails.
@@ -44,7 +46,10 @@ class Handle {
  public:
   explicit Handle(AtenTensorHandle handle = nullptr) : handle_(handle) {}
   Handle(Handle&& other) noexcept : handle_(other.release()) {}
-  Handle& operator=(Handle&&) = delete;
+  Handle& operator=(Handle&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
   ~Handle() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
@@ -64,17 +69,12 @@ struct Device {
   int32_t type, index;
 };
 
-struct NamedTensor {
-  const char* name;
-  const Handle& tensor;
-};
-
 // The device of an argument of `op`. Only an undefined tensor has none, which is what PyTorch makes of None.
-inline Device device_of(const char* op, const NamedTensor& argument) {
+inline Device device_of(const OpInfo& op, Operand argument, const Handle& tensor) {
   Device device;
-  if (aoti_torch_get_device_type(argument.tensor.get(), &device.type) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error(std::string(op) + ": " + argument.name + " must be a tensor, got None");
-  succeed(aoti_torch_get_device_index(argument.tensor.get(), &device.index), "get_device_index");
+  if (aoti_torch_get_device_type(tensor.get(), &device.type) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error(std::string(op.name) + ": " + kOperandNames[argument] + " must be a tensor, got None");
+  succeed(aoti_torch_get_device_index(tensor.get(), &device.index), "get_device_index");
   return device;
 }
 
@@ -185,40 +185,43 @@ inline bool has_tangent(const Handle& t) {
              static_cast<const void*>(_ZN3c1019UndefinedTensorImpl10_singletonE);
 }
 
-// What only tensors know: their devices, and whether a derivative is expected. `differentiable` names what to call instead.
-inline void check_tensors(const char* op, const char* differentiable, Device device, std::initializer_list<NamedTensor> tensors) {
-  for (const NamedTensor& argument : tensors) {
-    if (!argument.tensor) continue;
-    const Device got = device_of(op, argument);
+// What only tensors know: their devices, and whether a derivative is expected.
+inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensors)[kOperands]) {
+  const std::string_view name = op.name;
+  const auto refuse = [&](const OperandRule& rule, const std::string& text) {
+    throw std::runtime_error(std::string(name) + ": " + kOperandNames[rule.operand] + text);
+  };
+  for (const OperandRule& rule : op) {
+    if (!tensors[rule.operand]) continue;
+    const Device got = device_of(op, rule.operand, tensors[rule.operand]);
     if (got.type != device.type || got.index != device.index)
-      throw std::runtime_error(std::string(op) + ": " + argument.name + " must be on x's device " + to_string(device) + ", got " +
-                               to_string(got));
+      refuse(rule, " must be on x's device " + to_string(device) + ", got " + to_string(got));
   }
   const bool recording = aoti_torch_grad_mode_is_enabled();
-  for (const auto& [name, tensor] : tensors) {
+  for (const OperandRule& rule : op) {
+    const Handle& tensor = tensors[rule.operand];
     if (!tensor) continue;
     if (recording && requires_grad(tensor))
-      throw std::runtime_error(std::string(op) + ": " + name +
-                               " must not require grad while grad mode is enabled, got requires_grad=True;" +
-                               " torch.ops.gemma_norm records no gradient: call " + differentiable +
-                               ", which is differentiable, or use torch.no_grad()");
+      refuse(rule, std::string(" must not require grad while grad mode is enabled, got requires_grad=True;"
+                               " torch.ops.gemma_norm records no gradient: call gemma_norm.") +
+                       op.differentiable + ", which is differentiable, or use torch.no_grad()");
     if (has_tangent(tensor))
-      throw std::runtime_error(std::string(op) + ": " + name + " must not have a tangent, got a dual tensor;" +
-                               " torch.ops.gemma_norm records no derivative: call " + differentiable + ", which is differentiable");
+      refuse(rule, std::string(" must not have a tangent, got a dual tensor;"
+                               " torch.ops.gemma_norm records no derivative: call gemma_norm.") +
+                       op.differentiable + ", which is differentiable");
   }
 }
 
 // The outputs that existed before the call, which autograd is told of once the checks have passed. PyTorch refuses an inference
 // tensor outside of inference mode here, before it is written.
 struct Written {
-  const Handle& out;
-  const Handle& residual_out;
+  const Handle* outputs[kOperands];
+  int count = 0;
 
   static void announce(const void* written) {
-    const auto& [out, residual_out] = *static_cast<const Written*>(written);
     if (!_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) return;
-    _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(out.get());
-    if (residual_out) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(residual_out.get());
+    const Written& w = *static_cast<const Written*>(written);
+    for (int i = 0; i < w.count; ++i) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(w.outputs[i]->get());
   }
 };
 
@@ -227,84 +230,85 @@ T argument(StableIValue value) {
   return torch::stable::detail::to<T>(value);
 }
 
-inline Handle tensor_argument(StableIValue value) { return Handle(argument<AtenTensorHandle>(value)); }
+// What stands where among an operator's arguments, read from its schema: "(Tensor x, float eps=1e-6, *, Tensor(a!) out) -> ...".
+struct Arguments {
+  enum Kind { kTensor, kOptionalTensor, kEps, kGemma };
+  struct Argument {
+    Kind kind;
+    Operand operand;  // of a tensor
+  } list[kOperands + 2];
+  int count = 0;
 
-inline Handle optional_tensor_argument(StableIValue value) {
-  return Handle(argument<std::optional<AtenTensorHandle>>(value).value_or(nullptr));
-}
-
-inline StableIValue result(Handle&& t) { return torch::stable::detail::from(t.release()); }
-
-// Checks and runs one call; `out` and `residual_out` may be x and residual themselves. `written`: those of them that are arguments.
-template <class Backend>
-void run(const char* op, Device device, const Handle& x, const Handle& weight, const Handle& out, const Handle& residual,
-         const Handle& post, const Handle& residual_out, StableIValue eps, StableIValue gemma, const Written* written = nullptr) {
-  NormArgs args{op, view(x), view(weight), view(out), nullptr, nullptr, nullptr, argument<double>(eps), argument<bool>(gemma)};
-  if (written) {
-    args.before_write = &Written::announce;
-    args.context = written;
+  explicit Arguments(const OpInfo& op) {
+    std::string_view rest = std::string_view(op.schema).substr(1);
+    rest = rest.substr(0, rest.find(") ->"));
+    while (!rest.empty()) {
+      const std::string_view one = rest.substr(0, rest.find(", "));
+      rest.remove_prefix(one.size() < rest.size() ? one.size() + 2 : rest.size());
+      if (one == "*") continue;
+      const std::string_view declared = one.substr(0, one.find('=')), name = declared.substr(declared.rfind(' ') + 1);
+      Argument& argument = list[count++];
+      argument.kind = name == "eps" ? kEps : name == "gemma" ? kGemma : one.find("Tensor?") == 0 ? kOptionalTensor : kTensor;
+      argument.operand = kX;
+      while (argument.kind < kEps && name != kOperandNames[argument.operand])
+        argument.operand = static_cast<Operand>(argument.operand + 1);
+    }
   }
-  Tensor residual_view, post_view, residual_out_view;
-  if (residual) args.residual = &(residual_view = view(residual));
-  if (post) args.post_residual_addition = &(post_view = view(post));
-  if (residual_out) args.residual_out = &(residual_out_view = view(residual_out));
+};
+
+// A boxed kernel: `stack` holds the arguments in schema order and takes the results.
+template <class Backend, class Op, int kInfo>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const OpInfo& op = Op::kInfos[kInfo];
+  static const Arguments arguments(op);
+  Handle tensors[kOperands];
+  Call call{&op, {}, 0, false};
+  for (int i = 0; i < arguments.count; ++i) {
+    Handle& tensor = tensors[arguments.list[i].operand];
+    switch (arguments.list[i].kind) {
+      case Arguments::kTensor: tensor = Handle(argument<AtenTensorHandle>(stack[i])); break;
+      case Arguments::kOptionalTensor:
+        tensor = Handle(argument<std::optional<AtenTensorHandle>>(stack[i]).value_or(nullptr));
+        break;
+      case Arguments::kEps: call.eps = argument<double>(stack[i]); break;
+      case Arguments::kGemma: call.gemma = argument<bool>(stack[i]); break;
+    }
+  }
+  const Device device = device_of(op, kX, tensors[kX]);
+  check_tensors(op, device, tensors);
+
+  Tensor views[kOperands];
+  Written written;
+  for (const OperandRule& rule : op) {
+    const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
+    if (rule.use == Use::kNew) tensors[place] = empty_contiguous_like(tensors[kX], device);
+    if (rule.use == Use::kInPlace || rule.use == Use::kWritten) written.outputs[written.count++] = &tensors[place];
+    if (!tensors[place]) continue;
+    if (place == rule.operand) views[place] = view(tensors[place]);
+    call.tensors[rule.operand] = &views[place];
+  }
+  if (written.count > 0) {
+    call.before_write = &Written::announce;
+    call.context = &written;
+  }
   Message message;
-  const Status status = Backend::run(args, device.index, &message);
-  if (status != Status::kOk) throw std::runtime_error(message.text);
+  if (Backend::run(call, device.index, &message) != Status::kOk) throw std::runtime_error(message.text);
+
+  int results = 0;
+  for (const OperandRule& rule : op)
+    if (rule.use == Use::kNew || rule.use == Use::kWritten)
+      stack[results++] = torch::stable::detail::from(tensors[rule.operand].release());
 }
 
-// The boxed kernels: `stack` holds the arguments in schema order and takes the results. See schema.cpp.
-template <class Backend>
-void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = tensor_argument(stack[0]), weight = tensor_argument(stack[1]), none;
-  const Device device = device_of("rms_norm", {"x", x});
-  check_tensors("rms_norm", "gemma_norm.rms_norm", device, {{"x", x}, {"weight", weight}});
-  Handle out = empty_contiguous_like(x, device);
-  run<Backend>("rms_norm", device, x, weight, out, none, none, none, stack[2], stack[3]);
-  stack[0] = result(std::move(out));
-}
-
-template <class Backend>
-void rms_norm_out(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = tensor_argument(stack[0]), weight = tensor_argument(stack[1]), none;
-  Handle out = tensor_argument(stack[4]);
-  const Device device = device_of("rms_norm", {"x", x});
-  check_tensors("rms_norm", "gemma_norm.rms_norm without out", device, {{"x", x}, {"weight", weight}, {"out", out}});
-  const Written written{out, none};
-  run<Backend>("rms_norm", device, x, weight, out, none, none, none, stack[2], stack[3], &written);
-  stack[0] = result(std::move(out));
-}
-
-template <class Backend>
-void fused_add_rms_norm(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = tensor_argument(stack[0]), residual = tensor_argument(stack[1]), weight = tensor_argument(stack[2]);
-  const Handle post = optional_tensor_argument(stack[5]);
-  const Device device = device_of("fused_add_rms_norm", {"x", x});
-  check_tensors("fused_add_rms_norm", "gemma_norm.add_rms_norm", device,
-                {{"x", x}, {"residual", residual}, {"weight", weight}, {"post_residual_addition", post}});
-  const Written written{x, residual};
-  run<Backend>("fused_add_rms_norm", device, x, weight, x, residual, post, residual, stack[3], stack[4], &written);
-}
-
-template <class Backend>
-void add_rms_norm(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = tensor_argument(stack[0]), residual = tensor_argument(stack[1]), weight = tensor_argument(stack[2]);
-  const Handle post = optional_tensor_argument(stack[5]);
-  const Device device = device_of("add_rms_norm", {"x", x});
-  check_tensors("add_rms_norm", "gemma_norm.add_rms_norm", device,
-                {{"x", x}, {"residual", residual}, {"weight", weight}, {"post_residual_addition", post}});
-  Handle out = empty_contiguous_like(x, device), residual_out = empty_contiguous_like(x, device);
-  run<Backend>("add_rms_norm", device, x, weight, out, residual, post, residual_out, stack[3], stack[4]);
-  stack[0] = result(std::move(out));
-  stack[1] = result(std::move(residual_out));
+template <class Backend, class Op, int kInfo = 0>
+void register_op(torch::stable::detail::StableLibrary& library) {
+  library.impl(Op::kInfos[kInfo].torch_name, &boxed<Backend, Op, kInfo>);
+  if constexpr (kInfo + 1 < sizeof Op::kInfos / sizeof Op::kInfos[0]) register_op<Backend, Op, kInfo + 1>(library);
 }
 
 template <class Backend>
 void register_ops(torch::stable::detail::StableLibrary& library) {
-  library.impl("rms_norm", &rms_norm<Backend>);
-  library.impl("rms_norm.out", &rms_norm_out<Backend>);
-  library.impl("fused_add_rms_norm", &fused_add_rms_norm<Backend>);
-  library.impl("add_rms_norm", &add_rms_norm<Backend>);
+  Ops::each([&](auto op) { register_op<Backend, decltype(op)>(library); });
 }
 
 }  // namespace gemma_norm::binding

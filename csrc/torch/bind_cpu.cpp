@@ -4,7 +4,7 @@ namespace gemma_norm::binding {
 namespace {
 
 struct Cpu {
-  static Status run(const NormArgs& args, int32_t, Message* message) { return gemma_norm_cpu(&args, &parallel_for, message); }
+  static Status run(const Call& call, int32_t, Message* message) { return gemma_norm_cpu(&call, &parallel_for, message); }
 
   // On PyTorch's own pool, under its own settings.
   static void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {

@@ -8,15 +8,15 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace gemma_norm::binding {
 
-template <Status (*launch)(const NormArgs*, void* stream, Message*)>
+template <Status (*launch)(const Call*, void* stream, Message*)>
 struct Gpu {
-  static Status run(const NormArgs& args, int32_t device_index, Message* message) {
+  static Status run(const Call& call, int32_t device_index, Message* message) {
     if (!aoti_torch_get_current_cuda_stream)
-      throw std::runtime_error(std::string(args.op) + ": this PyTorch has no CUDA or ROCm support");
+      throw std::runtime_error(std::string(call.op->name) + ": this PyTorch has no CUDA or ROCm support");
     const Guard guard(device_index);
     void* stream;
     succeed(aoti_torch_get_current_cuda_stream(device_index, &stream), "get_current_cuda_stream");
-    return launch(&args, stream, message);
+    return launch(&call, stream, message);
   }
 
  private:

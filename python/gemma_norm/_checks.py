@@ -1,4 +1,4 @@
-"""The argument checks of csrc/check.cpp and csrc/torch/bind.h again, for calls that never reach C++.
+"""The argument checks of csrc/core/check.cpp and csrc/torch/bind.h again, for calls that never reach C++.
 
 Those are calls with fake tensors, inside torch.func's transforms, and on devices without a native library. The rules, the
 messages and their order are the same. Sizes may be symbolic: torch._check turns conditions on them into guards or into

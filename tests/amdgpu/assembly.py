@@ -15,6 +15,7 @@ SCOPES = ["wave", "block", "cluster", "stream"]  # gemma_norm::Scope
 @dataclass
 class Kernel:
     symbol: str
+    op: str
     x: str
     weight: str
     add: bool
@@ -32,7 +33,7 @@ class Kernel:
             f"{self.threads} threads",
             f"{self.x} x",
             f"{self.weight} weight",
-            "add" if self.add else "",
+            self.op,
         ]
         return ", ".join([w for w in words if w] + (["aligned"] if self.aligned else []))
 
@@ -50,14 +51,22 @@ class Kernel:
 
 
 def parse_name(symbol: str, name: str) -> Kernel | None:
-    """`name` is demangled: void gemma_norm::kernels::rms_norm_rows<gemma_norm::bfloat16, float, true, ...>(...)."""
-    matched = re.match(r"void gemma_norm::kernels::rms_norm_(\w+)<(.*)>\(", name)
+    """`name` is demangled: void gemma_norm::gpu::normalize_rows<gemma_norm::RmsNorm, gemma_norm::bfloat16, float, ...>(...)."""
+    matched = re.match(r"void gemma_norm::gpu::normalize_(\w+)<(.*)>\(", name)
     if not matched:
         return None
-    x, weight, add, scope, *vectors, threads, aligned = (a.removeprefix("gemma_norm::") for a in matched[2].split(", "))
+    op, x, weight, scope, *vectors, threads, aligned = (a.removeprefix("gemma_norm::") for a in matched[2].split(", "))
     scope = SCOPES[int(re.sub(r"\D", "", scope))]
     return Kernel(
-        symbol, x, weight, add == "true", scope, int(vectors[0]) if vectors else 1, int(threads), aligned == "true"
+        symbol,
+        op,
+        x,
+        weight,
+        op == "AddRmsNorm",
+        scope,
+        int(vectors[0]) if vectors else 1,
+        int(threads),
+        aligned == "true",
     )
 
 

@@ -9,15 +9,15 @@
 namespace gemma_norm {
 namespace {
 
-using Entry = Status (*)(const NormArgs* args, void* stream, Message* message);
+using Entry = Status (*)(const Call* call, void* stream, Message* message);
 
 class HipTarget : public HostTarget {
  public:
   explicit HipTarget(Entry entry) : entry_(entry) {}
   std::string name() const override { return "hip"; }
-  Status run(const NormArgs& args, uint32_t seed, Message* message) override {
+  Status run(const Call& call, uint32_t seed, Message* message) override {
     last_seed = seed;
-    return entry_(&args, nullptr, message);
+    return entry_(&call, nullptr, message);
   }
   static inline uint32_t last_seed;
 
@@ -29,9 +29,9 @@ class HipTarget : public HostTarget {
 class OracleTarget : public HostTarget {
  public:
   std::string name() const override { return "oracle"; }
-  Status run(const NormArgs& args, uint32_t, Message* message) override {
+  Status run(const Call& call, uint32_t, Message* message) override {
     const EmulatedGpu gpu{32, int64_t{1} << 32, 1, 0};
-    return gemma_norm_emulated(&args, &gpu, message);
+    return gemma_norm_emulated(&call, &gpu, message);
   }
 };
 
@@ -74,11 +74,11 @@ const char* check_case(gemma_norm::Entry entry, int64_t index, uint64_t* bits) {
   const Case& c = cases()[index];
   error = check_case(target, c);
   if (!error.empty()) return error.c_str();
-  const Inputs inputs = make_inputs(c);
-  const Outputs got = run_case(target, c, inputs, &error), want = run_case(oracle, c, inputs, &error);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, want.sum, got.sum);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, want.out, got.out);
-  *bits = hash(c.dtype, got.out, hash(c.dtype, got.sum, 14695981039346656037u));
+  const Tensors inputs = make_inputs(c);
+  const Tensors got = run_case(target, c, inputs, &error), want = run_case(oracle, c, inputs, &error);
+  if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kResidualOut], got[kResidualOut]);
+  if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]);
+  *bits = hash(c.dtype, got[kOut], hash(c.dtype, got[kResidualOut], 14695981039346656037u));
   return error.c_str();
 }
 }

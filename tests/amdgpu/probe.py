@@ -29,9 +29,11 @@ class Tensor(ctypes.Structure):
         return result
 
 
-class NormArgs(ctypes.Structure):
-    _fields_ = [("op", ctypes.c_char_p), ("x", Tensor), ("weight", Tensor), ("out", Tensor),
-                *((name, ctypes.POINTER(Tensor)) for name in ("residual", "post_residual_addition", "residual_out")),
+OPERANDS = ["x", "weight", "residual", "post", "out", "residual_out"]  # gemma_norm::Operand
+
+
+class Call(ctypes.Structure):
+    _fields_ = [("op", ctypes.c_void_p), ("tensors", ctypes.POINTER(Tensor) * len(OPERANDS)),
                 ("eps", ctypes.c_double), ("gemma", ctypes.c_bool),
                 ("before_write", ctypes.c_void_p), ("context", ctypes.c_void_p)]  # fmt: skip
 
@@ -44,19 +46,22 @@ def aligned(shape: tuple[int, ...], dtype: str) -> Tensor:
     return Tensor.of(array, dtype)
 
 
-def launch(hip: ctypes.CDLL, x: Tensor, weight: Tensor, out: Tensor, residual=None, total=None, eps=1e-6) -> dict:
-    args = NormArgs(b"norm", x, weight, out, residual, None, total, eps, True)
+def launch(hip: ctypes.CDLL, op: bytes, eps: float = 1e-6, **tensors: Tensor) -> dict:
+    hip.gemma_norm_op.restype = ctypes.c_void_p
+    call = Call(op=hip.gemma_norm_op(op), eps=eps, gemma=True)
+    for name, tensor in tensors.items():
+        call.tensors[OPERANDS.index(name)] = ctypes.pointer(tensor)
     message = ctypes.create_string_buffer(512)
-    if hip.gemma_norm_hip(ctypes.byref(args), None, message):
+    if hip.gemma_norm_hip(ctypes.byref(call), None, message):
         raise RuntimeError(message.value.decode())
     return hipemu.launches.pop()
 
 
 def count(hip: ctypes.CDLL, dtype: str, hidden: int, add: bool) -> dict:
     """The instructions that a row takes."""
-    x, out, residual, total = (aligned((ROWS, hidden), dtype) for _ in range(4))
-    sums = (ctypes.pointer(residual), ctypes.pointer(total)) if add else ()
-    done = launch(hip, x, aligned((hidden,), dtype), out, *sums)
+    names = ["x", "out", "residual", "residual_out"] if add else ["x", "out"]
+    tensors = {name: aligned((ROWS, hidden), dtype) for name in names} | {"weight": aligned((hidden,), dtype)}
+    done = launch(hip, b"add_rms_norm" if add else b"rms_norm", **tensors)
     per_row = {kind: number / ROWS for kind, number in sorted(done["instructions"].items())}
     return dict(dtype=dtype, hidden=hidden, add=add, block=done["block"][0], per_row=per_row)
 
@@ -68,7 +73,7 @@ def keeps_every_nan(hip: ctypes.CDLL) -> bool:
     weight.alive[0][:] = [
         sign | nan for nan in (0x7FFFFFFF, 0x7FFF8000, 0x7F800001, 0x7FC00000) for sign in (0, 1 << 31)
     ]
-    launch(hip, x, weight, out)
+    launch(hip, b"rms_norm", x=x, weight=weight, out=out)
     return bool((out.alive[0] & 0x7FFF > 0x7F80).all())
 
 
@@ -77,7 +82,7 @@ def rounds_tiny_roots(hip: ctypes.CDLL) -> bool:
     x, weight, out = (aligned(s, "float32") for s in [(256, 4), (4,), (256, 4)])
     values = x.alive[0].view(np.float32)
     values[:] = np.ldexp(2 * np.random.default_rng(0).integers(1, 16, values.shape), -70)
-    launch(hip, x, weight, out, eps=0)
+    launch(hip, b"rms_norm", eps=0, x=x, weight=weight, out=out)
     mean = np.square(values, dtype=np.float64).mean(-1, keepdims=True).astype(np.float32)
     return bool((out.alive[0].view(np.float32) == values * (np.float32(1) / np.sqrt(mean))).all())
 

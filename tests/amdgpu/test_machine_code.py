@@ -33,12 +33,12 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 @pytest.fixture
 def code(target: Target) -> list[Kernel]:
-    path = toolchain.all_assemblies()[target.arch]
-    if isinstance(path, toolchain.Missing):
-        pytest.skip(f"{target.arch} needs {path}")
-    if isinstance(path, Exception):
-        raise path
-    return kernels(path)
+    paths = toolchain.all_assemblies()[target.arch]
+    if isinstance(paths, toolchain.Missing):
+        pytest.skip(f"{target.arch} needs {paths}")
+    if isinstance(paths, Exception):
+        raise paths
+    return [kernel for path in paths for kernel in kernels(path)]
 
 
 def check(code: list[Kernel], wrong: Callable[[Kernel], object]) -> None:

@@ -1,4 +1,4 @@
-"""The compilers that reach AMD GPUs without ROCm, and what they make of csrc/hip/rms_norm.hip.
+"""The compilers that reach AMD GPUs without ROCm, and what they make of csrc/hip.
 
 Debian's hipcc 5.2.3 stops at gfx90a. Its headers and device libraries serve clang-19 and ziglang's clang 22 for newer GPUs: all
 that the libraries lack for those is one constant, the ISA version, generated here. Outputs stay in build/amdgpu, by a hash of
@@ -19,10 +19,11 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "csrc/hip/rms_norm.hip"
+SOURCES = sorted((ROOT / "csrc/hip").glob("*.hip"))
 BUILD = ROOT / "build/amdgpu"
 BITCODE = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")  # Debian's rocm-device-libs
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-mcumode"]  # setup.py's
+HOST = [p for folder in ("core", "ops", "gpu") for p in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
 HIP_5 = ["--rocm-path=/usr", "--hip-version=5.2.3", "-mcode-object-version=5", "-D__HIP_PLATFORM_AMD__"]
 
 
@@ -140,19 +141,20 @@ def build(name: str, command: list[str], inputs: str) -> Path:
     return out
 
 
-def assembly(arch: str) -> Path:
-    target = TARGETS[arch]
-    device = ["--offload-device-only", f"--offload-arch={arch}", str(SOURCE)]
-    return build(f"{arch}.s", [*COMPILERS[target.compiler](), *device, "-S"], sources_hash())
+def assemblies(arch: str) -> list[Path]:
+    """Of the sources that have kernels."""
+    command = [*COMPILERS[TARGETS[arch].compiler](), "--offload-device-only", f"--offload-arch={arch}", "-S"]
+    sources = [source for source in SOURCES if source.stem != "entry"]
+    return [build(f"{arch}_{source.stem}.s", [*command, str(source)], sources_hash()) for source in sources]
 
 
 @cache
-def all_assemblies() -> dict[str, Path | Exception]:
+def all_assemblies() -> dict[str, list[Path] | Exception]:
     """Of every target, two at a time; an exception where there is none."""
 
-    def attempt(arch: str) -> Path | Exception:
+    def attempt(arch: str) -> list[Path] | Exception:
         try:
-            return assembly(arch)
+            return assemblies(arch)
         except Exception as error:
             return error
 
@@ -161,9 +163,10 @@ def all_assemblies() -> dict[str, Path | Exception]:
 
 
 def shared_library(name: str, command: list[str], sources: list[Path], inputs: str) -> Path:
-    """A library of C++ sources, and of what `command` makes of the HIP source; its HIP symbols stay undefined."""
+    """A library of C++ sources, and of what `command` makes of the HIP sources; their HIP symbols stay undefined."""
     link = ["g++", "-shared", "-fPIC", "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    objects = [build(f"{name}.o", [*command, "-c", str(SOURCE)], inputs)] if command else []
+    hip_sources = SOURCES if command else []
+    objects = [build(f"{name}_{source.stem}.o", [*command, "-c", str(source)], inputs) for source in hip_sources]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cpp'}"]
     return build(f"lib{name}.so", [*link, *includes, *map(str, [*sources, *objects])], inputs)
 
@@ -171,8 +174,7 @@ def shared_library(name: str, command: list[str], sources: list[Path], inputs: s
 def hip_library(compiler: str, arches: list[str]) -> Path:
     """The HIP library without PyTorch, as setup.py builds it but for its visible symbols."""
     offload = [f"--offload-arch={arch}" for arch in arches]
-    host = sorted((ROOT / "csrc").glob("*.cpp"))
-    return shared_library(f"hip_{compiler}", [*COMPILERS[compiler](), *offload], host, sources_hash())
+    return shared_library(f"hip_{compiler}", [*COMPILERS[compiler](), *offload], HOST, sources_hash())
 
 
 def cases_library() -> Path:
@@ -181,15 +183,15 @@ def cases_library() -> Path:
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts]
     inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()
     here = Path(__file__).with_name("cases.cpp")
-    host = sorted((ROOT / "csrc").glob("*.cpp"))
-    return shared_library("cases", [], [here, *tests, *host], inputs + here.read_text())
+    return shared_library("cases", [], [here, *tests, *HOST], inputs + here.read_text())
 
 
 def code_object(arch: str) -> Path:
     """What the loader takes, out of `assembly`: for a GPU that no compiler here can put into a library."""
     need("ld.lld-19", install="apt-get install lld-19")
-    source = assembly(arch)
     zig_clang = [sys.executable, "-m", "ziglang", "clang"]
-    assemble = [*zig_clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c", str(source)]
-    object = build(f"{arch}.o", assemble, source.read_text())
-    return build(f"{arch}.hsaco", ["ld.lld-19", "-shared", str(object)], source.read_text())
+    assemble = [*zig_clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c"]
+    sources = assemblies(arch)
+    text = "".join(source.read_text() for source in sources)
+    objects = [build(f"{source.stem}.o", [*assemble, str(source)], text) for source in sources]
+    return build(f"{arch}.hsaco", ["ld.lld-19", "-shared", *map(str, objects)], text)

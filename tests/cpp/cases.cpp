@@ -4,7 +4,7 @@
 #include <random>
 #include <set>
 
-#include "plan.h"
+#include "gpu/plan.h"
 
 namespace gemma_norm {
 namespace {
@@ -64,7 +64,7 @@ std::vector<int64_t> plan_edges(DType dtype) {
     for (int64_t hidden = 2 * items; hidden <= 600000; hidden += items) {
       const LaunchPlan plan = make_plan(hidden, dtype, device);
       const bool more = plan.vectors != before.vectors && plan.scope != Scope::kStream;
-      if (plan.scope != before.scope || more || plan.most_threads != before.most_threads)
+      if (plan.scope != before.scope || more || plan.max_block_threads != before.max_block_threads)
         for (const int64_t edge : {hidden - items, hidden - items + 1, hidden - 1, hidden, hidden + 1}) edges.push_back(edge);
       before = plan;
     }

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "gemma_norm.h"
+#include "ops/ops.h"
 
 namespace gemma_norm {
 
@@ -57,6 +57,7 @@ struct Case {
   uint32_t seed;  // of the values, and of all that a device may vary without changing the result
 
   int64_t row_count() const;
+  const OpInfo& op() const { return has_residual(operands) ? AddRmsNorm::kInfos[0] : RmsNorm::kInfos[0]; }
 };
 
 // "bfloat16 x, float32 weight, fused, gemma, [3, 2, 2048] slice, ...".

@@ -33,11 +33,11 @@ Case one_row(DType dtype, DType weight_dtype, Operands operands, size_t hidden) 
 }
 
 // A row of ones has a root mean square of one, which makes its norm the weight. Their number must be a power of two.
-Outputs norm_of_ones(Target& target, DType dtype, DType weight_dtype, const Packed& weight) {
+Tensors norm_of_ones(Target& target, DType dtype, DType weight_dtype, const Packed& weight) {
   const size_t hidden = weight.size() / size_of(weight_dtype);
   std::string error;
-  const Inputs inputs{packed(dtype, std::vector<double>(hidden, 1)), {}, {}, weight};
-  Outputs outputs = run_case(target, one_row(dtype, weight_dtype, Operands::kPlain, hidden), inputs, &error);
+  const Tensors inputs{{packed(dtype, std::vector<double>(hidden, 1)), weight}};
+  Tensors outputs = run_case(target, one_row(dtype, weight_dtype, Operands::kPlain, hidden), inputs, &error);
   EXPECT_EQ("", error);
   return outputs;
 }
@@ -54,13 +54,13 @@ TEST(CpuKernels, ReadEveryNumber) {
   for (Target* const target : cpu_targets())
     for (const DType dtype : kHalves) {
       SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
-      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, norm_of_ones(*target, dtype, dtype, all).out)) << "of the weight";
+      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, norm_of_ones(*target, dtype, dtype, all)[kOut])) << "of the weight";
 
       std::string error;
-      const Inputs inputs{all, packed(dtype, std::vector<double>(1 << 16, -0.0)), {}, all};
-      const Outputs outputs = run_case(*target, one_row(dtype, dtype, Operands::kAdd, 1 << 16), inputs, &error);
+      const Tensors inputs{{all, all, packed(dtype, std::vector<double>(1 << 16, -0.0))}};
+      const Tensors outputs = run_case(*target, one_row(dtype, dtype, Operands::kAdd, 1 << 16), inputs, &error);
       EXPECT_EQ("", error);
-      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, outputs.sum)) << "of the sum with zero";
+      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, outputs[kResidualOut])) << "of the sum with zero";
     }
 }
 
@@ -89,8 +89,8 @@ TEST(CpuKernels, RoundToNearestEven) {
     for (size_t i = 0; i < weight.size(); ++i) round_to(dtype, element(DType::kFloat32, weight[i]), &want[i * size_of(dtype)]);
     for (Target* const target : cpu_targets()) {
       SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
-      const Outputs outputs = norm_of_ones(*target, dtype, DType::kFloat32, elements);
-      EXPECT_EQ("", compare_bits(dtype, weight.size(), want, outputs.out));
+      const Tensors outputs = norm_of_ones(*target, dtype, DType::kFloat32, elements);
+      EXPECT_EQ("", compare_bits(dtype, weight.size(), want, outputs[kOut]));
     }
   }
 }
@@ -108,20 +108,20 @@ TEST(CpuKernels, AddUpSubnormalSquares) {
   const double rstd = 1 / std::sqrt(squares / kHidden);
 
   const Case c = one_row(kDType, kDType, Operands::kPlain, kHidden);
-  const Inputs inputs{packed(kDType, values), {}, {}, packed(kDType, std::vector<double>(kHidden, 1))};
+  const Tensors inputs{{packed(kDType, values), packed(kDType, std::vector<double>(kHidden, 1))}};
   for (Target* const target : cpu_targets()) {
     SCOPED_TRACE(target->name());
     std::string error;
-    const Outputs outputs = run_case(*target, c, inputs, &error);
+    const Tensors outputs = run_case(*target, c, inputs, &error);
     ASSERT_EQ("", error);
     for (size_t i = 0; i < kHidden; ++i) {
       const double want = values[i] * rstd;
-      ASSERT_NEAR(want, element_at(kDType, &outputs.out[i * size_of(kDType)]), ulp(kDType, want)) << i;
+      ASSERT_NEAR(want, element_at(kDType, &outputs[kOut][i * size_of(kDType)]), ulp(kDType, want)) << i;
     }
   }
 }
 
-// Outputs of 16 bits hide a sum's last bits. Here each is near the tie of two numbers, on a side that the last bits decide.
+// Tensors of 16 bits hide a sum's last bits. Here each is near the tie of two numbers, on a side that the last bits decide.
 TEST(CpuKernels, SumInTheSameOrder) {
   constexpr size_t kHidden = 5000;
   for (const DType dtype : kHalves)
@@ -138,15 +138,15 @@ TEST(CpuKernels, SumInTheSameOrder) {
         weight[i] = tie / (values[i] * rstd) * (1 + (static_cast<double>(i) / kHidden - 0.5) * 64 * FLT_EPSILON);
 
       const Case c = one_row(dtype, DType::kFloat32, Operands::kPlain, kHidden);
-      const Inputs inputs{packed(dtype, values), {}, {}, packed(DType::kFloat32, weight)};
+      const Tensors inputs{{packed(dtype, values), packed(DType::kFloat32, weight)}};
       Packed first;
       for (Target* const target : cpu_targets()) {
         SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
         std::string error;
-        const Outputs outputs = run_case(*target, c, inputs, &error);
+        const Tensors outputs = run_case(*target, c, inputs, &error);
         ASSERT_EQ("", error);
-        if (first.empty()) first = outputs.out;
-        EXPECT_EQ("", compare_bits(dtype, kHidden, first, outputs.out));
+        if (first.empty()) first = outputs[kOut];
+        EXPECT_EQ("", compare_bits(dtype, kHidden, first, outputs[kOut]));
       }
     }
 }
@@ -171,13 +171,13 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
       for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kAddPost})
         for (const Values values : {Values::kNormal, Values::kSubnormal, Values::kSpecialWeight}) {
           const Case c{dtype, weight_dtype, operands, true, hidden, {"rows", {4}, {0}, 0}, Alignment::kWhole, values, 1e-6, 3};
-          const Inputs inputs = make_inputs(c);
+          const Tensors inputs = make_inputs(c);
           for (size_t t = 0; t < all.size(); ++t) {
             std::string error;
-            const Outputs outputs = run_case(*all[t], c, inputs, &error);
+            const Tensors outputs = run_case(*all[t], c, inputs, &error);
             ASSERT_EQ("", error);
-            add_to_hash(dtype, outputs.sum, &hashes[t]);
-            add_to_hash(dtype, outputs.out, &hashes[t]);
+            add_to_hash(dtype, outputs[kResidualOut], &hashes[t]);
+            add_to_hash(dtype, outputs[kOut], &hashes[t]);
           }
         }
     for (size_t t = 0; t < all.size(); ++t)

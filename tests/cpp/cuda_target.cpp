@@ -34,8 +34,8 @@ class CudaTarget : public Target {
   void write(void* to, const void* from, size_t bytes) override { cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice); }
   void read(void* to, const void* from, size_t bytes) override { cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost); }
 
-  Status run(const NormArgs& args, uint32_t, Message* message) override {
-    const Status status = gemma_norm_cuda(&args, nullptr, message);
+  Status run(const Call& call, uint32_t, Message* message) override {
+    const Status status = gemma_norm_cuda(&call, nullptr, message);
     if (status != Status::kOk) return status;
     const cudaError_t error = cudaDeviceSynchronize();
     if (error == cudaSuccess) return Status::kOk;

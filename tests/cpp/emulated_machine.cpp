@@ -37,6 +37,16 @@ struct Thread {
   bool waited_for_previous_kernel;
 };
 
+// A variable in a block's shared memory.
+struct SharedVariable {
+  void* data;
+  size_t size;
+};
+std::vector<SharedVariable>& all_shared() {
+  static std::vector<SharedVariable> all;  // made by the first who asks: variables are added before main()
+  return all;
+}
+
 // A block of the cluster that runs now.
 struct Block {
   bool started;
@@ -47,7 +57,7 @@ struct Block {
 class Machine {
  public:
   EmulatedGpu gpu{32, int64_t{1} << 42, 1, 0};
-  std::vector<SharedVariable> shared;
+  const std::vector<SharedVariable>& shared = all_shared();
   std::set<const void*> launched;
 
   Error run_grid(int64_t blocks, int threads, int cluster, const std::function<void()>& kernel) {
@@ -235,10 +245,8 @@ Machine machine;
 
 }  // namespace
 
-void set_machine(const EmulatedGpu& gpu, std::vector<SharedVariable> shared) {
-  machine.gpu = gpu;
-  machine.shared = std::move(shared);
-}
+void set_machine(const EmulatedGpu& gpu) { machine.gpu = gpu; }
+void add_shared_variable(void* data, size_t size) { all_shared().push_back({data, size}); }
 const std::set<const void*>& launched_kernels() { return machine.launched; }
 
 void block_barrier() { machine.wait(State::kAtBarrier); }

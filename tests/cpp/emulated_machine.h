@@ -3,21 +3,14 @@
 
 #include <cstddef>
 #include <set>
-#include <vector>
 
 #include "device/emulated.h"
 #include "emulated.h"
 
 namespace gemma_norm::device {
 
-// A variable in a block's shared memory, filled with NaN before each block.
-struct SharedVariable {
-  void* data;
-  size_t size;
-};
-
 // For the launches to come.
-void set_machine(const EmulatedGpu& gpu, std::vector<SharedVariable> shared);
+void set_machine(const EmulatedGpu& gpu);
 
 // Every kernel that was launched since the program began.
 const std::set<const void*>& launched_kernels();

@@ -12,10 +12,13 @@ namespace gemma_norm {
 namespace {
 
 constexpr int64_t kPlenty = int64_t{1} << 32;
-float shared_value[512];
+struct SharedValues {
+  float of[512];
+};
+float (&shared_value)[512] = device::shared_memory<SharedValues>().of;
 
 device::Error launch(const EmulatedGpu& gpu, int64_t blocks, int threads, const std::function<void()>& thread, int cluster = 1) {
-  device::set_machine(gpu, {{shared_value, sizeof shared_value}});
+  device::set_machine(gpu);
   return device::run_grid(nullptr, blocks, threads, cluster, thread);
 }
 
@@ -83,8 +86,8 @@ TEST_P(EmulatedMachine, SaysWhenThreadsOfABlockDiverge) {
 }
 
 TEST_P(EmulatedMachine, SaysWhenAnAccessIsNotAligned) {
-  Words words[2];
-  const auto* between = reinterpret_cast<const Words*>(reinterpret_cast<const char*>(words) + 4);
+  Vector16 words[2];
+  const auto* between = reinterpret_cast<const Vector16*>(reinterpret_cast<const char*>(words) + 4);
   const device::Error error = launch(GetParam(), 1, 64, [&] {
     device::wait_for_previous_kernel();
     device::load(between);
@@ -93,7 +96,7 @@ TEST_P(EmulatedMachine, SaysWhenAnAccessIsNotAligned) {
 }
 
 TEST_P(EmulatedMachine, SaysWhenAnAccessDoesNotWaitForThePreviousKernel) {
-  Words words[1];
+  Vector16 words[1];
   const device::Error error = launch(GetParam(), 1, 64, [&] {
     if (device::thread_index() != 3) device::wait_for_previous_kernel();
     device::load(words);

@@ -2,14 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cases.h"
 #include "emulated.h"
-#include "plan.h"
+#include "gpu/plan.h"
 
 namespace py = pybind11;
 
@@ -34,15 +34,14 @@ struct Memory {
   }
 };
 
-void norm(const Memory& x, const Memory& weight, const Memory& out, const std::optional<Memory>& residual,
-          const std::optional<Memory>& post, const std::optional<Memory>& residual_out, double eps, bool gemma,
-          const EmulatedGpu& gpu) {
-  const auto tensor = [](const std::optional<Memory>& memory) { return memory ? std::optional(memory->tensor()) : std::nullopt; };
-  const auto pointer = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
-  const auto r = tensor(residual), p = tensor(post), s = tensor(residual_out);
-  const NormArgs args{"norm", x.tensor(), weight.tensor(), out.tensor(), pointer(r), pointer(p), pointer(s), eps, gemma};
+void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma, const EmulatedGpu& gpu) {
+  Call call{gemma_norm_op(op.c_str()), {}, eps, gemma};
+  Tensor views[kOperands];
+  for (int o = 0; o < kOperands; ++o)
+    if (const auto found = tensors.find(kOperandNames[o]); found != tensors.end())
+      call.tensors[o] = &(views[o] = found->second.tensor());
   Message message{};
-  switch (gemma_norm_emulated(&args, &gpu, &message)) {
+  switch (gemma_norm_emulated(&call, &gpu, &message)) {
     case Status::kOk: return;
     case Status::kInvalidArgument: throw py::value_error(message.text);
     case Status::kDeviceError: throw std::runtime_error(message.text);
@@ -64,8 +63,8 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
   py::class_<EmulatedGpu>(m, "Gpu").def(py::init<int32_t, int64_t, int32_t, uint32_t, int32_t>(), py::arg("wave_width"),
                                         py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1, py::arg("order") = 0,
                                         py::arg("processors") = 0);
-  m.def("norm", &norm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("residual"), py::arg("post_residual_addition"),
-        py::arg("residual_out"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"));
+  m.def("run", &run, py::arg("op"), py::arg("tensors"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"),
+        "Runs an operator by its torch name on tensors by the names of its operands.");
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), py::arg("rows") = 1,
         "How a row of a plain norm of so many is laid over threads, in words.");
 }

@@ -6,7 +6,7 @@
 #include <set>
 
 #include "emulated_machine.h"
-#include "plan.h"
+#include "gpu/plan.h"
 #include "runner.h"
 
 namespace gemma_norm {
@@ -66,12 +66,12 @@ void expect_same_bits(const std::vector<Target*>& same, bool chosen(const Case&)
   for_all_cases([&](const Case& c) {
     std::string error;
     if (!chosen(c)) return error;
-    const Inputs inputs = make_inputs(c);
-    const Outputs want = run_case(*same[0], c, inputs, &error);
+    const Tensors inputs = make_inputs(c);
+    const Tensors want = run_case(*same[0], c, inputs, &error);
     for (size_t i = 1; i < same.size(); ++i) {
-      const Outputs got = run_case(*same[i], c, inputs, &error);
-      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want.sum, got.sum);
-      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want.out, got.out);
+      const Tensors got = run_case(*same[i], c, inputs, &error);
+      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kResidualOut], got[kResidualOut]);
+      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]);
       if (!error.empty()) return same[i]->name() + " is not as " + same[0]->name() + ": " + error;
     }
     return error;
@@ -96,19 +96,21 @@ TEST_P(Kernels, DoNothingWithNoRows) {
   const Tensor x{nullptr, x_sizes, x_strides, 3, DType::kFloat16, "float16"},
       weight{nullptr, hidden, one, 1, DType::kFloat16, "float16"};
   Message message{};
-  EXPECT_EQ(Status::kOk, target().run({"norm", x, weight, x, nullptr, nullptr, nullptr, 1e-6, true}, 0, &message)) << message.text;
-  EXPECT_EQ(Status::kOk, target().run({"norm", x, weight, x, &x, &x, &x, 1e-6, true}, 0, &message)) << message.text;
+  const Call plain{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, &x}, 1e-6, true};
+  EXPECT_EQ(Status::kOk, target().run(plain, 0, &message)) << message.text;
+  const Call added{AddRmsNorm::kInfos, {&x, &weight, &x, &x, &x, &x}, 1e-6, true};
+  EXPECT_EQ(Status::kOk, target().run(added, 0, &message)) << message.text;
 }
 
 TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
   Case c{DType::kBFloat16,      DType::kBFloat16,  Operands::kFusedPost, true, 64,
          {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal,      -1,   5};
-  const Inputs inputs = make_inputs(c);
+  const Tensors inputs = make_inputs(c);
   std::string error;
-  const Outputs outputs = run_case(target(), c, inputs, &error);
-  EXPECT_EQ("norm: eps must be finite in float32 and at least 0, got -1", error);
-  EXPECT_EQ(inputs.x, outputs.out);
-  EXPECT_EQ(inputs.residual, outputs.sum);
+  const Tensors outputs = run_case(target(), c, inputs, &error);
+  EXPECT_EQ("add_rms_norm: eps must be finite in float32 and at least 0, got -1", error);
+  EXPECT_EQ(inputs[kX], outputs[kOut]);
+  EXPECT_EQ(inputs[kResidual], outputs[kResidualOut]);
 }
 
 INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", "emulated_clusters", "cpu", "cuda"),
@@ -144,9 +146,9 @@ TEST(EmulatedKernels, ReportALaunchThatFails) {
   const Tensor out{result, sizes, strides, 1, DType::kFloat32, "float32"};
   const EmulatedGpu gpu{1024, int64_t{1} << 32, 1, 0};  // with waves that no block of a plan fills
   Message message{};
-  const NormArgs args{"norm", x, weight, out, nullptr, nullptr, nullptr, 1e-6, true};
-  EXPECT_EQ(Status::kDeviceError, gemma_norm_emulated(&args, &gpu, &message));
-  EXPECT_EQ(0u, std::string(message.text).find("norm: launch failed: a block of ")) << message.text;
+  const Call call{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, &out}, 1e-6, true};
+  EXPECT_EQ(Status::kDeviceError, gemma_norm_emulated(&call, &gpu, &message));
+  EXPECT_EQ(0u, std::string(message.text).find("rms_norm: launch failed: a block of ")) << message.text;
 }
 
 TEST(CpuKernels, HaveTheSameBitsWithEveryInstructionSet) {
@@ -201,27 +203,27 @@ TEST_P(FarApart, RowsAreReached) {
   constexpr int64_t kHidden = 1000, kStride = (int64_t{1} << 31) + 8, kRows = 3;
   const Case c{DType::kBFloat16,          DType::kBFloat16,  Operands::kPlain, true, kHidden,
                {"rows", {kRows}, {0}, 0}, Alignment::kWhole, Values::kNormal,  1e-6, 6};
-  const Inputs inputs = make_inputs(c);
+  const Tensors inputs = make_inputs(c);
   Target& target = find_target(GetParam());
   std::string error;
-  const Outputs want = run_case(target, c, inputs, &error);
+  const Tensors want = run_case(target, c, inputs, &error);
   ASSERT_EQ("", error);
 
   const size_t row_bytes = kHidden * 2, bytes = (kRows - 1) * kStride * 2 + row_bytes;
   char* const x = static_cast<char*>(target.allocate(bytes, Guard::kBefore));
   char* const weight = static_cast<char*>(target.allocate(row_bytes, Guard::kBefore));
-  for (int64_t row = 0; row < kRows; ++row) target.write(x + row * kStride * 2, &inputs.x[row * row_bytes], row_bytes);
-  target.write(weight, inputs.weight.data(), row_bytes);
+  for (int64_t row = 0; row < kRows; ++row) target.write(x + row * kStride * 2, &inputs[kX][row * row_bytes], row_bytes);
+  target.write(weight, inputs[kWeight].data(), row_bytes);
   const int64_t sizes[] = {kRows, kHidden}, strides[] = {kStride, 1};
   const Tensor tensor{x, sizes, strides, 2, c.dtype, "bfloat16"};
   Message message{};
   const Tensor weight_tensor{weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"};
-  const NormArgs args{"norm", tensor, weight_tensor, tensor, nullptr, nullptr, nullptr, c.eps, true};
-  ASSERT_EQ(Status::kOk, target.run(args, 0, &message)) << message.text;
-  Packed got(want.out.size());
+  const Call call{RmsNorm::kInfos, {&tensor, &weight_tensor, nullptr, nullptr, &tensor}, c.eps, true};
+  ASSERT_EQ(Status::kOk, target.run(call, 0, &message)) << message.text;
+  Packed got(want[kOut].size());
   for (int64_t row = 0; row < kRows; ++row) target.read(&got[row * row_bytes], x + row * kStride * 2, row_bytes);
   target.free_all();
-  EXPECT_EQ("", compare_bits(c.dtype, kHidden, want.out, got));
+  EXPECT_EQ("", compare_bits(c.dtype, kHidden, want[kOut], got));
 }
 
 INSTANTIATE_TEST_SUITE_P(, FarApart, testing::Values("emulated32", "cpu"), [](const auto& info) { return info.param; });

@@ -10,11 +10,11 @@ constexpr uint8_t kCanary = 0xff;  // NaN in every dtype
 
 }  // namespace
 
-Operand::Operand(const Case& c, Place place, bool written) {
-  dtype_ = place == kWeight ? c.weight_dtype : c.dtype;
+TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
+  dtype_ = operand == kWeight ? c.weight_dtype : c.dtype;
   const int64_t item = size_of(dtype_), line = kLine / item;
   std::vector<int> order;
-  if (place != kWeight) {
+  if (operand != kWeight) {
     sizes_ = c.rows.sizes;
     order = c.rows.order;
     for (int d = 0; written && d < static_cast<int>(sizes_.size()); ++d)
@@ -22,7 +22,7 @@ Operand::Operand(const Case& c, Place place, bool written) {
   }
 
   // Gaps that differ from operand to operand, so that dimensions collapse in none, some or all of them.
-  int64_t gap = (place + 1) * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
+  int64_t gap = (operand + 1) * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
   if (c.alignment == Alignment::kWhole && c.hidden % line) gap += line - c.hidden % line;
   int64_t extent = c.hidden;
   int gaps = c.rows.padding;
@@ -35,16 +35,16 @@ Operand::Operand(const Case& c, Place place, bool written) {
   strides_.push_back(1);
 
   // Memory is aligned at its guarded side; there the margin is what puts the first element `off` a line.
-  const bool flush = c.alignment == Alignment::kAtEnd, odd = c.alignment == Alignment::kOffBase && c.seed >> place & 1;
-  const size_t bytes = extent * item, off = odd ? (1 + (c.seed + place) % 4 * 2) * item : 0;
-  guard_ = flush || c.seed >> place & 2 ? Guard::kAfter : Guard::kBefore;
+  const bool flush = c.alignment == Alignment::kAtEnd, odd = c.alignment == Alignment::kOffBase && c.seed >> operand & 1;
+  const size_t bytes = extent * item, off = odd ? (1 + (c.seed + operand) % 4 * 2) * item : 0;
+  guard_ = flush || c.seed >> operand & 2 ? Guard::kAfter : Guard::kBefore;
   const size_t after = guard_ == Guard::kBefore ? kLine : flush ? 0 : (kLine - (bytes + off) % kLine) % kLine;
   first_ = guard_ == Guard::kBefore ? off : kLine;
   image_.assign(first_ + bytes + after, kCanary);
 }
 
 template <class Visit>
-void Operand::each_row(const Visit& visit) const {
+void TestTensor::each_row(const Visit& visit) const {
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < sizes_.size(); ++d) rows *= sizes_[d];
   const size_t item = size_of(dtype_), row_bytes = sizes_.back() * item;
@@ -55,29 +55,29 @@ void Operand::each_row(const Visit& visit) const {
   }
 }
 
-void Operand::set(const Packed& elements) {
+void TestTensor::set(const Packed& elements) {
   each_row([&](size_t at, size_t packed, size_t bytes) { std::memcpy(&image_[at], &elements[packed], bytes); });
 }
 
-Packed Operand::get() const {
+Packed TestTensor::get() const {
   Packed elements;
   each_row([&](size_t at, size_t, size_t bytes) { elements.insert(elements.end(), &image_[at], &image_[at] + bytes); });
   return elements;
 }
 
-void Operand::send(Target& target) {
+void TestTensor::send(Target& target) {
   memory_ = target.allocate(image_.size(), guard_);
   target.write(memory_, image_.data(), image_.size());
 }
 
-bool Operand::receive(Target& target, bool written) {
+bool TestTensor::receive(Target& target, bool written) {
   std::vector<uint8_t> expected = image_;
   target.read(image_.data(), memory_, image_.size());
   if (written) each_row([&](size_t at, size_t, size_t bytes) { std::memcpy(&expected[at], &image_[at], bytes); });
   return expected == image_;
 }
 
-Tensor Operand::tensor() const {
+Tensor TestTensor::tensor() const {
   return {static_cast<uint8_t*>(memory_) + first_, sizes_.data(), strides_.data(),
           static_cast<int32_t>(sizes_.size()),     dtype_,        dtype_name(dtype_)};
 }

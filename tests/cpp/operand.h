@@ -11,13 +11,10 @@ namespace gemma_norm {
 // Elements as they are stored, row after row without gaps.
 using Packed = std::vector<uint8_t>;
 
-// The operands of a call, by their places in it.
-enum Place { kX, kResidual, kPost, kWeight, kOut, kSum, kPlaces };
-
-class Operand {
+class TestTensor {
  public:
   // A tensor that is written has no stride of 0.
-  Operand(const Case& c, Place place, bool written);
+  TestTensor(const Case& c, Operand operand, bool written);
 
   void set(const Packed& elements);
   Packed get() const;
@@ -26,7 +23,7 @@ class Operand {
   // Reads the tensor back; false if anything has changed that may not: with `written`, its elements may.
   bool receive(Target& target, bool written);
 
-  // Valid after send() and as long as the operand.
+  // Valid after send() and as long as this object.
   Tensor tensor() const;
 
  private:

@@ -1,5 +1,5 @@
 // Against brute force: which bytes a tensor has, one by one.
-#include "overlap.h"
+#include "core/overlap.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // What every plan must be, whatever the ladder: of each hidden size up to 20000 and some that are much larger.
-#include "plan.h"
+#include "gpu/plan.h"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cases.h"
-#include "kernels/row.cuh"
+#include "gpu/row.cuh"
 
 namespace gemma_norm {
 namespace {
@@ -46,7 +46,7 @@ TEST_P(Plans, FitTheGpu) {
   const int32_t wave = GetParam().wave_width;
   for_all([&](const LaunchPlan& plan, int64_t, DType) {
     EXPECT_EQ(0, plan.block_threads % wave);
-    EXPECT_LE(plan.block_threads, plan.most_threads);
+    EXPECT_LE(plan.block_threads, plan.max_block_threads);
     EXPECT_LE(1, plan.slots);
     EXPECT_LE(plan.slots, plan.group_threads);
     switch (plan.scope) {
@@ -54,7 +54,7 @@ TEST_P(Plans, FitTheGpu) {
         EXPECT_TRUE(is_power_of_two(plan.group_threads));
         EXPECT_LE(plan.group_threads, wave);
         EXPECT_EQ(0, plan.block_threads % plan.group_threads);
-        EXPECT_LE(plan.block_threads, kWaveBlockThreads);
+        EXPECT_LE(plan.block_threads, 128);
         break;
       case Scope::kBlock:
         EXPECT_EQ(plan.group_threads, plan.block_threads);
@@ -82,13 +82,13 @@ TEST_P(Plans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
     using X = decltype(x);
-    const kernels::Layout layout{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors};
-    const int step = kernels::item_step(layout);
+    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors};
+    const int step = gpu::item_step(launch);
     owners.assign(hidden, 0);
     for (int k = 0; k < plan.vectors; ++k)
       for (int slot = 0; slot < plan.slots; ++slot)
-        for (int i = 0; i < kernels::kItems<X>; ++i) {
-          const int64_t at = kernels::first_item<false, X, int64_t>(layout, slot, k) + static_cast<int64_t>(i) * step;
+        for (int i = 0; i < gpu::kItems<X>; ++i) {
+          const int64_t at = gpu::first_item<false, X, int64_t>(launch, slot, k) + static_cast<int64_t>(i) * step;
           if (at < hidden) ++owners[at];
         }
     EXPECT_EQ(hidden, std::count(owners.begin(), owners.end(), 1));
@@ -143,8 +143,8 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
         EXPECT_FALSE(rows > device.processors && more.cluster != plan.cluster) << "there is enough to do";
       }
       if (one.cluster == plan.cluster) {
-        EXPECT_EQ(std::tie(plan.scope, plan.block_threads, plan.most_threads),
-                  std::tie(one.scope, one.block_threads, one.most_threads));
+        EXPECT_EQ(std::tie(plan.scope, plan.block_threads, plan.max_block_threads),
+                  std::tie(one.scope, one.block_threads, one.max_block_threads));
         continue;
       }
       vectors.insert(one.vectors);
@@ -152,8 +152,8 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
       EXPECT_TRUE(is_power_of_two(one.block_threads));
       EXPECT_EQ(0, one.block_threads % device.wave_width);
       EXPECT_LT(one.block_threads, plan.block_threads);
-      EXPECT_EQ(256, one.most_threads) << "what the kernels are compiled for";
-      EXPECT_LE(one.block_threads, one.most_threads);
+      EXPECT_EQ(256, one.max_block_threads) << "what the kernels are compiled for";
+      EXPECT_LE(one.block_threads, one.max_block_threads);
       EXPECT_LE(one.cluster, device.max_cluster);
       EXPECT_EQ(one.group_threads, one.cluster * one.block_threads);
       EXPECT_LT(one.group_threads - one.slots, one.block_threads) << "a block with nothing to do";
@@ -231,6 +231,42 @@ TEST(Plan, PrintsItself) {
   plan.group_threads = 16;
   plan.whole_vectors = false;
   EXPECT_EQ("wave: 13 of 16 threads a row, 16 rows a block, 2 x 4 interleaved elements a thread", describe(plan, DType::kFloat32));
+}
+
+TEST(Plan, IsPrintedOnceWhereAskedFor) {
+  setenv("GEMMA_NORM_PRINT_PLAN", "1", 1);
+  EXPECT_TRUE(prints_plans());
+  RowParams params{};
+  params.hidden = 4096;
+  params.dtypes[kX] = DType::kBFloat16;
+  const DeviceFacts device{32, kNoLimit, true, 8, 132};
+  const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], device);
+  testing::internal::CaptureStderr();
+  for (int i = 0; i < 2; ++i) print_plan(RmsNorm::kInfos[0], params, plan, true);
+  print_plan(RmsNorm::kInfos[0], params, plan, false);
+  const std::string line =
+      "gemma_norm: rms_norm, hidden 4096, bfloat16: block: 256 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a "
+      "thread, ";
+  EXPECT_EQ(line + "16 bytes an access\n" + line + "an element an access\n", testing::internal::GetCapturedStderr());
+}
+
+// Each row of tuning.h's table is some plan's, for one row or two.
+TEST(Kernels, AreAllOfSomePlan) {
+  std::set<int32_t> kernels;
+  for (const int32_t max_cluster : {1, 8})
+    for (const bool two_rows : {false, true})
+      for (const int64_t hidden : hidden_sizes()) {
+        const DeviceFacts device{32, kNoLimit, true, max_cluster, 132};
+        const LaunchPlan plan = make_plan(hidden, DType::kFloat32, device, two_rows);
+        for (const LaunchPlan& p : {plan, spread(plan, 1, hidden * 20, device)}) {
+          kernels.insert(p.kernel);
+          EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
+          EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
+          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors == p.vectors) << "the shape's, not the kernel's";
+          EXPECT_LT(0, kKernels[p.kernel].resident_threads[two_rows ? 2 : 0]);
+        }
+      }
+  EXPECT_EQ(kKernelCount, static_cast<int>(kernels.size()));
 }
 
 }  // namespace

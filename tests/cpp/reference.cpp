@@ -65,19 +65,20 @@ std::string compare_bits(DType dtype, int64_t hidden, const Packed& want, const 
   return "";
 }
 
-std::string compare_with_reference(const Case& c, const Inputs& inputs, const Outputs& got) {
-  std::vector<double> s = values_of(c.dtype, inputs.x);
-  const std::vector<double> weight = values_of(c.weight_dtype, inputs.weight), out = values_of(c.dtype, got.out);
+std::string compare_with_reference(const Case& c, const Tensors& inputs, const Tensors& got) {
+  std::vector<double> s = values_of(c.dtype, inputs[kX]);
+  const std::vector<double> weight = values_of(c.weight_dtype, inputs[kWeight]), out = values_of(c.dtype, got[kOut]);
   if (has_residual(c.operands)) {
-    std::vector<double> r = values_of(c.dtype, inputs.residual);
-    const std::vector<double> post = values_of(c.dtype, inputs.post);
-    Packed sum(inputs.x.size());
+    std::vector<double> r = values_of(c.dtype, inputs[kResidual]);
+    const std::vector<double> post = values_of(c.dtype, inputs[kPost]);
+    Packed sum(inputs[kX].size());
     for (size_t i = 0; i < s.size(); ++i) {
       if (!post.empty()) r[i] = rounded(c.dtype, r[i] + post[i]);
       s[i] = rounded(c.dtype, s[i] + r[i]);
       round_to(c.dtype, s[i], &sum[i * size_of(c.dtype)]);
     }
-    if (const std::string error = compare_bits(c.dtype, c.hidden, sum, got.sum); !error.empty()) return "the sum's " + error;
+    if (const std::string error = compare_bits(c.dtype, c.hidden, sum, got[kResidualOut]); !error.empty())
+      return "the sum's " + error;
   }
 
   const double eps = static_cast<float>(c.eps);

@@ -1,4 +1,4 @@
-// The numerical contract in double precision (DESIGN, section 3), and how far from it a device may be.
+// The numerical contract in double precision (csrc/ops/rms_norm.h), and how far from it a device may be.
 #pragma once
 
 #include <string>
@@ -7,16 +7,15 @@
 
 namespace gemma_norm {
 
-struct Inputs {
-  Packed x, residual, post, weight;  // those that the case has not are empty
-};
-
-struct Outputs {
-  Packed out, sum;  // sum is empty without residual
+// The tensors of a case, those that it has not empty: what it reads, or what it has written.
+struct Tensors {
+  Packed of[kOperands];
+  Packed& operator[](Operand o) { return of[o]; }
+  const Packed& operator[](Operand o) const { return of[o]; }
 };
 
 // "" if the sum is right to the bit and its norm to one rounding and float32's arithmetic, else the first element that is not.
-std::string compare_with_reference(const Case& c, const Inputs& inputs, const Outputs& got);
+std::string compare_with_reference(const Case& c, const Tensors& inputs, const Tensors& got);
 
 // "" if the elements are the same bit for bit (a NaN is any NaN), else the first that differs.
 std::string compare_bits(DType dtype, int64_t hidden, const Packed& want, const Packed& got);

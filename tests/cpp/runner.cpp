@@ -12,23 +12,33 @@ namespace {
 
 bool in_place(Operands o) { return o == Operands::kInPlace || o >= Operands::kFused; }
 
-// The memory that the results take.
-Place place_of_out(Operands o) { return o == Operands::kFusedCrossed ? kResidual : in_place(o) ? kX : kOut; }
-Place place_of_sum(Operands o) { return o == Operands::kFusedCrossed ? kX : in_place(o) ? kResidual : kSum; }
+// Which memory an output takes.
+Operand place_of(Operand output, Operands o) {
+  if (o == Operands::kFusedCrossed) return output == kOut ? kResidual : kX;
+  if (in_place(o)) return output == kOut ? kX : kResidual;
+  return output;
+}
 
-struct Call {
-  explicit Call(const Case& c) : out(place_of_out(c.operands)), sum(place_of_sum(c.operands)) {
-    for (int i = 0; i < kPlaces; ++i) {
-      const Place place = static_cast<Place>(i);
-      const bool exists = place == kX || place == kWeight || place == out || (place == kResidual && has_residual(c.operands)) ||
-                          (place == kPost && has_post(c.operands)) || (place == sum && has_residual(c.operands));
-      if (exists) operands[i].emplace(c, place, written(c, place));
+bool has(const Case& c, Operand o) {
+  return o == kPost ? has_post(c.operands) : o != kResidual && o != kResidualOut ? true : has_residual(c.operands);
+}
+
+// The case's tensors; an output in an input's memory is that input's.
+struct CaseTensors {
+  explicit CaseTensors(const Case& c) {
+    for (const OperandRule& rule : c.op()) {
+      const Operand o = rule.operand;
+      place[o] = !has(c, o) ? kNoOperand : rule.written() ? place_of(o, c.operands) : o;
+      if (rule.written() && has(c, o)) written[place[o]] = true;
     }
+    for (int o = 0; o < kOperands; ++o)
+      if (place[o] == o) memory[o].emplace(c, static_cast<Operand>(o), written[o]);
   }
-  bool written(const Case& c, Place place) const { return place == out || (place == sum && has_residual(c.operands)); }
+  TestTensor* tensor(int o) { return place[o] == kNoOperand ? nullptr : &*memory[place[o]]; }
 
-  Place out, sum;
-  std::optional<Operand> operands[kPlaces];
+  Operand place[kOperands] = {};
+  bool written[kOperands] = {};
+  std::optional<TestTensor> memory[kOperands];
 };
 
 class Generator {
@@ -90,64 +100,61 @@ Packed reversed(const Packed& rows, size_t row_bytes) {
 
 }  // namespace
 
-Inputs make_inputs(const Case& c) {
+Tensors make_inputs(const Case& c) {
   Generator generator(c);
-  Call call(c);
-  Inputs inputs;
-  inputs.weight = generator.weight();
-  Packed* const to[] = {&inputs.x, &inputs.residual, &inputs.post};
-  for (const Place place : {kX, kResidual, kPost}) {
-    if (!call.operands[place]) continue;
-    call.operands[place]->set(generator.operand(c.row_count()));
-    *to[place] = call.operands[place]->get();
+  CaseTensors tensors(c);
+  Tensors inputs;
+  inputs[kWeight] = generator.weight();
+  for (const OperandRule& rule : c.op()) {
+    TestTensor* const tensor = tensors.tensor(rule.operand);
+    if (!tensor || rule.written() || !rule.has_rows()) continue;
+    tensor->set(generator.operand(c.row_count()));
+    inputs[rule.operand] = tensor->get();
   }
   return inputs;
 }
 
-Outputs run_case(Target& target, const Case& c, const Inputs& inputs, std::string* error) {
-  Call call(c);
-  const Packed* const from[] = {&inputs.x, &inputs.residual, &inputs.post, &inputs.weight};
-  for (int place = kX; place <= kWeight; ++place)
-    if (call.operands[place]) call.operands[place]->set(*from[place]);
-  std::optional<Tensor> tensors[kPlaces];
-  for (int place = 0; place < kPlaces; ++place)
-    if (call.operands[place]) {
-      call.operands[place]->send(target);
-      tensors[place] = call.operands[place]->tensor();
-    }
-  const auto pointer = [&](Place place) { return tensors[place] ? &*tensors[place] : nullptr; };
-  const Tensor* const sum = has_residual(c.operands) ? pointer(call.sum) : nullptr;
-  const NormArgs args{"norm", *tensors[kX], *tensors[kWeight], *tensors[call.out], pointer(kResidual), pointer(kPost), sum,
-                      c.eps,  c.gemma};
+Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::string* error) {
+  CaseTensors tensors(c);
+  Call call{&c.op(), {}, c.eps, c.gemma};
+  Tensor views[kOperands];
+  for (int o = 0; o < kOperands; ++o) {
+    if (!tensors.memory[o]) continue;
+    if (!inputs.of[o].empty()) tensors.memory[o]->set(inputs.of[o]);
+    tensors.memory[o]->send(target);
+    views[o] = tensors.memory[o]->tensor();
+  }
+  for (const OperandRule& rule : c.op())
+    if (tensors.tensor(rule.operand)) call.tensors[rule.operand] = &views[tensors.place[rule.operand]];
 
   Message message{};
-  Outputs outputs;
-  if (target.run(args, c.seed, &message) != Status::kOk) *error = message.text;
-  constexpr const char* kNames[] = {"x", "residual", "post_residual_addition", "weight", "out", "residual_out"};
-  for (int place = 0; place < kPlaces; ++place)
-    if (call.operands[place] && !call.operands[place]->receive(target, call.written(c, static_cast<Place>(place))))
-      *error = std::string("a byte was written in or beside ") + kNames[place] + " that is no element of an output";
-  outputs.out = call.operands[call.out]->get();
-  if (sum) outputs.sum = call.operands[call.sum]->get();
+  if (target.run(call, c.seed, &message) != Status::kOk) *error = message.text;
+  for (int o = 0; o < kOperands; ++o)
+    if (tensors.memory[o] && !tensors.memory[o]->receive(target, tensors.written[o]))
+      *error = std::string("a byte was written in or beside ") + kOperandNames[o] + " that is no element of an output";
+  Tensors outputs;
+  for (const OperandRule& rule : c.op())
+    if (rule.written()) outputs[rule.operand] = tensors.tensor(rule.operand)->get();
   target.free_all();
   return outputs;
 }
 
 std::string check_case(Target& target, const Case& c) {
-  const Inputs inputs = make_inputs(c);
+  const Tensors inputs = make_inputs(c);
   std::string error;
-  const Outputs outputs = run_case(target, c, inputs, &error);
+  const Tensors outputs = run_case(target, c, inputs, &error);
   if (error.empty()) error = compare_with_reference(c, inputs, outputs);
   if (!error.empty()) return error;
 
   // The same rows in the opposite order, then one of them alone.
   const size_t row_bytes = c.hidden * size_of(c.dtype);
   const auto plain = [&](int64_t rows, const Packed& s, const Packed& want) {
-    const Outputs got = run_case(target, plain_case(c, rows), {s, {}, {}, inputs.weight}, &error);
-    if (error.empty()) error = compare_bits(c.dtype, c.hidden, want, got.out);
+    const Tensors got = run_case(target, plain_case(c, rows), {{s, inputs[kWeight]}}, &error);
+    if (error.empty()) error = compare_bits(c.dtype, c.hidden, want, got[kOut]);
     return error.empty() ? "" : std::to_string(rows) + " rows, plain: " + error;
   };
-  const Packed s = reversed(outputs.sum.empty() ? inputs.x : outputs.sum, row_bytes), want = reversed(outputs.out, row_bytes);
+  const Packed& sum = outputs[kResidualOut].empty() ? inputs[kX] : outputs[kResidualOut];
+  const Packed s = reversed(sum, row_bytes), want = reversed(outputs[kOut], row_bytes);
   if (const std::string difference = plain(c.row_count(), s, want); !difference.empty()) return difference;
   return plain(1, Packed(s.begin(), s.begin() + row_bytes), Packed(want.begin(), want.begin() + row_bytes));
 }
@@ -158,14 +165,15 @@ std::string check_repeated(Target& target, const Case& c, int64_t times) {
     for (int64_t i = 0; i < times; ++i) all.insert(all.end(), rows.begin(), rows.end());
     return all;
   };
-  const Inputs once = make_inputs(c);
-  const Inputs inputs{repeated(once.x), repeated(once.residual), repeated(once.post), once.weight};
+  const Tensors once = make_inputs(c);
+  Tensors inputs = once;
+  for (const Operand o : {kX, kResidual, kPost}) inputs[o] = repeated(once[o]);
   Case many = c;
   many.rows.sizes[0] *= times;
   std::string error;
-  const Outputs want = run_case(target, c, once, &error), got = run_case(target, many, inputs, &error);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want.sum), got.sum);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want.out), got.out);
+  const Tensors want = run_case(target, c, once, &error), got = run_case(target, many, inputs, &error);
+  if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want[kResidualOut]), got[kResidualOut]);
+  if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want[kOut]), got[kOut]);
   return error;
 }
 

@@ -8,10 +8,10 @@
 namespace gemma_norm {
 
 // Values for the case; in an expanded tensor, rows that share memory are equal.
-Inputs make_inputs(const Case& c);
+Tensors make_inputs(const Case& c);
 
 // `error` says what went wrong, if anything did: a status, or a byte changed that is no output's.
-Outputs run_case(Target& target, const Case& c, const Inputs& inputs, std::string* error);
+Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::string* error);
 
 // "" if the results are right, and each row's bits those of the same row in a plain, packed, aligned call of other rows, else
 // what is wrong.

@@ -25,7 +25,7 @@ class Target {
   virtual void read(void* to, const void* from, size_t bytes) = 0;
 
   // Runs to the end. `seed` chooses among what must not change the result: the order of blocks, the number of threads, ...
-  virtual Status run(const NormArgs& args, uint32_t seed, Message* message) = 0;
+  virtual Status run(const Call& call, uint32_t seed, Message* message) = 0;
 };
 
 // Every device that this program knows, available or not.

@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <random>
 
-#include "check.h"
+#include "core/check.h"
 #include "cpu/isa.h"
 #include "emulated.h"
-#include "plan.h"
+#include "gpu/plan.h"
 #include "target.h"
 
 namespace gemma_norm {
@@ -15,12 +15,12 @@ class EmulatedTarget : public HostTarget {
   EmulatedTarget(const char* name, int wave_width, int max_cluster)
       : name_(name), wave_width_(wave_width), max_cluster_(max_cluster) {}
   std::string name() const override { return name_; }
-  Status run(const NormArgs& args, uint32_t seed, Message* message) override {
+  Status run(const Call& call, uint32_t seed, Message* message) override {
     // Half of the runs on a GPU that takes so few threads, though at least a block or cluster, that there must be several launches;
     // half with processors, where few rows are spread if there are clusters.
     const int64_t few = max_cluster_ * kMaxBlockThreads;
     const EmulatedGpu gpu{wave_width_, seed % 2 ? few : int64_t{1} << 32, max_cluster_, seed / 2 % 4, seed / 8 % 2 ? 132 : 0};
-    return gemma_norm_emulated(&args, &gpu, message);
+    return gemma_norm_emulated(&call, &gpu, message);
   }
 
  private:
@@ -32,9 +32,9 @@ class EmulatedTarget : public HostTarget {
 class CpuTarget : public HostTarget {
  public:
   std::string name() const override { return "cpu"; }
-  Status run(const NormArgs& args, uint32_t seed, Message* message) override {
+  Status run(const Call& call, uint32_t seed, Message* message) override {
     random_.seed(seed);
-    return gemma_norm_cpu(&args, seed % 4 ? &parallel_for : nullptr, message);
+    return gemma_norm_cpu(&call, seed % 4 ? &parallel_for : nullptr, message);
   }
 
  private:
@@ -56,12 +56,12 @@ class IsaTarget : public HostTarget {
   std::string missing() const override {
     return isa_supported(isa_) ? "" : std::string("needs a processor with ") + isa_name(isa_);
   }
-  Status run(const NormArgs& args, uint32_t, Message* message) override {
+  Status run(const Call& call, uint32_t, Message* message) override {
     RowParams params;
     RowSlices slices;
-    const Status status = check(args, &params, &slices, message);
+    const Status status = check(call, &params, &slices, message);
     for (int64_t i = 0; status == Status::kOk && i < slices.count; ++i)
-      cpu_rows(isa_, select_slice(params, slices, i), 0, params.rows);
+      cpu_rows(isa_, call.op)(select_slice(params, slices, i), 0, params.rows);
     return status;
   }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from torch.utils import cpp_extension
 
-SOURCE = Path(__file__).parents[2] / "csrc/cuda/rms_norm.cu"
+SOURCES = sorted((Path(__file__).parents[2] / "csrc/cuda").glob("*.cu"))
 REPORT = re.compile(r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.S)
 
 
@@ -20,9 +21,24 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, in
     nvcc = shutil.which("nvcc") or shutil.which(f"{cpp_extension.CUDA_HOME or '/usr/local/cuda'}/bin/nvcc")
     if not nvcc:
         pytest.skip("needs nvcc: install the CUDA toolkit, or set CUDA_HOME to where it is")
-    cubin = tmp_path_factory.mktemp("cubin") / "rms_norm.cubin"
-    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-o", cubin, SOURCE]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    folder = tmp_path_factory.mktemp("cubin")
+
+    def compile(source: Path) -> str:
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-arch=sm_90",
+            "-cubin",
+            "-Xptxas",
+            "-v",
+            "-o",
+            folder / f"{source.stem}.cubin",
+        ]
+        return subprocess.run([*command, source], capture_output=True, text=True, check=True).stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        report = "".join(pool.map(compile, SOURCES))
     found = REPORT.findall(report)
     names = subprocess.run(
         ["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True
@@ -34,7 +50,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, in
 
 def test_rows_that_models_have_are_not_spilled(kernels: dict[str, tuple[int, int]]) -> None:
     """Longer ones (here, from 131072 16-bit elements on) take blocks of 1024 threads, which have 64 registers each."""
-    for_long_rows = re.compile(r"rms_norm_\w+<gemma_norm::b?float16, .* 1024, (true|false)>")
+    for_long_rows = re.compile(r"normalize_\w+<gemma_norm::\w+, gemma_norm::b?float16, .* 1024, (true|false)>")
     spilled = {name: found[0] for name, found in kernels.items() if found[0] and not for_long_rows.search(name)}
     assert len(kernels) > 100 and not spilled
 
@@ -44,7 +60,7 @@ def test_as_many_rows_are_in_flight_as_planned(kernels: dict[str, tuple[int, int
 
     def blocks(scope: int, vectors: int, threads: int) -> int:
         bfloat16 = "gemma_norm::bfloat16"
-        name = rf"rms_norm_rows<{bfloat16}, {bfloat16}, false, .*{scope}, {vectors}, {threads}, true>"
+        name = rf"normalize_rows<gemma_norm::RmsNorm, {bfloat16}, {bfloat16}, .*{scope}, {vectors}, {threads}, true>"
         (used,) = (found[1] for kernel, found in kernels.items() if re.search(name, kernel))
         return 65536 // (-(-used // 8) * 8 * threads)
 

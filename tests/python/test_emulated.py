@@ -109,17 +109,13 @@ def normalise(emulated: ModuleType, call: dict[str, Any], gpu: Any) -> Tensor:
     def memory(t: Tensor) -> Any:
         return emulated.Memory(t.data_ptr(), list(t.shape), list(t.stride()), str(t.dtype).removeprefix("torch."))
 
-    emulated.norm(
-        memory(x.view),
-        memory(weight),
-        memory(out.view),
-        memory(residual.view) if adds else None,
-        memory(post.view) if adds_post else None,
-        memory(total.view) if adds else None,
-        call["eps"],
-        gemma,
-        gpu,
-    )
+    tensors = {"x": x.view, "weight": weight, "out": out.view}
+    if adds:
+        tensors |= {"residual": residual.view, "residual_out": total.view}
+    if adds_post:
+        tensors["post_residual_addition"] = post.view
+    memories = {name: memory(tensor) for name, tensor in tensors.items()}
+    emulated.run("add_rms_norm" if adds else "rms_norm", memories, call["eps"], gemma, gpu)
     assert_right(out.view, s, weight, call["eps"], gemma)
     if adds:
         assert_same_bits(s, total.view)
@@ -168,5 +164,5 @@ def test_bad_arguments_are_refused(emulated: ModuleType) -> None:
     x = torch.zeros(2, 8)
     memory = emulated.Memory(x.data_ptr(), [2, 8], [8, 1], "float32")
     weight = emulated.Memory(x.data_ptr(), [7], [1], "float32")
-    with pytest.raises(ValueError, match=r"norm: weight must have shape \[8\], got \[7\]"):
-        emulated.norm(memory, weight, memory, None, None, None, 1e-6, False, emulated.Gpu(32))
+    with pytest.raises(ValueError, match=r"rms_norm: weight must have shape \[8\], got \[7\]"):
+        emulated.run("rms_norm", {"x": memory, "weight": weight, "out": memory}, 1e-6, False, emulated.Gpu(32))

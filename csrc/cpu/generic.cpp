@@ -49,7 +49,7 @@ void narrow(float f, Float16* to) {
 }
 
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = false;
+  static constexpr bool kPacksBFloat16 = false, kStreams = false;
 
   float v[kLanes];
 
@@ -125,6 +125,6 @@ struct F32x32 {
 
 }  // namespace
 
-void rows_generic(const RowParams& params, int64_t begin, int64_t end) { run<F32x32>(params, begin, end); }
+const CpuKernels kGenericKernels = cpu_kernels<F32x32>(Ops());
 
 }  // namespace gemma_norm

@@ -1,5 +1,4 @@
 // The row kernel for AVX-512 (F, BW, DQ, VL: Skylake-X and later).
-#include "isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,13 +14,13 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "avx512_vector.h"
+#include "isa.h"
 #include "row_kernel.h"
-
-#include "avx512.h"  // after row_kernel.h, which says that products and sums are rounded one by one
 
 namespace gemma_norm {
 
-void rows_avx512(const RowParams& params, int64_t begin, int64_t end) { run<F32x32<false>>(params, begin, end); }
+const CpuKernels kAvx512Kernels = cpu_kernels<F32x32<false>>(Ops());
 
 }  // namespace gemma_norm
 

@@ -1,16 +1,16 @@
 // The row kernel for AArch64: Advanced SIMD, which every such processor has.
-#include "isa.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
+#include "isa.h"
 #include "row_kernel.h"
 
 namespace gemma_norm {
 namespace {
 
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = false;
+  static constexpr bool kPacksBFloat16 = false, kStreams = false;
 
   float32x4_t v[8];
 
@@ -105,7 +105,7 @@ struct F32x32 {
 
 }  // namespace
 
-void rows_neon(const RowParams& params, int64_t begin, int64_t end) { run<F32x32>(params, begin, end); }
+const CpuKernels kNeonKernels = cpu_kernels<F32x32>(Ops());
 
 }  // namespace gemma_norm
 

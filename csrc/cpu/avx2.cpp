@@ -1,5 +1,4 @@
 // The row kernel for AVX2, F16C and FMA (Haswell, Zen and later).
-#include "isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,13 +12,14 @@
 #pragma GCC target("avx2,f16c,fma")
 #endif
 
+#include "isa.h"
 #include "row_kernel.h"
 
 namespace gemma_norm {
 namespace {
 
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = false;
+  static constexpr bool kPacksBFloat16 = false, kStreams = true;
 
   __m256 v[4];
 
@@ -107,7 +107,7 @@ struct F32x32 {
 
 }  // namespace
 
-void rows_avx2(const RowParams& params, int64_t begin, int64_t end) { run<F32x32>(params, begin, end); }
+const CpuKernels kAvx2Kernels = cpu_kernels<F32x32>(Ops());
 
 }  // namespace gemma_norm
 

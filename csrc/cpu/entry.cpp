@@ -1,7 +1,7 @@
 // The C entry of the CPU: check, choose the instruction set, split the rows over threads.
 #include <cstdint>
 
-#include "../check.h"
+#include "../core/check.h"
 #include "isa.h"
 
 namespace gemma_norm {
@@ -11,30 +11,31 @@ namespace {
 constexpr int64_t kGrain = 32768;
 
 struct Work {
-  Isa isa;
+  RowsFunction rows;
   RowParams params;
 };
 
 void run_rows(void* context, int64_t begin, int64_t end) {
   const Work& work = *static_cast<const Work*>(context);
-  cpu_rows(work.isa, work.params, begin, end);
+  work.rows(work.params, begin, end);
 }
 
 }  // namespace
 }  // namespace gemma_norm
 
-gemma_norm::Status gemma_norm_cpu(const gemma_norm::NormArgs* args, gemma_norm::ParallelFor parallel_for,
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for,
                                   gemma_norm::Message* message) {
   using namespace gemma_norm;
   RowParams params;
   RowSlices slices;
-  const Status status = check(*args, &params, &slices, message);
+  const Status status = check(*call, &params, &slices, message);
   if (status != Status::kOk) return status;
 
   static const Isa isa = best_isa();
+  const RowsFunction rows = cpu_rows(isa, call->op);
   const int64_t grain = (kGrain + params.hidden - 1) / params.hidden;
   for (int64_t i = 0; i < slices.count; ++i) {
-    Work work{isa, select_slice(params, slices, i)};
+    Work work{rows, select_slice(params, slices, i)};
     if (!parallel_for || params.rows <= grain)
       run_rows(&work, 0, params.rows);
     else

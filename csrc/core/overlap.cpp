@@ -7,11 +7,23 @@
 namespace gemma_norm {
 namespace {
 
+// [first byte, one past the last byte) of a tensor.
+struct Extent {
+  int64_t begin, end;
+
+  explicit Extent(const Tensor& t) {
+    const int64_t item = size_of(t.dtype);
+    begin = reinterpret_cast<int64_t>(t.data);
+    end = begin + item * t.sizes[t.dims - 1];
+    for (int d = 0; d < t.dims - 1; ++d) end += (t.sizes[d] - 1) * t.strides[d] * item;
+  }
+};
+
 // A tensor as equal runs of bytes: run i of `starts` begins at the sum of its coordinates times `strides`. Dimensions of size 1
 // are gone, and inner ones that continue the run are part of it.
 struct Runs {
-  int64_t begin, end;  // the extent: [first byte, one past the last byte)
-  int64_t bytes;       // of one run
+  int64_t begin;  // the first byte
+  int64_t bytes;  // of one run
   int dims = 0;
   int64_t sizes[64], strides[64];  // in bytes, smallest stride first
 
@@ -19,11 +31,9 @@ struct Runs {
     const int64_t item = size_of(t.dtype);
     begin = reinterpret_cast<int64_t>(t.data);
     bytes = item * t.sizes[t.dims - 1];
-    end = begin + bytes;
     for (int d = t.dims - 2; d >= 0; --d) {
       if (t.sizes[d] == 1) continue;
       const int64_t stride = t.strides[d] * item;
-      end += (t.sizes[d] - 1) * stride;
       int at = dims++;
       for (; at > 0 && strides[at - 1] > stride; --at) {
         sizes[at] = sizes[at - 1];
@@ -62,6 +72,7 @@ struct Runs {
 }  // namespace
 
 bool same_memory(const Tensor& a, const Tensor& b) {
+  if (&a == &b) return true;
   if (a.data != b.data || a.dtype != b.dtype || a.dims != b.dims) return false;
   for (int d = 0; d < a.dims; ++d)
     if (a.sizes[d] != b.sizes[d] || (a.sizes[d] != 1 && a.strides[d] != b.strides[d])) return false;
@@ -69,8 +80,9 @@ bool same_memory(const Tensor& a, const Tensor& b) {
 }
 
 bool overlap(const Tensor& a, const Tensor& b) {
+  const Extent p(a), q(b);
+  if (p.end <= q.begin || q.end <= p.begin) return false;
   const Runs x(a), y(b);
-  if (x.end <= y.begin || y.end <= x.begin) return false;
   const int64_t g = y.stride_gcd(x.stride_gcd(0));
   if (g == 0) return true;  // two single runs whose extents meet
   // Interleaved slices of one buffer (the q and k of a fused qkv): every run starts at the same residue modulo g.

@@ -1,4 +1,5 @@
-// 32 floats in AVX-512's registers (F, BW, DQ, VL), for rms_norm_avx512*.cpp. The anonymous namespace is row_kernel.h's.
+// 32 floats in AVX-512's registers (F, BW, DQ, VL), for avx512.cpp and avx512_bf16.cpp. Part of row_kernel.h: the anonymous
+// namespace is the same.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +13,8 @@ namespace {
 
 template <bool kHasBf16>
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = kHasBf16;  // else arithmetic takes longer than L1
+  // Without AVX512-BF16 the loop is bound by arithmetic, not by loads from L1: smaller weights gain nothing.
+  static constexpr bool kPacksBFloat16 = kHasBf16, kStreams = true;
 
   __m512 lo, hi;
 
@@ -111,7 +113,8 @@ struct F32x32 {
     return _mm512_mask_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd, u, _mm512_set1_epi32(0x8000));
   }
   __m512i bfloat() const {
-    if constexpr (kHasBf16) {  // takes subnormals for zero: look out for zeros
+    if constexpr (kHasBf16) {
+      // The conversion makes zeros of subnormal numbers. A zero in the result may be one: all are rounded again by integers then.
       __m512i words = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
       asm("" : "+v"(words));  // clang 19 would recognise bfloat16 numbers and compare them one by one
       const __mmask32 zeros = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));

@@ -1,7 +1,7 @@
 // Do two strided tensors share memory? Exact for any strides, and a few compares when their extents are apart.
 #pragma once
 
-#include "gemma_norm.h"
+#include "../gemma_norm.h"
 
 namespace gemma_norm {
 

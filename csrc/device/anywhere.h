@@ -1,0 +1,8 @@
+// A qualifier for functions that GPU kernels and CPU kernels share.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIP__)
+#define GEMMA_NORM_ANYWHERE __host__ __device__ __attribute__((always_inline)) inline
+#else
+#define GEMMA_NORM_ANYWHERE __attribute__((always_inline)) inline
+#endif

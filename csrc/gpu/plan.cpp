@@ -1,0 +1,103 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <iterator>
+#include <mutex>
+#include <set>
+
+namespace gemma_norm {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Distributes the plan's slots over the blocks of a cluster, `threads` a block, doubled until kMaxCluster blocks suffice. That
+// stays a power of two, so that the tree over the slots, and with it every bit, is that of a single block.
+void use_cluster(LaunchPlan* plan, int32_t threads) {
+  while (threads * kMaxCluster < plan->slots) threads *= 2;
+  plan->scope = Scope::kCluster;
+  plan->block_threads = threads;
+  plan->cluster = static_cast<int32_t>(divide_up(plan->slots, threads));
+  plan->group_threads = plan->cluster * threads;
+}
+
+}  // namespace
+
+LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, bool two_rows) {
+  const int64_t items = kVectorBytes / size_of(dtype);
+  const int64_t row_vectors = divide_up(hidden, items);
+  const bool has_clusters = device.max_cluster == kMaxCluster;
+  const Shape* const shape = find_shape(row_vectors, has_clusters);
+  const KernelTuning* const kernel = std::find_if(std::begin(kKernels), std::end(kKernels), [&](const KernelTuning& k) {
+    return (shape ? row_vectors <= k.row_vectors : k.scope == Scope::kStream) && (has_clusters || k.scope != Scope::kCluster) &&
+           (two_rows || k.resident_threads[0]);
+  });
+  LaunchPlan plan{};
+  plan.kernel = static_cast<int32_t>(kernel - kKernels);
+  plan.scope = kernel->scope;
+  plan.max_block_threads = kernel->max_block_threads;
+  plan.cluster = 1;
+  plan.whole_vectors = hidden % items == 0;
+  plan.slots = shape ? static_cast<int32_t>(divide_up(row_vectors, shape->vectors)) : kStreamSlots;
+  plan.vectors = shape ? shape->vectors : static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
+  switch (plan.scope) {
+    case Scope::kWave:
+      plan.group_threads = 1;
+      while (plan.group_threads < plan.slots) plan.group_threads *= 2;
+      plan.block_threads = kernel->max_block_threads;
+      break;
+    case Scope::kCluster: use_cluster(&plan, kClusterBlockThreads); break;
+    default:
+      plan.group_threads = static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
+      plan.block_threads = plan.group_threads;
+  }
+  return plan;
+}
+
+LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device) {
+  if (device.max_cluster != kMaxCluster || (plan.scope != Scope::kBlock && plan.scope != Scope::kCluster)) return plan;
+  LaunchPlan wide = plan;
+  use_cluster(&wide, device.wave_width);
+  const bool pays =
+      row_bytes > kWorthSpreading && rows * wide.cluster <= int64_t{blocks_a_processor(row_bytes)} * device.processors;
+  if (!pays || wide.block_threads >= plan.block_threads) return plan;
+  wide.max_block_threads = kClusterBlockThreads;  // rows that take larger blocks are not spread
+  wide.kernel = find_kernel(Scope::kCluster, plan.vectors, kClusterBlockThreads);
+  return wide;
+}
+
+int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
+  return std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads) / plan.cluster;
+}
+
+std::string describe(const LaunchPlan& plan, DType dtype) {
+  constexpr const char* kScopes[] = {"wave", "block", "cluster", "stream"};
+  const auto items = std::to_string(kVectorBytes / size_of(dtype));
+  return std::string(kScopes[static_cast<int>(plan.scope)]) + ": " + std::to_string(plan.slots) + " of " +
+         std::to_string(plan.group_threads) + " threads a row, " + std::to_string(plan.rows_per_block()) + " rows a block, " +
+         std::to_string(plan.vectors) + " x " + items + (plan.whole_vectors ? " consecutive" : " interleaved") +
+         " elements a thread";
+}
+
+bool prints_plans() {
+  static const bool prints = [] {
+    const char* const value = std::getenv("GEMMA_NORM_PRINT_PLAN");
+    return value && std::string(value) == "1";
+  }();
+  return prints;
+}
+
+void print_plan(const OpInfo& op, const RowParams& params, const LaunchPlan& plan, bool aligned) {
+  constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16"};
+  std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " +
+                     kDTypes[static_cast<int>(params.dtypes[kX])] + ": " + describe(plan, params.dtypes[kX]);
+  if (plan.cluster > 1) text += ", " + std::to_string(plan.cluster) + " blocks a cluster";
+  text += aligned ? ", 16 bytes an access\n" : ", an element an access\n";
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (printed.insert(text).second) std::fputs(text.c_str(), stderr);
+}
+
+}  // namespace gemma_norm

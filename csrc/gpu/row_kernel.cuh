@@ -1,0 +1,164 @@
+// The kernels. Each is source -> statistic -> finish, of an operator's parts (policies.cuh):
+//
+//   s = the source, such as round(x + residual), which is stored;   rstd = 1 / sqrt(mean(s^2) + eps);   y = the finish of s and
+//   rstd
+//
+// The sum of squares has one order for all of them, a function of hidden and dtype alone (shapes.h): a slot's vectors, then the
+// slots as a binary tree.
+#pragma once
+
+#include "policies.cuh"
+#include "reduce.cuh"
+#include "row.cuh"
+#include "tuning.h"
+
+namespace gemma_norm::gpu {
+
+template <class Op, class X, class W>
+constexpr Held kHeld = Op::Source::kTwoRows     ? Held::kTwoRows
+                       : sizeof(W) != sizeof(X) ? Held::kRowWideWeights
+                                                : Held::kRow;
+template <class Op, class X, class W, int kRow>
+constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<Op, X, W>)];
+
+// Which slot of which row a thread is.
+template <Scope kScope>
+struct Place {
+  int slot;
+  int64_t row;
+
+  GEMMA_NORM_DEVICE Place(const RowParams& p, const Launch& launch)
+      : slot(device::thread_index()), row(p.first_row + device::block_index()) {
+    if constexpr (kScope == Scope::kWave) {
+      const int log2 = launch.log2_group_threads;
+      row = p.first_row + device::block_index() * (device::block_threads() >> log2) + (slot >> log2);
+      slot &= (1 << log2) - 1;
+    }
+    if constexpr (kScope == Scope::kCluster) {
+      slot += device::cluster_rank() * device::block_threads();
+      row = p.first_row + device::cluster_index();
+    }
+  }
+};
+
+// Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
+// a power of two of lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
+// threads at most.
+template <class Op, class X, class W, Scope kScope, int kVectors, int kThreads, bool kAligned>
+GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<Op, X, W, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
+normalize_rows(RowParams p, Launch launch) {
+  if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;  // such GPUs have no plan with clusters
+  using Order = LoadOrder<kVectors, kThreads, kHeld<Op, X, W>, sizeof(X), sizeof(W) != sizeof(X), kAligned>;
+  using Source = SourceOf<typename Op::Source, X, kVectors, Order, Reuse::kNone>;
+  using Finish = FinishOf<typename Op::Formula, X, W>;
+
+  open_exchanges<kScope, SquareSum<X>::kNumbers>();
+  const Place<kScope> place(p, launch);
+  // Threads without a part of a row still take part in the exchanges.
+  const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
+  const int step = item_step(launch);
+  const int start = kAligned ? first_item<kAligned, X, int>(launch, place.slot, 0) : 0;  // all that follows is relative to it
+  const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, kAligned ? 0 : place.slot, k); };
+  const int end = active ? static_cast<int>(p.hidden) - start : 0;
+  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);  // a block's row is uniform
+  const Source source(p, row, start);
+  const Finish finish(p, row, start);
+  Vector16 s[kVectors];
+  typename Source::Second second[kVectors];
+  typename Finish::Weights w[kVectors];
+  const auto load_weights = [&](auto end) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) finish.template load<kAligned>(w[k], first(k), step, end);
+  };
+  const auto load = [&](auto end) {
+    source.template load<kAligned>(s, second, first, step, end);
+    if constexpr (Order::kEarlyWeights && !Order::kWeightsAfterRows) load_weights(end);
+  };
+
+  // What needs no memory is done by now.
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight);
+  // Overlapped launches: from here on the next kernel's blocks may start; they stop at their own wait_for_previous_kernel(). This
+  // early only if as many blocks again fit on the GPU: else its first blocks would crowd some multiprocessors, and it is allowed
+  // after the exchange.
+  if (launch.room_for_next) device::allow_next_kernel();
+  if (kAligned && device::in_all_lanes(first(kVectors - 1) < end)) {
+    load(NoEnd{});  // no conditions: the loads go out back to back
+  } else {
+    load(end);
+  }
+  source.template sum<kAligned>(s, second, first, step, end, [&] {
+    if constexpr (Order::kEarlyWeights) {
+      if constexpr (Order::kWeightsAfterRows) load_weights(end);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) finish.wait_for(w[k]);
+    }
+  });
+  if constexpr (Order::kEarlyWeights && Order::kWeightsAfterRows && !Source::kSumsBeforeStores) load_weights(end);
+
+  SquareSum<X> squares;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    squares.add(s[k]);
+    if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
+  }
+  float sums[SquareSum<X>::kNumbers];
+  squares.total(sums);
+  sum_over_row<kScope, kThreads>(sums, launch);
+  device::allow_next_kernel();
+  const float rstd = reciprocal_std<Order::kQuickRoot>(sums[0], p);
+
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    if (Order::kStoreOneByOne && !(first(k) < end)) break;
+    if constexpr (!Order::kEarlyWeights) {
+      constexpr int kBatch = 4 / Finish::kWeightVectors;  // a load cannot move up before a store
+      if (k % kBatch == 0)
+        for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], first(i), step, end);
+    }
+    finish.template store<kAligned>(s[k], w[k], rstd, first(k), step, end);
+  }
+}
+
+// Rows that no block can hold, or whose elements must be picked one by one: read for the sum, then again, from the cache as far
+// as it reaches, for the output. By a block, or (kScope is kCluster) by a cluster of them.
+template <class Op, class X, class W, Scope kScope, int kThreads, bool kAligned>
+GEMMA_NORM_KERNEL(kThreads, 1)
+normalize_stream(RowParams p, Launch launch) {
+  if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;
+  open_exchanges<kScope, SquareSum<X>::kNumbers>();
+  const Place<kScope> place(p, launch);
+  const int step = item_step(launch);
+  const int64_t end = place.slot < launch.slots ? p.hidden : 0;
+  const RowIndex row(p, place.row);
+  using Source = SourceOf<typename Op::Source, X, 1, StreamOrder, Reuse::kSome>;
+  using Finish = FinishOf<typename Op::Formula, X, W>;
+  const Source source(p, row, 0);
+  const Finish finish(p, row, 0);
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight);
+
+  SquareSum<X> squares;
+  for (int k = 0; k < launch.vectors; ++k) {
+    const auto first = [&](int) { return first_item<kAligned, X, int64_t>(launch, place.slot, k); };
+    Vector16 s[1];
+    typename Source::Second second[1];
+    source.template load<kAligned>(s, second, first, step, end);
+    source.template sum<kAligned>(s, second, first, step, end, [] {});
+    squares.add(s[0]);
+  }
+  float sums[SquareSum<X>::kNumbers];
+  squares.total(sums);
+  sum_over_row<kScope, kThreads>(sums, launch);
+  device::allow_next_kernel();
+  const float rstd = reciprocal_std<false>(sums[0], p);
+
+  for (int k = 0; k < launch.vectors; ++k) {
+    const int64_t first = first_item<kAligned, X, int64_t>(launch, place.slot, k);
+    typename Finish::Weights w;
+    finish.template load<kAligned>(w, first, step, end);
+    const Vector16 s =
+        load_items<kAligned, Reuse::kNone>(source.stored(), first, step, end);  // each thread reads what it wrote itself
+    finish.template store<kAligned>(s, w, rstd, first, step, end);
+  }
+}
+
+}  // namespace gemma_norm::gpu

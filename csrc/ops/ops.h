@@ -1,0 +1,50 @@
+// The table of operators. A new one is a file in this folder and a name in this list.
+#pragma once
+
+#include "rms_norm.h"
+
+namespace gemma_norm {
+
+// Each type has kernels of its own, which serve all of its kInfos.
+template <class... Op>
+struct OpList {
+  static constexpr int kCount = sizeof...(Op);
+
+  template <class One>
+  static constexpr bool has(const OpInfo* info) {
+    return info >= One::kInfos && info < One::kInfos + sizeof One::kInfos / sizeof One::kInfos[0];
+  }
+
+  // Calls visit(op) for each.
+  template <class Visit>
+  static void each(const Visit& visit) {
+    (visit(Op{}), ...);
+  }
+  template <class Visit>
+  static void each_info(const Visit& visit) {
+    const auto visit_infos = [&](auto op) {
+      for (const OpInfo& info : op.kInfos) visit(info);
+    };
+    (visit_infos(Op{}), ...);
+  }
+
+  // Which of them has this info.
+  static int index(const OpInfo* info) {
+    int i = 0, found = -1;
+    ((found = has<Op>(info) ? i : found, ++i), ...);
+    return found;
+  }
+
+  // Calls visit(op) for the one whose info this is.
+  template <class Visit>
+  static void visit(const OpInfo* info, const Visit& visit) {
+    const auto visit_if = [&](auto op) {
+      if (has<decltype(op)>(info)) visit(op);
+    };
+    (visit_if(Op{}), ...);
+  }
+};
+
+using Ops = OpList<RmsNorm, AddRmsNorm>;
+
+}  // namespace gemma_norm
