@@ -14,6 +14,7 @@
 #include <string_view>
 #include <utility>
 
+#include "../core/check.h"
 #include "../ops/ops.h"
 
 // What the stable ABI lacks, and without which derivatives would be wrong in silence. All of it is weak: should a later PyTorch
@@ -153,13 +154,15 @@ inline std::runtime_error allocation_error(Device device, int64_t elements, int3
 }
 
 // A new row-major tensor of t's shape, dtype and device.
-inline Handle empty_contiguous_like(const Handle& t, Device device) {
-  int64_t dims, *sizes, strides[64];
+inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device device) {
+  int64_t dims, *sizes, strides[kMaxDims];
   int32_t dtype;
   succeed(aoti_torch_get_dim(t.get(), &dims), "get_dim");
   succeed(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
   succeed(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
-  if (dims > 64) throw std::runtime_error("gemma_norm: x must have at most 64 dimensions, got " + std::to_string(dims));
+  if (dims > kMaxDims)
+    throw std::runtime_error(std::string(op.name) + ": x must have at most " + std::to_string(kMaxDims) + " dimensions, got " +
+                             std::to_string(dims));
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = step;
@@ -230,29 +233,36 @@ T argument(StableIValue value) {
   return torch::stable::detail::to<T>(value);
 }
 
-// What stands where among an operator's arguments, read from its schema: "(Tensor x, float eps=1e-6, *, Tensor(a!) out) -> ...".
+// What stands where among an operator's arguments, read from its schema: "(Tensor x, float eps=1e-6, *, Tensor(a!) out) -> ...". It
+// is worked out by the compiler, which stops at an argument that is not known here.
 struct Arguments {
   enum Kind { kTensor, kOptionalTensor, kEps, kGemma };
   struct Argument {
-    Kind kind;
-    Operand operand;  // of a tensor
+    Kind kind = kTensor;
+    Operand operand = kNoOperand;  // of a tensor
   } list[kOperands + 2];
   int count = 0;
 
-  explicit Arguments(const OpInfo& op) {
+  constexpr explicit Arguments(const OpInfo& op) {
     std::string_view rest = std::string_view(op.schema).substr(1);
     rest = rest.substr(0, rest.find(") ->"));
     while (!rest.empty()) {
       const std::string_view one = rest.substr(0, rest.find(", "));
       rest.remove_prefix(one.size() < rest.size() ? one.size() + 2 : rest.size());
-      if (one == "*") continue;
-      const std::string_view declared = one.substr(0, one.find('=')), name = declared.substr(declared.rfind(' ') + 1);
-      Argument& argument = list[count++];
-      argument.kind = name == "eps" ? kEps : name == "gemma" ? kGemma : one.find("Tensor?") == 0 ? kOptionalTensor : kTensor;
-      argument.operand = kX;
-      while (argument.kind < kEps && name != kOperandNames[argument.operand])
-        argument.operand = static_cast<Operand>(argument.operand + 1);
+      if (one != "*") list[count++] = read(one.substr(0, one.find('=')));
     }
+  }
+
+ private:
+  static constexpr Argument read(std::string_view declared) {
+    const size_t space = declared.rfind(' ');
+    const std::string_view type = declared.substr(0, space), name = declared.substr(space + 1);
+    if (type == "float" && name == "eps") return {kEps, kNoOperand};
+    if (type == "bool" && name == "gemma") return {kGemma, kNoOperand};
+    for (int operand = 0; operand < kOperands; ++operand)
+      if (type.substr(0, 6) == "Tensor" && name == kOperandNames[operand])
+        return {type == "Tensor?" ? kOptionalTensor : kTensor, static_cast<Operand>(operand)};
+    throw "an argument of the schema that is neither an operand nor eps nor gemma";
   }
 };
 
@@ -260,15 +270,15 @@ struct Arguments {
 template <class Backend, class Op, int kInfo>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const OpInfo& op = Op::kInfos[kInfo];
-  static const Arguments arguments(op);
+  static constexpr Arguments arguments(op);
   Handle tensors[kOperands];
   Call call{&op, {}, 0, false};
   for (int i = 0; i < arguments.count; ++i) {
-    Handle& tensor = tensors[arguments.list[i].operand];
-    switch (arguments.list[i].kind) {
-      case Arguments::kTensor: tensor = Handle(argument<AtenTensorHandle>(stack[i])); break;
+    const auto [kind, operand] = arguments.list[i];
+    switch (kind) {
+      case Arguments::kTensor: tensors[operand] = Handle(argument<AtenTensorHandle>(stack[i])); break;
       case Arguments::kOptionalTensor:
-        tensor = Handle(argument<std::optional<AtenTensorHandle>>(stack[i]).value_or(nullptr));
+        tensors[operand] = Handle(argument<std::optional<AtenTensorHandle>>(stack[i]).value_or(nullptr));
         break;
       case Arguments::kEps: call.eps = argument<double>(stack[i]); break;
       case Arguments::kGemma: call.gemma = argument<bool>(stack[i]); break;
@@ -281,7 +291,7 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   Written written;
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
-    if (rule.use == Use::kNew) tensors[place] = empty_contiguous_like(tensors[kX], device);
+    if (rule.use == Use::kNew) tensors[place] = empty_contiguous_like(op, tensors[kX], device);
     if (rule.use == Use::kInPlace || rule.use == Use::kWritten) written.outputs[written.count++] = &tensors[place];
     if (!tensors[place]) continue;
     if (place == rule.operand) views[place] = view(tensors[place]);

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, _checkup, _load, _speed, backends
-from ._checks import dtype_name
+from ._checks import DTYPES, dtype_name
 from ._screen import Parser, Screen, end_cleanly
 
 SECONDS = 50
@@ -61,7 +61,7 @@ def show_installation(screen: Screen) -> bool:
 
 def show_checks(screen: Screen) -> bool:
     results = list(_checkup.check(screen.progress))
-    dtypes = [dtype_name(dtype) for dtype in _checkup.DTYPES]
+    dtypes = [dtype_name(dtype) for dtype in DTYPES]
     rows = [["largest error, ulp", "device", *dtypes]]
     for op, device in dict.fromkeys((result.op, result.device) for result in results):
         mine = [result for result in results if (result.op, result.device) == (op, device)]

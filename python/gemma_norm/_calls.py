@@ -3,38 +3,66 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from ._checks import has_tangent
+from ._registry import Operator
 
-_functorch_is_active = torch._C._are_functorch_transforms_active
-
-
-def any_nested(*tensors: Tensor | None) -> bool:
-    """The operators refuse nested tensors, whose own __torch_function__ takes ``rms_norm`` for PyTorch's, by its name."""
-    return any(isinstance(t, Tensor) and t.is_nested for t in tensors)
+functorch_is_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
 
 
-def is_in_onnx_export() -> bool:
-    """Whether the call is traced for ONNX, which has no such operator and takes its definition. Importing torch.onnx is
-    slow, and there is no export before it has been imported."""
+def overridden(function: Callable[..., Any], op: Operator, tensors: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    """A call with tensors, or in a mode, that have a ``__torch_function__``: torch.fx's proxies, for one.
+
+    PyTorch traces for ONNX in such a mode. ONNX has no operator like ours, and takes the definition.
+    """
+    if not op.written and _is_in_onnx_export():
+        return op.definition(*args)
+    if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
+        return op.overload(*args)  # which refuses them; their __torch_function__ takes "rms_norm" for PyTorch's own
+    return handle_torch_function(function, tensors, *args, **kwargs)
+
+
+def differentiable(
+    native: Callable[..., Any], op: Operator, function: type[torch.autograd.Function], *args: Any
+) -> Any:
+    """A call while grad mode is on or dual tensors are about: with its derivative, where one is asked for.
+
+    ``native`` is the operator, which sees to derivatives by itself inside a torch.func transform, and nowhere else.
+    """
+    tensors = [argument for argument in args if isinstance(argument, Tensor)]
+    if not functorch_is_active():
+        if has_tangent(*tensors):
+            return op.transformed(*args)
+        if _is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return function.apply(*args)  # type: ignore[no-untyped-call]
+    return native(*args)
+
+
+def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
+    """Raise what says more than ``error``, which the operator raised, where there is such a thing."""
+    if type(error) is RuntimeError and " out of memory" in str(error):  # the operator can only raise a RuntimeError
+        raise torch.OutOfMemoryError(str(error)) from None
+    for name, rule in op.rules.items():
+        value = arguments[name]
+        if not (isinstance(value, Tensor) or (rule.optional and value is None)):
+            raise RuntimeError(f"{op.label}: {name} must be a tensor, got {value!r}") from None
+    for name, kind, what in (
+        ("eps", (Real, Tensor, torch.SymFloat), "a number"),
+        ("gemma", (bool, torch.SymBool), "a bool"),
+    ):
+        if not isinstance(arguments[name], kind):
+            raise RuntimeError(f"{op.label}: {name} must be {what}, got {arguments[name]!r}") from None
+
+
+def _is_in_onnx_export() -> bool:
+    """Importing torch.onnx is slow, and there is no export before it has been imported."""
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and bool(onnx.is_in_onnx_export())
-
-
-def are_dual(*tensors: Tensor | None) -> bool:
-    """Whether a forward derivative is to be computed here. Inside a torch.func transform the operator sees to it."""
-    return not _functorch_is_active() and has_tangent(*tensors)
-
-
-def require_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is to be recorded here. Inside a torch.func transform the operator sees to it."""
-    return any(getattr(t, "requires_grad", False) for t in tensors) and not _functorch_is_active()
-
-
-def raise_out_of_memory(error: RuntimeError) -> None:
-    """The operators can only raise a RuntimeError; memory that is short has a type of its own in PyTorch."""
-    if " out of memory" in str(error) and type(error) is RuntimeError:
-        raise torch.OutOfMemoryError(str(error)) from None

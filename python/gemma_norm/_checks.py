@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OVERLAP = "overlap"  # in every message, in C++ too, that memory cannot be written because something else shares it
 
 
 class Extent(Enum):
@@ -176,6 +177,7 @@ def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool) -> None:
     dtypes = "float32, float16 or bfloat16"
     _require(x.dtype in DTYPES, f"{op}: {name} must have dtype {dtypes}, got {dtype_name(x.dtype)}")
     _require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got shape []")
+    _require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
     at_least_1 = f"{op}: {name} must have a last dimension of at least 1, got shape {list(x.shape)}"
     _require(x.shape[-1] >= 1, at_least_1)
     _check_rows(op, name, x, strides)

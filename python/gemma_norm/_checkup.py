@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
+from ._checks import DTYPES
 from ._ops import rms_norm as ops
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HIDDEN = (256, 2048, 4096, 5120, 1023)
 ROWS = 33
 

@@ -125,7 +125,9 @@ class Operator:
         return self.give(arguments, self.compute(arguments))
 
     def negated(self, *args: Any, **kwargs: Any) -> Any:
-        """Tensors that PyTorch negates when they are read. It does so itself for operators that return a tensor."""
+        """Tensors that PyTorch negates when they are read. Needed only for operators that return nothing: PyTorch's own
+        fallback resolves the arguments of the others.
+        """
         arguments = self.bind(args, kwargs)
         for name in self.written:
             if arguments[name].is_neg():

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import reference, routing
+from ._calls import functorch_is_active
+from ._checks import OVERLAP
 from ._ops import rms_norm as ops
 
 Output = Tensor | tuple[Tensor, Tensor]
 
-_functorch_is_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_fused_add_rms_norm = torch.ops.gemma_norm.fused_add_rms_norm.default
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _on_rocm = torch.version.hip is not None
@@ -88,18 +91,19 @@ class RMSNorm(nn.Module):
 
         With a residual in inference, the work is done in place as in SGLang and vLLM: **the results are x and residual
         themselves, overwritten**, and so is whatever shares their memory, such as a hidden state that was kept. That
-        is done where no gradient can depend on the old values, which is when all of this holds:
+        is done when all of this holds, so that the gradients that PyTorch knows of do not depend on the old values:
 
         - the module's ``inplace`` is True, as it is by default;
         - grad mode is off, and the module is in eval mode or the call in ``torch.inference_mode()``;
-        - x, residual and post_residual_addition require no gradient, and none is a dual tensor or inside a
+        - x, residual and post_residual_addition require no gradient, and there are no dual tensors about nor a
           ``torch.func`` transform;
         - x and residual are plain tensors, not parameters or views of one, nor of another subclass;
-        - x and residual lie apart, and no two elements of either share memory.
+        - x and residual lie apart, and no two elements of either share memory;
+        - nothing traces the call: under ``torch.compile`` and ``torch.export`` the results are new tensors.
 
-        Else the results are new tensors, and x and residual stay as they are. ``torch.compile`` and strict
-        ``torch.export`` decide while they trace, by the same rule but for ``torch.inference_mode()`` and views of
-        parameters, of which they know nothing. ``torch.export`` that is not strict takes new tensors.
+        Else the results are new tensors, and x and residual stay as they are. It cannot see everything: a tensor from
+        ``detach()`` or ``.data``, or the output of frozen layers, looks like any other, though a graph may still need
+        it. Pass a clone, or make the module with ``inplace=False``, where such a tensor is used again.
 
         ``post_residual_addition`` is added to the residual first, and needs one.
         """
@@ -128,24 +132,30 @@ class RMSNorm(nn.Module):
         if residual is None:
             self._refuse_lone(post_residual_addition)
             return ops.rms_norm(x, weight, self.variance_epsilon, self.gemma)
-        if self._may_overwrite(x, residual, post_residual_addition):
+        if self.may_overwrite(x, residual, post_residual_addition):
             try:
-                ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
+                _fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
                 return x, residual
             except RuntimeError as error:  # nothing has been written
-                if "overlap" not in str(error):
+                if OVERLAP not in str(error):
                     raise
         return ops.add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
 
-    def _may_overwrite(self, x: Tensor, residual: Tensor, post_residual_addition: Tensor | None) -> bool:
+    def may_overwrite(self, x: Tensor, residual: Tensor, post_residual_addition: Tensor | None) -> bool:
         """Whether the conditions in :meth:`forward` hold, except that of memory, which the operator checks."""
-        if _is_grad_enabled() or not self.inplace or (self.training and not _in_inference_mode()):
-            return False
-        if post_residual_addition is not None and post_residual_addition.requires_grad:
-            return False
-        if forward_ad._current_level >= 0 or _functorch_is_active():
-            return False
-        return _is_expendable(x) and _is_expendable(residual)
+        return (
+            not _is_grad_enabled()
+            and self.inplace
+            and not _is_dynamo_compiling()
+            and (not self.training or _is_inference_mode_enabled())
+            and type(x) is type(residual) is Tensor
+            and not (x.requires_grad or residual.requires_grad)
+            and (x._base is None or type(x._base) is Tensor)
+            and (residual._base is None or type(residual._base) is Tensor)
+            and (post_residual_addition is None or not post_residual_addition.requires_grad)
+            and forward_ad._current_level < 0
+            and not functorch_is_active()
+        )
 
     # One method a device, as in SGLang and vLLM, for subclasses to replace. The operators' own dispatch serves these
     # two, and through forward_cpu meta tensors and devices on plain PyTorch as well.
@@ -185,15 +195,6 @@ class _Scriptable(nn.Module):
             return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
         y: Tensor = torch.ops.gemma_norm.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
         return y
-
-
-def _in_inference_mode() -> bool:
-    return not _is_compiling() and _is_inference_mode_enabled()
-
-
-def _is_expendable(t: Tensor) -> bool:
-    """Whether nobody else can expect t to keep its values: a plain tensor without a gradient, no view of a parameter."""
-    return type(t) is Tensor and not t.requires_grad and (_is_compiling() or not isinstance(t._base, nn.Parameter))
 
 
 class GemmaRMSNorm(RMSNorm):

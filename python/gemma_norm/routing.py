@@ -92,7 +92,7 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
         return peer.rms_norm(x_rows, w, eps, flag).view(x.shape)
     total = residual if post is None else residual + post
     r_rows = total.reshape(-1, hidden).contiguous()
-    if not (module._may_overwrite(x, residual, post) and _can_be_overwritten(x, residual, weight)):
+    if not (module.may_overwrite(x, residual, post) and _can_be_overwritten(x, residual, weight)):
         # Peers may write into the rows that they are given.
         y, s = peer.add(x_rows.clone(), r_rows.clone() if post is None else r_rows, w, eps, flag)
         return y.view(x.shape), s.view(x.shape)
@@ -105,8 +105,8 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
 
 
 def _can_be_overwritten(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
-    """Whether x and residual lie in memory of their own. Unknown while compiling, which gives each its own."""
-    if torch.compiler.is_compiling() or (x.is_contiguous() and residual.is_contiguous() and not overlap(x, residual)):
+    """Whether x and residual lie in memory of their own."""
+    if x.is_contiguous() and residual.is_contiguous() and not overlap(x, residual):
         return True
     try:
         arguments = {"x": x, "residual": residual, "weight": weight, "post_residual_addition": None}

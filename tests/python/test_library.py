@@ -228,6 +228,8 @@ for package in (old, gemma_norm):
         package.rms_norm(sparse, weight.detach())
     except RuntimeError as error:
         assert "must be" in str(error), error
+    else:
+        raise AssertionError("a sparse tensor was accepted")
 assert not told
 print("done")
 """

@@ -125,14 +125,15 @@ def test_inplace_false_never_overwrites(device, kind):
 @pytest.mark.parametrize(
     ("inplace", "mode", "kept_is_kept"), [(True, "eval", False), (True, "train", True), (False, "eval", True)]
 )
-def test_what_becomes_of_a_kept_hidden_state(device, kind, inplace, mode, kept_is_kept):
+@pytest.mark.parametrize("kept", ["the tensor", "what it was detached from"])
+def test_what_becomes_of_a_kept_hidden_state(device, kind, inplace, mode, kept_is_kept, kept):
     """Without grad: in eval mode a state that was kept is overwritten by the next norm, unless inplace is False."""
     module = make(kind, 128, device=device, inplace=inplace).train(mode == "train")
     x, residual, _ = inputs(device)
+    before = residual.clone()
+    hidden_states = [residual if kept == "the tensor" else residual.requires_grad_()]
     with torch.no_grad():
-        hidden_states = [residual]
-        before = residual.clone()
-        module(x, residual)
+        module(x, residual if kept == "the tensor" else residual.detach())
     assert torch.equal(hidden_states[0], before) == kept_is_kept
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function, has_torch_function_variadic
 
 from .. import reference
-from .._calls import any_nested, are_dual, is_in_onnx_export, raise_out_of_memory, require_grad
+from .._calls import differentiable, explain, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
 from .._registry import Operator, register
 
@@ -21,12 +21,9 @@ _NORM = {"x": X, "weight": WEIGHT}
 _ADD = {**_NORM, "residual": LIKE_X, "post_residual_addition": OPTIONAL_LIKE_X}
 RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm")
 ADD_RMS_NORM = Operator("add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
-register(
-    RMS_NORM,
-    Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm"),
-    ADD_RMS_NORM,
-    Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm"),
-)
+RMS_NORM_OUT = Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm")
+FUSED_ADD_RMS_NORM = Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
+register(RMS_NORM, RMS_NORM_OUT, ADD_RMS_NORM, FUSED_ADD_RMS_NORM)
 
 _is_grad_enabled = torch.is_grad_enabled
 _rms_norm = torch.ops.gemma_norm.rms_norm.default
@@ -56,25 +53,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
 
     Raises:
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
-        torch.OutOfMemoryError: there is no memory for the result.
+        torch.OutOfMemoryError: a GPU has no memory for the result. On the CPU that is a RuntimeError, as PyTorch's is.
     """
-    if has_torch_function_variadic(x, weight, out) and not any_nested(x, weight, out):
-        if out is None and is_in_onnx_export():
-            return reference.rms_norm(x, weight, eps, gemma)
-        arguments = (x, weight, out)
-        overridden: Tensor = handle_torch_function(rms_norm, arguments, x, weight, eps=eps, gemma=gemma, out=out)
-        return overridden
+    if type(x) is not Tensor and has_torch_function_variadic(x, weight, out):
+        op = RMS_NORM if out is None else RMS_NORM_OUT
+        extra = {} if out is None else {"out": out}
+        result: Tensor = overridden(rms_norm, op, (x, weight, out), x, weight, eps, gemma, **extra)
+        return result
     try:
         if out is not None:
-            result: Tensor = _rms_norm_out(x, weight, eps, gemma, out=out)
-        elif forward_ad._current_level >= 0 and are_dual(x, weight):
-            result = RMS_NORM.transformed(x, weight, eps, gemma)
-        elif _is_grad_enabled() and require_grad(x, weight):
-            result = RMSNormFunction.apply(x, weight, eps, gemma)  # type: ignore[no-untyped-call]
+            result = _rms_norm_out(x, weight, eps, gemma, out=out)
+        elif _is_grad_enabled() or forward_ad._current_level >= 0:
+            result = differentiable(_rms_norm, RMS_NORM, RMSNormFunction, x, weight, eps, gemma)
         else:
             result = _rms_norm(x, weight, eps, gemma)
     except RuntimeError as error:
-        raise_out_of_memory(error)
+        explain(error, RMS_NORM if out is None else RMS_NORM_OUT, x=x, weight=weight, eps=eps, gemma=gemma, out=out)
         raise
     return result
 
@@ -99,16 +93,22 @@ def fused_add_rms_norm(
         post_residual_addition: like residual, read alone.
 
     Records no derivative. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside a
-    ``torch.func`` transform are refused: :func:`add_rms_norm` is for them.
+    ``torch.func`` transform other than ``functionalize`` are refused: :func:`add_rms_norm` is for them.
 
     Raises:
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
     """
-    tensors = (x, residual, weight, post_residual_addition)
-    if has_torch_function(tensors) and not any_nested(*tensors):
-        handle_torch_function(fused_add_rms_norm, tensors, x, residual, weight, eps, gemma, post_residual_addition)
-    else:
-        _fused_add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+    post = post_residual_addition
+    if type(x) is not Tensor and has_torch_function((x, residual, weight, post)):
+        tensors = (x, residual, weight, post)
+        overridden(fused_add_rms_norm, FUSED_ADD_RMS_NORM, tensors, x, residual, weight, eps, gemma, post)
+        return
+    try:
+        _fused_add_rms_norm(x, residual, weight, eps, gemma, post)
+    except RuntimeError as error:
+        named = {"x": x, "residual": residual, "weight": weight, "post_residual_addition": post}
+        explain(error, FUSED_ADD_RMS_NORM, **named, eps=eps, gemma=gemma)
+        raise
 
 
 def add_rms_norm(
@@ -127,25 +127,22 @@ def add_rms_norm(
 
     Raises:
         RuntimeError: for an argument that breaks a rule.
-        torch.OutOfMemoryError: there is no memory for the results.
+        torch.OutOfMemoryError: a GPU has no memory for the results. On the CPU that is a RuntimeError, as PyTorch's is.
     """
-    tensors = (x, residual, weight, post_residual_addition)
-    if has_torch_function(tensors) and not any_nested(*tensors):
-        arguments = (x, residual, weight, eps, gemma, post_residual_addition)
-        if is_in_onnx_export():
-            return reference.add_rms_norm(*arguments)
-        overridden: tuple[Tensor, Tensor] = handle_torch_function(add_rms_norm, tensors, *arguments)
-        return overridden
+    post = post_residual_addition
+    if type(x) is not Tensor and has_torch_function((x, residual, weight, post)):
+        tensors = (x, residual, weight, post)
+        y, s = overridden(add_rms_norm, ADD_RMS_NORM, tensors, x, residual, weight, eps, gemma, post)
+        return y, s
     try:
-        if forward_ad._current_level >= 0 and are_dual(*tensors):
-            y, s = ADD_RMS_NORM.transformed(x, residual, weight, eps, gemma, post_residual_addition)
-        elif _is_grad_enabled() and require_grad(*tensors):
-            apply = AddRMSNormFunction.apply
-            y, s = apply(x, residual, weight, eps, gemma, post_residual_addition)  # type: ignore[no-untyped-call]
+        if _is_grad_enabled() or forward_ad._current_level >= 0:
+            arguments = (x, residual, weight, eps, gemma, post)
+            y, s = differentiable(_add_rms_norm, ADD_RMS_NORM, AddRMSNormFunction, *arguments)
         else:
-            y, s = _add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition)
+            y, s = _add_rms_norm(x, residual, weight, eps, gemma, post)
     except RuntimeError as error:
-        raise_out_of_memory(error)
+        named = {"x": x, "residual": residual, "weight": weight, "post_residual_addition": post}
+        explain(error, ADD_RMS_NORM, **named, eps=eps, gemma=gemma)
         raise
     return y, s
 
