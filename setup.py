@@ -66,8 +66,9 @@ from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
-CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp", "csrc/gpu/plan.cpp"]
-CPU = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp"]
+CPU = ["csrc/torch/schema.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+GPU = ["csrc/gpu/plan.cpp"]
 # Error messages hold the names of source files. Without the folders of this build, libraries are the same everywhere.
 PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", *PREFIXES]
@@ -102,7 +103,12 @@ class Torch:
 
 
 def torch_to_serve() -> Torch | None:
-    """PyTorch as the user has it. pip's isolated build hides it behind one of its own, by PYTHONPATH."""
+    """PyTorch as the user has it, or None. pip's isolated build hides it behind one of its own, by PYTHONPATH. The ones of
+    `python -m build` and uv run an interpreter of their own, from which nothing leads to the user's PyTorch.
+    """
+    prefix, temporary = os.path.realpath(sys.prefix), os.path.realpath(tempfile.gettempdir())
+    if prefix.startswith(f"{temporary}/build-env-") or re.search(r"/builds-v\d+/", prefix):
+        return None
     if "pip-build-env-" not in torch.__file__:
         return Torch(Path(torch.__file__).parent, torch.__version__, torch.version.cuda, torch.version.hip)
     code = "from importlib.util import find_spec; print(find_spec('torch').submodule_search_locations[0])"
@@ -194,8 +200,15 @@ class Cuda(Toolkit):
         return ["-ccbin", shutil.which(compiler) or compiler]
 
     def link(self) -> list[str]:
-        lib = next(p for p in Path(self.compiler).resolve().parents[1].glob("**/libcudart_static.a"))
-        return [str(lib), "-lrt", "-lpthread", "-ldl"]
+        """The CUDA runtime. Where nvcc is a script that calls another nvcc, only the latter's TOP is the toolkit."""
+        command = [self.compiler, "-dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        told = re.findall(r"^#\$ TOP=(.+)$", subprocess.run(command, capture_output=True, text=True).stderr, re.M)
+        homes = dict.fromkeys(Path(home).resolve() for home in (Path(self.compiler).resolve().parents[1], *told))
+        for home in homes:
+            for pattern in ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu"):
+                for lib in home.glob(f"{pattern}/libcudart_static.a"):
+                    return [str(lib), "-lrt", "-lpthread", "-ldl"]
+        stop(f"libcudart_static.a was not found in {' or '.join(map(str, homes))}: install the CUDA runtime's static library")
 
 
 class Hip(Toolkit):
@@ -270,7 +283,7 @@ def backends() -> list[str]:
 
 
 def extension(name: str) -> cpp_extension.CppExtension:
-    sources = ["csrc/torch/schema.cpp", *CPU] if name == "cpu" else []
+    sources = CPU if name == "cpu" else GPU
     return cpp_extension.CppExtension(
         f"{PACKAGE}.lib.libgemma_norm_{name}", [*sources, *CORE, f"csrc/torch/bind_{name}.cpp"],
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h")],

@@ -26,6 +26,7 @@ void run_rows(void* context, int64_t begin, int64_t end) {
 gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for,
                                   gemma_norm::Message* message) {
   using namespace gemma_norm;
+  if (Ops::index(call->op) < 0) return no_such_operator(*call, message);
   RowParams params;
   RowSlices slices;
   const Status status = check(*call, &params, &slices, message);

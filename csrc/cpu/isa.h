@@ -27,7 +27,7 @@ struct CpuKernels {
 };
 extern const CpuKernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kNeonKernels;
 
-// The instruction set must be supported.
+// The instruction set must be supported, and the operator in the table.
 RowsFunction cpu_rows(Isa isa, const OpInfo* op);
 
 }  // namespace gemma_norm

@@ -35,7 +35,8 @@ struct Row {
   T* operator[](Operand operand) const { return of[operand]; }
 };
 
-// Walks the rows of Op's operands in order; after the last one comes the first.
+// Walks the rows of Op's operands in order; after the last one comes the first. It compares extents itself: the linker keeps one
+// copy of OperandRule::has_rows(), an inline function, and that could be one compiled for an instruction set that is missing here.
 template <class Op, class T>
 class RowCursor {
  public:

@@ -12,7 +12,8 @@ Status run(const Call& call, device::Stream stream, Message* message);
 
 // Of the operator that the call names.
 inline Status run(const Call& call, device::Stream stream, Message* message) {
-  Status status = Status::kInvalidArgument;
+  if (Ops::index(call.op) < 0) return no_such_operator(call, message);
+  Status status = Status::kOk;
   Ops::visit(call.op, [&](auto op) { status = run<decltype(op)>(call, stream, message); });
   return status;
 }

@@ -90,8 +90,9 @@ bool prints_plans() {
 
 void print_plan(const OpInfo& op, const RowParams& params, const LaunchPlan& plan, bool aligned) {
   constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16"};
-  std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " +
-                     kDTypes[static_cast<int>(params.dtypes[kX])] + ": " + describe(plan, params.dtypes[kX]);
+  const auto dtype = [&](Operand operand) { return kDTypes[static_cast<int>(params.dtypes[operand])]; };
+  std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " + dtype(kX) +
+                     ", weight " + dtype(kWeight) + ": " + describe(plan, params.dtypes[kX]);
   if (plan.cluster > 1) text += ", " + std::to_string(plan.cluster) + " blocks a cluster";
   text += aligned ? ", 16 bytes an access\n" : ", an element an access\n";
   static std::mutex mutex;

@@ -35,7 +35,7 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
 // The most blocks (kCluster: clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
 
-// "block: 256 threads a row, 2 vectors of 8 elements each".
+// Such as "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread".
 std::string describe(const LaunchPlan& plan, DType dtype);
 
 // With GEMMA_NORM_PRINT_PLAN=1 in the environment, writes each plan to stderr the first time that it is used.

@@ -3,8 +3,8 @@
 //   s = the source, such as round(x + residual), which is stored;   rstd = 1 / sqrt(mean(s^2) + eps);   y = the finish of s and
 //   rstd
 //
-// The sum of squares has one order for all of them, a function of hidden and dtype alone (shapes.h): a slot's vectors, then the
-// slots as a binary tree.
+// The sum of squares has one order for all of them: a slot's vectors, then the slots as a binary tree. It is a function of hidden
+// and dtype (shapes.h), and beyond 8192 vectors also of whether the GPU has clusters.
 #pragma once
 
 #include "policies.cuh"

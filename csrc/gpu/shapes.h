@@ -1,5 +1,7 @@
-// How a row is cut among the threads that work on it. This decides in which order its squares are added, hence its bits: a part of
-// the numerical contract, the same on every GPU. tuning.h decides everything else, and cannot change a bit.
+// How a row is cut among the threads that work on it. This decides in which order its squares are added, hence its bits, and so
+// is a part of the numerical contract. It is the same on every GPU for rows of up to 8192 vectors (65536 elements of 16 bits or
+// 32768 of float32). Beyond, GPUs with clusters have a shape of their own, and the others stream. tuning.h decides everything
+// else, and cannot change a bit.
 #pragma once
 
 #include <cstdint>

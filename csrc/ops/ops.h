@@ -47,4 +47,7 @@ struct OpList {
 
 using Ops = OpList<RmsNorm, AddRmsNorm>;
 
+// Writes the message for a call whose operator is not in the table.
+Status no_such_operator(const Call& call, Message* message);
+
 }  // namespace gemma_norm

@@ -17,8 +17,8 @@ struct ResidualSource {
 };
 
 // Formulas. V is a float (an element in a GPU's lane) or a vector of them (on a CPU). Each operation rounds by itself, as IEEE
-// says: no product may be contracted with a sum. Names that two targets compile for themselves must not be merged by the linker: V
-// belongs to one target.
+// says: no product may be contracted with a sum. Several instruction sets instantiate these templates. Each V is a type in an
+// unnamed namespace, so every instantiation has a name of its own and the linker cannot replace one by another.
 namespace formulas {
 
 // The norm, scaled. `factor` is the weight, or 1 + weight.

@@ -113,6 +113,13 @@ TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
   EXPECT_EQ(inputs[kResidual], outputs[kResidualOut]);
 }
 
+TEST_P(Kernels, RefuseAnOperatorOutsideTheTable) {
+  const OpInfo op("odd_norm", "odd_norm.out", "", "", RmsNorm::kRules);
+  Message message{};
+  EXPECT_EQ(Status::kInvalidArgument, target().run(Call{&op, {}, 1e-6, false}, 0, &message));
+  EXPECT_STREQ("there is no operator odd_norm.out", message.text);
+}
+
 INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", "emulated_clusters", "cpu", "cuda"),
                          [](const auto& info) { return info.param; });
 

@@ -238,16 +238,19 @@ TEST(Plan, IsPrintedOnceWhereAskedFor) {
   EXPECT_TRUE(prints_plans());
   RowParams params{};
   params.hidden = 4096;
-  params.dtypes[kX] = DType::kBFloat16;
+  params.dtypes[kX] = params.dtypes[kWeight] = DType::kBFloat16;
   const DeviceFacts device{32, kNoLimit, true, 8, 132};
   const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], device);
   testing::internal::CaptureStderr();
   for (int i = 0; i < 2; ++i) print_plan(RmsNorm::kInfos[0], params, plan, true);
   print_plan(RmsNorm::kInfos[0], params, plan, false);
-  const std::string line =
-      "gemma_norm: rms_norm, hidden 4096, bfloat16: block: 256 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a "
-      "thread, ";
-  EXPECT_EQ(line + "16 bytes an access\n" + line + "an element an access\n", testing::internal::GetCapturedStderr());
+  params.dtypes[kWeight] = DType::kFloat32;  // another kernel
+  print_plan(RmsNorm::kInfos[0], params, plan, false);
+  const std::string call = "gemma_norm: rms_norm, hidden 4096, bfloat16, weight ",
+                    how = ": block: 256 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread, ";
+  EXPECT_EQ(call + "bfloat16" + how + "16 bytes an access\n" + call + "bfloat16" + how + "an element an access\n" + call +
+                "float32" + how + "an element an access\n",
+            testing::internal::GetCapturedStderr());
 }
 
 // Each row of tuning.h's table is some plan's, for one row or two.

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,21 @@ def test_in_pips_isolated_build_the_users_own_pytorch_is_asked(load, monkeypatch
     (site / "torch/__init__.py").write_text("raise AssertionError('it need not be imported')")
     (site / "torch/version.py").write_text("__version__ = '2.9.1+rocm7.2'\ncuda = None\nhip = '7.2.26015'\n")
     assert "needs PyTorch 2.10 or later, got 2.9.1+rocm7.2;" in refused(load)
+
+
+@pytest.mark.parametrize("prefix", ["{tmp}/build-env-5kk_w3hq", "/home/me/.cache/uv/builds-v0/.tmpZ3kD1a"])
+def test_in_an_isolated_build_with_its_own_python_the_machine_tells(load, monkeypatch, prefix):
+    """`python -m build` and uv: their PyTorch, PyPI's CUDA build, is not the user's, which may be any."""
+    monkeypatch.setattr(sys, "prefix", prefix.format(tmp=tempfile.gettempdir()))
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    no_usual_places(monkeypatch)
+    defined = load(**CUDA)
+    assert defined["torch_to_serve"]() is None and defined["BACKENDS"] == ["cpu"]
+
+
+def test_a_virtual_environment_with_such_a_name_is_the_users_own(load, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", "/home/me/build-env-1")
+    assert load(**ROCM, GEMMA_NORM_BACKENDS="cpu")["torch_to_serve"]().hip == ROCM["hip"]
 
 
 ROCM, CUDA = {"hip": "7.1.0", "version": "2.11.0+rocm7.1"}, {"cuda": "12.8", "version": "2.11.0+cu128"}
@@ -260,3 +276,20 @@ def test_nvcc_takes_cxx_unless_its_own_variables_name_a_compiler(load, monkeypat
         monkeypatch.delenv(name)
     monkeypatch.delenv("CXX")
     assert "-ccbin" not in cuda.command()
+
+
+@pytest.mark.parametrize("folder", ["lib64", "lib", "targets/sbsa-linux/lib", "lib/x86_64-linux-gnu"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_where_the_static_cuda_runtime_is_looked_for(load, monkeypatch, tmp_path, folder, wrapped):
+    toolkit = tmp_path / "toolkit" if wrapped else tmp_path
+    script(tmp_path / "bin/nvcc", f"echo '#$ TOP={toolkit}/bin/..' >&2")
+    cuda = load(GEMMA_NORM_BACKENDS="cpu")["Cuda"]()
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/libcudart_static.a").touch()
+    with pytest.raises(SystemExit, match=f"^gemma_norm: libcudart_static.a was not found in {tmp_path}[ :].*install"):
+        cuda.link()
+    (toolkit / "bin").mkdir(parents=True, exist_ok=True)
+    (toolkit / folder).mkdir(parents=True)
+    (toolkit / folder / "libcudart_static.a").touch()
+    library, *_ = cuda.link()
+    assert Path(library).samefile(toolkit / folder / "libcudart_static.a")
