@@ -103,7 +103,7 @@ class Torch:
 
 
 def torch_to_serve() -> Torch | None:
-    """PyTorch as the user has it, or None. pip's isolated build hides it behind one of its own, by PYTHONPATH. The ones of
+    """PyTorch as the user has it, or None. pip's isolated build hides it behind one of its own, by PYTHONPATH.
     `python -m build` and uv run an interpreter of their own, from which nothing leads to the user's PyTorch.
     """
     prefix, temporary = os.path.realpath(sys.prefix), os.path.realpath(tempfile.gettempdir())
@@ -208,7 +208,8 @@ class Cuda(Toolkit):
             for pattern in ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu"):
                 for lib in home.glob(f"{pattern}/libcudart_static.a"):
                     return [str(lib), "-lrt", "-lpthread", "-ldl"]
-        stop(f"libcudart_static.a was not found in {' or '.join(map(str, homes))}: install the CUDA runtime's static library")
+        places = " or ".join(map(str, homes))
+        stop(f"libcudart_static.a was not found in {places}: install the CUDA runtime's static library")
 
 
 class Hip(Toolkit):
