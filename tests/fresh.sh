@@ -52,17 +52,17 @@ for path in /etc/resolv.conf /etc/hosts /etc/ssl /etc/pip.conf /etc/xdg/pip; do
   cp -rL --remove-destination "$path" "$root$(dirname "$path")/" 2>/dev/null || true  # dangling links of /etc/ssl
 done
 mkdir -p "$root$home/.config"
-for path in ~/.config/pip ~/.pip; do
-  if [ -e "$path" ]; then cp -r "$path" "$root$home/${path#"$HOME"/}"; fi
-done
-settings=(/etc/pip.conf /etc/xdg/pip/pip.conf ~/.config/pip/pip.conf ~/.pip/pip.conf)
-paths=$({ env | grep '^PIP_' || true; cat "${settings[@]}" 2>/dev/null || true; } | grep -vi cache |
-  grep -oE '(^|[ =,"])(file://)?/[^/ ,"][^ ,"]*' | grep -oE '/[^/].*' | sort -u || true)
+cp -r ~/.config/pip "$root$home/.config/" 2>/dev/null || true
+# Files and folders that pip's settings name. An index's packages lie beside its pages: it takes the folder around it.
+named() {
+  { env | sed -n 's/^PIP_//p'; cat /etc/pip.conf /etc/xdg/pip/pip.conf ~/.config/pip/pip.conf 2>/dev/null; } |
+    sed -nE "s/^($1) *= *//Ip" | tr ' ' '\n' | sed 's,^file://,,'
+}
+{ named 'cert|constraint|find.links'; named '(extra.)?index.url' | sed 's,/[^/]*/*$,,'; } | sort -u >"$work/named"
 while read -r path; do
-  if [ "$(basename "$path")" = simple ]; then path=$(dirname "$path"); fi  # of an index: its files lie beside it
   if [ -f "$path" ]; then mkdir -p "$root$(dirname "$path")" && cp -L "$path" "$root$path"
   elif [ -d "$path" ]; then mkdir -p "$root$path" && mount --bind -o ro "$path" "$root$path"; fi
-done <<<"$paths"
+done <"$work/named"
 mount -t proc proc "$root/proc"
 mount -t sysfs -o ro sysfs "$root/sys" 2>/dev/null || true
 for device in null zero full random urandom tty; do
@@ -79,7 +79,7 @@ if [ "$user" != root ]; then chroot "$root" useradd -d "$home" -s /bin/bash "$us
 chroot "$root" chown -R "$user" /srv/app "$home"
 
 kept=("HOME=$home" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 PIP_NO_CACHE_DIR=1)
-while read -r setting; do kept+=("$setting"); done < <(
+mapfile -t -O "${#kept[@]}" kept < <(
   env | grep -iE '^(PIP_[A-Z_]*|(http|https|no|all)_proxy|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE)=' | grep -v CACHE)
 start=$SECONDS code=0
 chroot --userspec="$user" "$root" env -i "${kept[@]}" bash -c "cd /srv/app && $command" || code=$?
