@@ -55,7 +55,7 @@ mkdir -p "$root$home/.config"
 cp -r ~/.config/pip "$root$home/.config/" 2>/dev/null || true
 # Files and folders that pip's settings name. An index's packages lie beside its pages: it takes the folder around it.
 named() {
-  { env | sed -n 's/^PIP_//p'; cat /etc/pip.conf /etc/xdg/pip/pip.conf ~/.config/pip/pip.conf 2>/dev/null; } |
+  { env | sed -n 's/^PIP_//p'; cat /etc/pip.conf /etc/xdg/pip/pip.conf ~/.config/pip/pip.conf 2>/dev/null || true; } |
     sed -nE "s/^($1) *= *//Ip" | tr ' ' '\n' | sed 's,^file://,,'
 }
 { named 'cert|constraint|find.links'; named '(extra.)?index.url' | sed 's,/[^/]*/*$,,'; } | sort -u >"$work/named"
