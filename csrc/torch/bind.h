@@ -27,6 +27,9 @@ __attribute__((weak)) bool _ZNK3c1010TensorImpl13requires_gradEv(const void* ten
 __attribute__((weak)) const void* const& _ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE(const void* tensor_impl, uint64_t level,
                                                                                             const void* tensor);
 extern __attribute__((weak)) const char _ZN3c1019UndefinedTensorImpl10_singletonE[];
+// at::native::is_inference(const at::Tensor&) and c10::InferenceMode::is_enabled()
+__attribute__((weak)) bool _ZN2at6native12is_inferenceERKNS_6TensorE(const void* tensor);
+__attribute__((weak)) bool _ZN3c1013InferenceMode10is_enabledEv();
 // torch::autograd::impl::bump_version(const at::Tensor&): tells the graphs that saved a tensor that its values change.
 __attribute__((weak)) void _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(const void* tensor);
 // Part of the stable ABI from PyTorch 2.13 on: the text of the exception behind a failed call.
@@ -215,16 +218,30 @@ inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensor
   }
 }
 
-// The outputs that existed before the call, which autograd is told of once the checks have passed. PyTorch refuses an inference
-// tensor outside of inference mode here, before it is written.
+// The outputs that existed before the call, which autograd is told of once the checks have passed, and before the first write.
 struct Written {
-  const Handle* outputs[kOperands];
+  const OpInfo& op;
+  const Handle* tensors[kOperands];
+  Operand operands[kOperands];
   int count = 0;
 
+  void add(Operand operand, const Handle& tensor) {
+    operands[count] = operand;
+    tensors[count++] = &tensor;
+  }
+
+  // All of them are checked before autograd is told of any: what it has been told cannot be taken back.
   static void announce(const void* written) {
-    if (!_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) return;
     const Written& w = *static_cast<const Written*>(written);
-    for (int i = 0; i < w.count; ++i) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(w.outputs[i]->get());
+    if (_ZN3c1013InferenceMode10is_enabledEv && _ZN2at6native12is_inferenceERKNS_6TensorE &&
+        !_ZN3c1013InferenceMode10is_enabledEv())
+      for (int i = 0; i < w.count; ++i)
+        if (_ZN2at6native12is_inferenceERKNS_6TensorE(w.tensors[i]->get()))
+          throw std::runtime_error(std::string(w.op.name) + ": " + kOperandNames[w.operands[i]] +
+                                   " is written and must not be an inference tensor outside of torch.inference_mode()," +
+                                   " got one; clone it there");
+    if (!_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) return;
+    for (int i = 0; i < w.count; ++i) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(w.tensors[i]->get());
   }
 };
 
@@ -288,11 +305,11 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   check_tensors(op, device, tensors);
 
   Tensor views[kOperands];
-  Written written;
+  Written written{op, {}, {}};
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
     if (rule.use == Use::kNew) tensors[place] = empty_contiguous_like(op, tensors[kX], device);
-    if (rule.use == Use::kInPlace || rule.use == Use::kWritten) written.outputs[written.count++] = &tensors[place];
+    if (rule.use == Use::kInPlace || rule.use == Use::kWritten) written.add(place, tensors[place]);
     if (!tensors[place]) continue;
     if (place == rule.operand) views[place] = view(tensors[place]);
     call.tensors[rule.operand] = &views[place];

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OVERLAP = "overlap"  # in every message, in C++ too, that memory cannot be written because something else shares it
+# In every message, in C++ too, that says of a tensor that it must not be written.
+UNWRITABLE = ("overlap", "inference tensor", "negated lazily")
 
 
 class Extent(Enum):
@@ -63,9 +64,12 @@ def layout_name(t: Tensor) -> str:
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether one of them is a dual tensor of forward-mode differentiation."""
     unpack_dual: Any = forward_ad.unpack_dual  # not typed
-    return forward_ad._current_level >= 0 and any(
-        isinstance(t, Tensor) and unpack_dual(t).tangent is not None for t in tensors
-    )
+    if forward_ad._current_level < 0:
+        return False
+    try:
+        return any(isinstance(t, Tensor) and unpack_dual(t).tangent is not None for t in tensors)
+    except RuntimeError:  # torch.autograd.functional, vectorised, batches in a way that cannot be asked
+        return True
 
 
 def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bool = False) -> None:
@@ -77,7 +81,8 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
     label, x = op.label, arguments["x"]
     tensors = _tensors(op, arguments)
     for name, t in tensors.items():
-        _require(isinstance(t, Tensor), f"{label}: {name} must be a tensor, got {t}")
+        if not isinstance(t, Tensor):
+            _require(False, f"{label}: {name} must be a tensor, got {t!r}")
     for name, t in tensors.items():
         dense = t.layout == torch.strided and not t.is_quantized and not t.is_nested
         _require(dense, f"{label}: {name} must be a dense tensor, got {layout_name(t)}")

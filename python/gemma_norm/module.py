@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import reference, routing
 from ._calls import functorch_is_active
-from ._checks import OVERLAP
+from ._checks import UNWRITABLE
 from ._ops import rms_norm as ops
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -20,6 +20,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _fused_add_rms_norm = torch.ops.gemma_norm.fused_add_rms_norm.default
 _is_grad_enabled = torch.is_grad_enabled
+_is_tracing = torch._C._is_tracing
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _on_rocm = torch.version.hip is not None
 
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
 
     def _check(self, hidden_size: int, eps: float, **weight: bool) -> None:
         name = type(self).__name__
-        if not isinstance(hidden_size, Integral) or hidden_size < 1:
+        if not isinstance(hidden_size, Integral) or isinstance(hidden_size, bool) or hidden_size < 1:
             rule = "hidden_size must be an integer of at least 1, the size of the dimension that is normalised"
             raise ValueError(f"{name}: {rule}, got {hidden_size!r}")
         if not isinstance(eps, Real):
@@ -98,17 +99,21 @@ class RMSNorm(nn.Module):
         - x, residual and post_residual_addition require no gradient, and there are no dual tensors about nor a
           ``torch.func`` transform;
         - x and residual are plain tensors, not parameters or views of one, nor of another subclass;
-        - x and residual lie apart, and no two elements of either share memory;
-        - nothing traces the call: under ``torch.compile`` and ``torch.export`` the results are new tensors.
+        - x and residual lie apart, no two elements of either share memory, and neither is an inference tensor outside
+          of inference mode;
+        - nothing traces the call: under ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` the results are
+          new tensors.
 
-        Else the results are new tensors, and x and residual stay as they are. It cannot see everything: a tensor from
-        ``detach()`` or ``.data``, or the output of frozen layers, looks like any other, though a graph may still need
-        it. Pass a clone, or make the module with ``inplace=False``, where such a tensor is used again.
+        Else the results are new tensors, and x and residual stay as they are. It cannot see everything: a buffer, a
+        tensor from ``detach()`` or ``.data`` (the parameters given to ``torch.func.functional_call`` often are), the
+        output of frozen layers, or an input of a reentrant checkpoint that requires no gradient looks like any other,
+        though something may still need it. Pass a clone, or make the module with ``inplace=False``, where such a
+        tensor is used again.
 
         ``post_residual_addition`` is added to the residual first, and needs one.
         """
         # A traced value of torch.fx has no device yet, and no truth value: it goes to the operator, which any device has.
-        if x.is_cuda is True:
+        if getattr(x, "is_cuda", False) is True:
             if _on_rocm:
                 return self.forward_hip(x, residual, post_residual_addition)
             return self.forward_cuda(x, residual, post_residual_addition)
@@ -137,7 +142,7 @@ class RMSNorm(nn.Module):
                 _fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
                 return x, residual
             except RuntimeError as error:  # nothing has been written
-                if OVERLAP not in str(error):
+                if not any(reason in str(error) for reason in UNWRITABLE):
                     raise
         return ops.add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
 
@@ -147,6 +152,7 @@ class RMSNorm(nn.Module):
             not _is_grad_enabled()
             and self.inplace
             and not _is_dynamo_compiling()
+            and not _is_tracing()
             and (not self.training or _is_inference_mode_enabled())
             and type(x) is type(residual) is Tensor
             and not (x.requires_grad or residual.requires_grad)

@@ -157,18 +157,44 @@ def test_a_refused_write_leaves_the_graphs_of_others_usable(op, replaced, reason
     y.sum().backward()
 
 
-@pytest.mark.parametrize("op", ["fused_add_rms_norm", "out"])
-def test_an_inference_tensor_is_refused_outside_of_inference_mode_before_it_is_written(device, op):
-    x, weight = randn(4, 16, device=device), make_weight(16, torch.float32, device, False)
+@pytest.mark.parametrize("argument", ["x", "residual", "out"])
+def test_an_inference_tensor_is_refused_outside_of_inference_mode_before_anything_is_written(device, argument):
+    """Nor is a write to the other tensor counted, which a graph may have saved."""
+    weight, matrix = make_weight(16, torch.float32, device, False), leaf(randn(16, 16, device=device))
+    tensors = {name: randn(4, 16, device=device, seed=seed) for seed, name in enumerate(["x", "residual", "out"])}
     with torch.inference_mode():
-        inference = x.clone()
-    with pytest.raises(RuntimeError, match="inference tensor"):
-        if op == "out":
-            gemma_norm.rms_norm(x, weight, out=inference)
+        tensors[argument] = tensors[argument].clone()
+    saved = [t for t in tensors.values() if not t.is_inference()]
+    y = sum(t @ matrix for t in saved)
+    kept = {name: t.clone() for name, t in tensors.items()}
+    with pytest.raises(
+        RuntimeError, match=f"rms_norm: {argument} is written and must not be an inference tensor outside"
+    ):
+        if argument == "out":
+            gemma_norm.rms_norm(tensors["x"], weight, out=tensors["out"])
         else:
-            gemma_norm.fused_add_rms_norm(inference, x, weight)
-    assert_same_bits(inference, x)
-    assert x._version == 0
+            gemma_norm.fused_add_rms_norm(tensors["x"], tensors["residual"], weight)
+    for name, t in tensors.items():
+        assert_same_bits(t, kept[name])
+    assert all(t._version == 0 for t in saved)
+    y.sum().backward()
+    with torch.inference_mode():
+        gemma_norm.fused_add_rms_norm(tensors["x"], tensors["residual"], weight)
+
+
+def test_one_tensor_as_several_arguments_of_a_compiled_call(device):
+    module = gemma_norm.RMSNorm(32, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        h = x * 2
+        y, s = module(h, h, h)
+        return (y * s).sum()
+
+    x = leaf(randn(4, 32, device=device))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    got, want = (torch.autograd.grad(f(x), x)[0] for f in (compiled, loss))
+    torch.testing.assert_close(got, want)
 
 
 def test_training_lowers_a_loss(device):

@@ -204,6 +204,14 @@ def test_what_is_of_the_wrong_type_is_named(op, context, argument, value, messag
             call(getattr(gemma_norm, op), arguments | {argument: value})
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_more_dimensions_than_pytorch_itself_counts_on(op):
+    x = ones([1] * 64 + [16])
+    for kernel in (native(op), PLAIN[op]):
+        got = message(kernel, good(op) | {name: x for name in good(op) if name not in ("weight", "eps")})
+        assert got == f"{op.partition('.')[0]}: x must have at most 64 dimensions, got 65"
+
+
 def test_nothing_but_none_is_an_error_that_names_the_first():
     with pytest.raises(RuntimeError, match=r"^rms_norm: x must be a tensor, got None$"):
         gemma_norm.rms_norm(None, None)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gemma_norm
 from gemma_norm import reference
+from gemma_norm.module import Output
 from support import assert_right, assert_same_bits, randn
 
 KINDS = [gemma_norm.RMSNorm, gemma_norm.GemmaRMSNorm]
@@ -114,6 +115,52 @@ def test_memory_that_cannot_be_overwritten_works_in_every_mode(device, kind, con
     }[what]
     with context():
         assert not overwrites(module, x, residual)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("what", ["an inference tensor", "lazily negated"])
+def test_tensors_that_cannot_be_written_work_in_inference(device, kind, what, which):
+    module = make(kind, 128, device=device).eval()
+    arguments = inputs(device)[:2]
+    if what == "lazily negated":
+        arguments[which] = arguments[which]._neg_view()
+    else:
+        with torch.inference_mode():
+            arguments[which] = arguments[which].clone()
+    plain = [t.resolve_neg().clone() for t in arguments]
+    with torch.no_grad():
+        y, s = module(*arguments)
+    want = gemma_norm.add_rms_norm(*plain, module.weight.detach(), 1e-5, kind.gemma)
+    assert_same_bits(y, want[0])
+    assert_same_bits(s, want[1])
+    assert all(torch.equal(t, before) for t, before in zip(arguments, plain, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("both", ["x and a residual", "one tensor as both"])
+def test_a_traced_module_writes_nothing(kind, both):
+    """torch.jit.trace ends the process where an operator's exception is caught, so none may be tried."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = make(kind, 128).eval()
+
+        def forward(self, x: Tensor, residual: Tensor) -> Output:
+            return self.norm(x, x if both == "one tensor as both" else residual)
+
+    layer, (x, residual, _) = Layer(), inputs("cpu")
+    kept = x.clone(), residual.clone()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x, residual))
+        y, s = traced(x, residual)
+    assert_same_bits(x, kept[0])
+    assert_same_bits(residual, kept[1])
+    want = gemma_norm.add_rms_norm(
+        x, x if both == "one tensor as both" else residual, layer.norm.weight.detach(), 1e-5, kind.gemma
+    )
+    assert_same_bits(y, want[0])
+    assert_same_bits(s, want[1])
 
 
 def test_inplace_false_never_overwrites(device, kind):
@@ -318,6 +365,7 @@ def test_subclass_may_reroute(kind):
         ({"elementwise_affine": False}, "elementwise_affine must be True, got False; freeze a weight of"),
         ({"has_weight": False}, "has_weight must be True, got False; freeze a weight of"),
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, .*, got 0"),
+        ({"hidden_size": True}, "hidden_size must be an integer of at least 1, .*, got True"),
         ({"hidden_size": (4, 8)}, r"hidden_size must be an integer of at least 1, .*, got \(4, 8\)"),
         ({"backend": "cudnn"}, "backend must be one of"),
     ],
@@ -353,6 +401,41 @@ def test_torch_fx_traces_it_as_one_node_a_norm(kind, mode):
     assert_same_bits(got, model.norm.weight.grad)
     with torch.no_grad():
         assert_same_bits(traced(x, residual), want.detach())
+
+
+def test_torch_fx_sees_the_function_whichever_argument_is_traced(kind):
+    """Each of them may be a constant of the graph while others are its inputs."""
+    constant, weight = torch.ones(3, 16), torch.ones(16)
+    for traced_argument in range(2):
+
+        def call(t: Tensor, traced_argument: int = traced_argument) -> Tensor:
+            arguments = [constant, constant]
+            arguments[traced_argument] = t
+            y, s = gemma_norm.add_rms_norm(*arguments, weight, gemma=kind.gemma)
+            return y + s
+
+        graph = torch.fx.symbolic_trace(call, concrete_args={"traced_argument": traced_argument}).graph
+        assert gemma_norm.add_rms_norm in [node.target for node in graph.nodes]
+
+
+def test_torch_fx_keeps_what_only_writes():
+    def call(x: Tensor, residual: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+        gemma_norm.fused_add_rms_norm(x, residual, weight)
+        gemma_norm.rms_norm(residual, weight, out=out)
+        return x
+
+    traced = torch.fx.symbolic_trace(call)
+    traced.graph.eliminate_dead_code()
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [gemma_norm.fused_add_rms_norm, gemma_norm.rms_norm]
+
+
+@pytest.mark.parametrize("x", [None, [1.0], "x"])
+def test_what_is_no_tensor_is_named(kind, x):
+    with pytest.raises(RuntimeError, match=r"^rms_norm: x must be a tensor, got "):
+        kind(8)(x)
+    with pytest.raises(RuntimeError, match=r"^add_rms_norm: x must be a tensor, got "), torch.no_grad():
+        kind(8).eval()(x, torch.ones(2, 8))
 
 
 def test_fx_quantisation_prepares_it(kind):

@@ -189,6 +189,8 @@ def test_second_derivatives_through_autograd(device, way):
             functional.hessian(scalar(mine), x, vectorize=vectorize),
             functional.hessian(scalar(exact), x.double(), vectorize=vectorize),
         )
+    forward = {"vectorize": True, "strategy": "forward-mode"}
+    assert_close(functional.jacobian(mine, x, **forward), functional.jacobian(exact, x.double(), **forward))
 
 
 def test_a_gradient_penalty_reaches_the_parameters(device):

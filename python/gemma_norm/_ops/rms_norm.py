@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False, 
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
         torch.OutOfMemoryError: a GPU has no memory for the result. On the CPU that is a RuntimeError, as PyTorch's is.
     """
-    if type(x) is not Tensor and has_torch_function_variadic(x, weight, out):
+    if has_torch_function_variadic(x, weight, out):
         op = RMS_NORM if out is None else RMS_NORM_OUT
         extra = {} if out is None else {"out": out}
         result: Tensor = overridden(rms_norm, op, (x, weight, out), x, weight, eps, gemma, **extra)
@@ -99,7 +99,7 @@ def fused_add_rms_norm(
         RuntimeError: for an argument that breaks a rule above; nothing has been written then.
     """
     post = post_residual_addition
-    if type(x) is not Tensor and has_torch_function((x, residual, weight, post)):
+    if has_torch_function((x, residual, weight, post)):
         tensors = (x, residual, weight, post)
         overridden(fused_add_rms_norm, FUSED_ADD_RMS_NORM, tensors, x, residual, weight, eps, gemma, post)
         return
@@ -130,12 +130,15 @@ def add_rms_norm(
         torch.OutOfMemoryError: a GPU has no memory for the results. On the CPU that is a RuntimeError, as PyTorch's is.
     """
     post = post_residual_addition
-    if type(x) is not Tensor and has_torch_function((x, residual, weight, post)):
+    if has_torch_function((x, residual, weight, post)):
         tensors = (x, residual, weight, post)
         y, s = overridden(add_rms_norm, ADD_RMS_NORM, tensors, x, residual, weight, eps, gemma, post)
         return y, s
     try:
         if _is_grad_enabled() or forward_ad._current_level >= 0:
+            # Dynamo takes no tensor twice; a view of it has the same memory and a gradient of its own.
+            residual = x.view_as(x) if residual is x else residual
+            post = post.view_as(post) if post is not None and (post is x or post is residual) else post
             arguments = (x, residual, weight, eps, gemma, post)
             y, s = differentiable(_add_rms_norm, ADD_RMS_NORM, AddRMSNormFunction, *arguments)
         else:
@@ -145,6 +148,11 @@ def add_rms_norm(
         explain(error, ADD_RMS_NORM, **named, eps=eps, gemma=gemma)
         raise
     return y, s
+
+
+# torch.fx removes a call whose result is not used, unless it is said to do more than return it.
+for _function in (rms_norm, fused_add_rms_norm):
+    torch.fx.node.has_side_effect(_function)
 
 
 class RMSNormFunction(torch.autograd.Function):
