@@ -63,8 +63,12 @@ def read_message_pack(data: bytes):
 
 
 def read_metadata(note_section: bytes) -> dict:
-    """The kernels' metadata by name, out of the ELF's .note section."""
-    name_size, size, _ = struct.unpack_from("<III", note_section)
-    start = 12 + (name_size + 3) // 4 * 4
-    kernels = read_message_pack(note_section[start : start + size])["amdhsa.kernels"]
-    return {kernel[".name"]: kernel for kernel in kernels}
+    """The kernels' metadata by name, out of the ELF's .note section, which has a note of each source that was linked."""
+    kernels, at = {}, 0
+    while at < len(note_section):
+        name_size, size, _ = struct.unpack_from("<III", note_section, at)
+        start = at + 12 + (name_size + 3) // 4 * 4
+        metadata = read_message_pack(note_section[start : start + size])
+        kernels |= {kernel[".name"]: kernel for kernel in metadata["amdhsa.kernels"]}
+        at = start + (size + 3) // 4 * 4
+    return kernels
