@@ -35,12 +35,26 @@ enum Operand : int32_t {
   kWeight,       // [hidden]
   kResidual,     // [..., hidden]
   kPost,         // [..., hidden]; Python's post_residual_addition
+  kGate,         // [..., hidden]
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
   kOperands,
   kNoOperand = -1
 };
-constexpr const char* kOperandNames[kOperands] = {"x", "weight", "residual", "post_residual_addition", "out", "residual_out"};
+constexpr const char* kOperandNames[kOperands] = {"x",    "weight", "residual",    "post_residual_addition",
+                                                  "gate", "out",    "residual_out"};
+
+constexpr int64_t kWholeRow = INT64_MAX;
+
+// Every option of an operator, under its name in the schema. Operators that have no such option leave it as it is here.
+struct Options {
+  double eps = 1e-6;               // finite, >= 0
+  bool gemma = false;              // multiply by 1 + weight
+  bool round_each_step = false;    // to x's dtype, as a model in plain PyTorch does; else once, at the end
+  bool sigmoid = false;            // the gate's activation, else silu
+  bool norm_before_gate = true;    // the norm's result is gated, else what is normalised
+  int64_t group_size = kWholeRow;  // elements of a row that are normalised together
+};
 
 struct OpInfo;
 
@@ -49,8 +63,7 @@ struct OpInfo;
 struct Call {
   const OpInfo* op;
   const Tensor* tensors[kOperands];  // null for what the operator has not, and for an optional operand that is left out
-  double eps;                        // finite, >= 0
-  bool gemma;                        // multiply by 1 + weight
+  Options options;
   // Called once, after the last check and before the first write; null: not called. What it throws passes through: nothing has
   // been written then.
   void (*before_write)(const void* context) = nullptr;

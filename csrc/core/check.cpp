@@ -20,7 +20,7 @@ class Checker {
       if (!t && !rule.optional) return invalid("%s is needed, got none", kOperandNames[rule.operand]);
       if (t && !check_operand(rule, *t)) return false;
     }
-    return check_no_others() && check_eps() && (empty() || check_memory());
+    return check_no_others() && check_options() && (empty() || check_memory());
   }
 
  private:
@@ -71,6 +71,15 @@ class Checker {
         return t.dtype == x().dtype || t.dtype == DType::kFloat32 ||
                invalid("%s must have dtype %s%s, got %s", name_of(rule), x().dtype_name,
                        x().dtype == DType::kFloat32 ? "" : " (x's) or float32", t.dtype_name);
+      case DTypes::kWeight: {
+        const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kXOrFloat32;
+        return check_dtype({rule.operand, rule.extent, dtypes}, t);
+      }
+      case DTypes::kLikeResidual: {
+        const Tensor& residual = *call_.tensors[kResidual];
+        return t.dtype == residual.dtype ||
+               invalid("%s must have residual's dtype %s, got %s", name_of(rule), residual.dtype_name, t.dtype_name);
+      }
     }
     return false;
   }
@@ -113,9 +122,18 @@ class Checker {
     return true;
   }
 
-  bool check_eps() {
-    return (std::isfinite(static_cast<float>(call_.eps)) && call_.eps >= 0) ||
-           invalid("eps must be finite in float32 and at least 0, got %g", call_.eps);
+  bool check_options() {
+    const Options& options = call_.options;
+    const Tensor* const weight = call_.tensors[kWeight];
+    if (!std::isfinite(static_cast<float>(options.eps)) || options.eps < 0)
+      return invalid("eps must be finite in float32 and at least 0, got %g", options.eps);
+    if (options.gemma && !weight) return invalid("gemma must be False without a weight, got True");
+    if (options.round_each_step && options.gemma) return invalid("round_each_step must be False with gemma=True, got True");
+    if (options.round_each_step && weight && weight->dtype != x().dtype)
+      return invalid("weight must have x's dtype %s with round_each_step=True, got %s", x().dtype_name, weight->dtype_name);
+    return options.group_size == kWholeRow || (options.group_size > 0 && hidden() % options.group_size == 0) ||
+           invalid("group_size must divide x's last dimension %lld, got %lld", static_cast<long long>(hidden()),
+                   static_cast<long long>(options.group_size));
   }
 
   // What is written must not disturb what is still to be read. Every element of a row is read by the thread that writes it, so an
@@ -156,20 +174,29 @@ class Checker {
   Message* message_;
 };
 
-// The leading dimensions, collapsed: one joins the one inside it when every tensor steps evenly over both. Innermost first.
+// The leading dimensions, collapsed: one joins the one inside it when every tensor steps evenly over both. Innermost first. Where a
+// row has several groups of `hidden` elements, these are the innermost dimension, which none joins: the weight is the same in all
+// others.
 struct Dimensions {
   int count = 0;
-  int64_t sizes[kMaxDims], strides[kOperands][kMaxDims];
+  int64_t sizes[kMaxDims + 1], strides[kOperands][kMaxDims + 1];
 
-  explicit Dimensions(const Call& call) {
+  Dimensions(const Call& call, int64_t hidden) {
     Operand with_rows[kOperands];
     int operands = 0;
     for (const OperandRule& rule : *call.op)
       if (rule.has_rows() && call.tensors[rule.operand]) with_rows[operands++] = rule.operand;
     const Tensor& x = *call.tensors[kX];
+    if (const int64_t groups = x.sizes[x.dims - 1] / hidden; groups > 1) {
+      sizes[count] = groups;
+      for (auto& s : strides) s[count] = 0;
+      for (int i = 0; i < operands; ++i) strides[with_rows[i]][count] = hidden;
+      strides[kWeight][count++] = hidden;
+    }
+    const int groups = count;
     for (int d = x.dims - 2; d >= 0; --d) {
       if (x.sizes[d] == 1) continue;
-      bool joins = count > 0;
+      bool joins = count > groups;
       for (int i = 0; joins && i < operands; ++i) {
         const Operand o = with_rows[i];
         joins = call.tensors[o]->strides[d] == strides[o][count - 1] * sizes[count - 1];
@@ -199,17 +226,20 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
   RowParams& p = *params;
   p = {};
   for (int o = 0; o < kOperands; ++o) {
-    if (!call.tensors[o]) continue;
-    p.data[o] = call.tensors[o]->data;
-    p.dtypes[o] = call.tensors[o]->dtype;
+    p.data[o] = call.tensors[o] ? call.tensors[o]->data : nullptr;
+    p.dtypes[o] = call.tensors[o] ? call.tensors[o]->dtype : DType::kOther;
   }
   const Tensor& x = *call.tensors[kX];
-  p.hidden = x.sizes[x.dims - 1];
-  p.eps = static_cast<float>(call.eps);
+  const Options& options = call.options;
+  p.hidden = options.group_size != kWholeRow ? options.group_size : x.sizes[x.dims - 1];
+  p.eps = static_cast<float>(options.eps);
   p.inv_hidden = 1.0f / static_cast<float>(p.hidden);
-  p.weight_offset = call.gemma ? 1.0f : -0.0f;
+  p.weight_offset = options.gemma ? 1.0f : -0.0f;
+  p.round_each_step = options.round_each_step && x.dtype != DType::kFloat32;  // float32 is rounded at each step as it is
+  p.sigmoid = options.sigmoid;
+  p.norm_before_gate = options.norm_before_gate;
 
-  const Dimensions dims(call);
+  const Dimensions dims(call, p.hidden);
   p.row_dims = dims.count < kMaxRowDims ? dims.count : kMaxRowDims;
   p.rows = 1;
   for (int d = 0; d < p.row_dims; ++d) {

@@ -11,16 +11,16 @@ constexpr int kMaxDims = 64;
 // Checks `call` by its operator's rules and collapses the leading dimensions into `params`. On kInvalidArgument `message` reads
 // like "rms_norm: weight must have shape [4096], got [4095]" and nothing may be launched. On kOk, call.before_write has been
 // called. The order of checks decides what is told where several things are wrong: each operand in the order of the rules (dtype,
-// shape, strides), eps, then memory that is written and must not be shared. python/gemma_norm/_checks.py has the same order and
-// the same words.
+// shape, strides), the options, then memory that is written and must not be shared. python/gemma_norm/_checks.py has the same order
+// and the same words.
 //
 // More than kMaxRowDims dimensions that do not collapse are cut into `*slices` equal launches: call select_slice for each.
 // `*slices` is 0 when there is nothing to do.
 struct RowSlices {
   int64_t count;
   int32_t dims;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kOperands][kMaxDims];
+  int64_t sizes[kMaxDims + 1];  // the groups may be one more
+  int64_t strides[kOperands][kMaxDims + 1];
 };
 
 Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message);

@@ -14,9 +14,11 @@ enum class Extent : int8_t {
 };
 
 enum class DTypes : int8_t {
-  kFloat,       // float32, float16 or bfloat16
-  kLikeX,       // x's
-  kXOrFloat32,  // x's or float32
+  kFloat,         // float32, float16 or bfloat16
+  kLikeX,         // x's
+  kXOrFloat32,    // x's or float32
+  kWeight,        // x's or float32; where x is float32, any of kFloat
+  kLikeResidual,  // residual's
 };
 
 enum class Use : int8_t {
@@ -40,10 +42,10 @@ struct OperandRule {
 
 // The rules that operators share.
 constexpr OperandRule kXRule = {kX, Extent::kRows, DTypes::kFloat};
-constexpr OperandRule kWeightRule = {kWeight, Extent::kHidden, DTypes::kXOrFloat32};
-constexpr OperandRule like_x(Operand operand) { return {operand, Extent::kLikeX, DTypes::kLikeX}; }
-constexpr OperandRule output(Operand operand, Use use, Operand in_place_of) {
-  return {operand, Extent::kLikeX, DTypes::kLikeX, use, in_place_of};
+constexpr OperandRule kWeightRule = {kWeight, Extent::kHidden, DTypes::kWeight};
+constexpr OperandRule like_x(Operand operand, DTypes dtypes = DTypes::kLikeX) { return {operand, Extent::kLikeX, dtypes}; }
+constexpr OperandRule output(Operand operand, Use use, Operand in_place_of, DTypes dtypes = DTypes::kLikeX) {
+  return {operand, Extent::kLikeX, dtypes, use, in_place_of};
 }
 constexpr OperandRule optional(OperandRule rule) {
   rule.optional = true;

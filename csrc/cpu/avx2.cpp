@@ -58,6 +58,37 @@ struct F32x32 {
             _mm256_fmadd_ps(a.v[2], b.v[2], c.v[2]), _mm256_fmadd_ps(a.v[3], b.v[3], c.v[3])};
   }
 
+  // For exponential.h.
+  static F32x32 all(float f) { return broadcast(f); }
+  static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
+  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
+    F32x32 r;
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), g.v[j]), _mm256_set1_ps(limit));
+    return r;
+  }
+  static F32x32 at_least(const F32x32& v, float limit) {
+    F32x32 r;
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_max_ps(v.v[j], _mm256_set1_ps(limit));
+    return r;
+  }
+  static F32x32 one_unless_nan(const F32x32& g) {
+    F32x32 r;
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_blendv_ps(_mm256_set1_ps(1), g.v[j], _mm256_cmp_ps(g.v[j], g.v[j], _CMP_UNORD_Q));
+    return r;
+  }
+  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
+    F32x32 r;
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_blendv_ps(b.v[j], a.v[j], _mm256_cmp_ps(g.v[j], _mm256_setzero_ps(), _CMP_LT_OQ));
+    return r;
+  }
+  static F32x32 times_power(const F32x32& p, const F32x32& n) {
+    F32x32 r;
+    for (int j = 0; j < 4; ++j)
+      r.v[j] =
+          _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v[j]), _mm256_slli_epi32(_mm256_castps_si256(n.v[j]), 23)));
+    return r;
+  }
+
   // sum + odd elements^2 + even elements^2, in this order.
   static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
     return {add_squares(sum.v[0], p), add_squares(sum.v[1], p + 16), add_squares(sum.v[2], p + 32), add_squares(sum.v[3], p + 48)};

@@ -94,6 +94,42 @@ struct F32x32 {
     return r;
   }
 
+  // For exponential.h.
+  static F32x32 all(float f) { return broadcast(f); }
+  [[gnu::noinline]] static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = rounded_once(a.v[j], b.v[j], c.v[j]);
+    return r;
+  }
+  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) {
+      const float magnitude = to_float(to_bits(g.v[j]) & 0x7fffffff);
+      r.v[j] = magnitude < limit ? magnitude : limit;
+    }
+    return r;
+  }
+  static F32x32 at_least(const F32x32& v, float limit) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = v.v[j] > limit ? v.v[j] : limit;
+    return r;
+  }
+  static F32x32 one_unless_nan(const F32x32& g) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = g.v[j] == g.v[j] ? 1 : g.v[j];
+    return r;
+  }
+  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = g.v[j] < 0 ? a.v[j] : b.v[j];
+    return r;
+  }
+  static F32x32 times_power(const F32x32& p, const F32x32& n) {
+    F32x32 r;
+    for (int j = 0; j < kLanes; ++j) r.v[j] = to_float(to_bits(p.v[j]) + (to_bits(n.v[j]) << 23));
+    return r;
+  }
+
   // sum + odd elements^2 + even elements^2, in this order.
   static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
     F32x32 r;
@@ -121,6 +157,19 @@ struct F32x32 {
   // As if rounded once, for 16-bit numbers a and b: double holds their product, and where it must round the sum, the smaller term
   // is far below half a unit of the larger in float32.
   static float multiply_add(float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }
+
+  // a * b + c rounded once, of any finite numbers. double holds the product; the sum is rounded to odd, which cannot lie half way
+  // between two floats unless it is exact (Boldo and Melquiond 2008), before it is rounded to a float.
+  static float rounded_once(float a, float b, float c) {
+    const double product = static_cast<double>(a) * b, sum = product + c;
+    const double of_c = sum - product, error = (product - (sum - of_c)) + (c - of_c);
+    uint64_t bits;
+    std::memcpy(&bits, &sum, sizeof bits);
+    if (error != 0 && bits % 2 == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
+    double odd;
+    std::memcpy(&odd, &bits, sizeof odd);
+    return static_cast<float>(odd);
+  }
 };
 
 }  // namespace

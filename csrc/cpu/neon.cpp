@@ -68,6 +68,36 @@ struct F32x32 {
     return r;
   }
 
+  // For exponential.h.
+  static F32x32 all(float f) { return broadcast(f); }
+  static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
+  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vminnmq_f32(vabsq_f32(g.v[j]), vdupq_n_f32(limit));
+    return r;
+  }
+  static F32x32 at_least(const F32x32& v, float limit) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vmaxnmq_f32(v.v[j], vdupq_n_f32(limit));
+    return r;
+  }
+  static F32x32 one_unless_nan(const F32x32& g) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vbslq_f32(vceqq_f32(g.v[j], g.v[j]), vdupq_n_f32(1), g.v[j]);
+    return r;
+  }
+  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j) r.v[j] = vbslq_f32(vcltzq_f32(g.v[j]), a.v[j], b.v[j]);
+    return r;
+  }
+  static F32x32 times_power(const F32x32& p, const F32x32& n) {
+    F32x32 r;
+    for (int j = 0; j < 8; ++j)
+      r.v[j] = vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(p.v[j]), vshlq_n_u32(vreinterpretq_u32_f32(n.v[j]), 23)));
+    return r;
+  }
+
   // sum + odd elements^2 + even elements^2, in this order.
   static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
     F32x32 r;

@@ -1,8 +1,8 @@
 // The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (generic.cpp, avx2.cpp, ...).
 //
 // Each row is passed over twice, the second time out of the cache:
-//   statistics  s = the sum of the inputs, stored where there is something to add; rstd = 1 / sqrt(mean(s^2) + eps)
-//   normalize   y = Op::Formula(s, rstd, weight + offset)
+//   statistics  s, stored unless it is x itself; rstd = 1 / sqrt(mean(s^2) + eps)
+//   normalize   y = the operator's formula of s, rstd and weight + offset
 // A thread with many rows does the second of a row and the first of the next one side by side: memory is read while the
 // processor computes, and the latencies of a row's end (tree, root, division) hide behind other rows.
 //
@@ -45,9 +45,9 @@ constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kStreamBytesOfThread = kStreamBytes / 2;
 
 struct Strategy {
-  bool beside;                  // each row's second pass goes beside the next row's first
-  bool packed;                  // the weights are kept in 16 bits, not in float32; only beside
-  bool stream_sum, stream_out;  // written around the caches; the sum only beside
+  bool beside;  // each row's second pass goes beside the next row's first
+  bool packed;  // the weights are kept in 16 bits, not in float32; only beside
+  bool stream;  // outputs are written around the caches; the sum only beside
 };
 
 // Whether to write an output around the caches: it is large, none of it is in them as an input, and it is made of whole lines.
@@ -56,7 +56,7 @@ bool streams(const RowParams& p, int64_t rows, Operand output) {
   constexpr int64_t kItem = sizeof(T);
   const void* const out = p.data[output];
   const int64_t row_bytes = p.hidden * kItem;
-  if (!out || (p.rows * row_bytes < kStreamBytes && rows * row_bytes < kStreamBytesOfThread)) return false;
+  if (p.rows * row_bytes < kStreamBytes && rows * row_bytes < kStreamBytesOfThread) return false;
   for (int o = 0; o < kOperands; ++o)
     if (o != output && out == p.data[o]) return false;
   bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
@@ -64,47 +64,79 @@ bool streams(const RowParams& p, int64_t rows, Operand output) {
   return aligned;
 }
 
-template <class V, class T, class W>
+template <class C>
 Strategy choose(const RowParams& p, int64_t rows) {
+  using V = typename C::V;
   Strategy strategy{};
-  strategy.beside = rows >= kManyRows && p.hidden <= kBufferElements;
-  strategy.packed = kPacks<V, W> && strategy.beside && p.hidden >= kPackedFrom;
-  strategy.stream_sum = V::kStreams && strategy.beside && streams<T>(p, rows, kResidualOut);
-  strategy.stream_out = V::kStreams && streams<T>(p, rows, kOut);
+  strategy.beside = rows >= kManyRows && weight_count(p) <= kBufferElements;
+  strategy.packed = kPacks<V, typename C::W> && strategy.beside && p.hidden >= kPackedFrom && weight_count(p) == p.hidden;
+  const bool stores_sum = p.data[kResidualOut] && strategy.beside;
+  strategy.stream =
+      V::kStreams && streams<typename C::X>(p, rows, kOut) && (!stores_sum || streams<typename C::S>(p, rows, kResidualOut));
   return strategy;
 }
 
 // --- The second pass
 
 // Writes a row's outputs. Prepared weights reach to the end of the last vector.
-template <class V, class Op, class T, class Factors, bool kStream>
+template <class C, class Factors>
 class Normalizer {
+  using V = typename C::V;
+  using X = typename C::X;
+  using S = typename C::S;
+
  public:
-  Normalizer(Factors factors, const Row<T>& row, float rstd)
-      : factors_(factors), s_(row.sum ? row.sum : row[kX]), out_(row[kOut]), rstd_(V::broadcast(rstd)) {}
+  Normalizer(const RowParams& p, Factors factors, const Row<C>& row, float rstd, bool stream)
+      : p_(p), factors_(factors), row_(row), rstd_(V::broadcast(rstd)), stream_(stream) {}
 
   [[gnu::always_inline]] void vector(int64_t i) const {
-    const V y = Op::Formula::apply(V::load(s_ + i), rstd_, factors_.template at<V>(i));
-    if constexpr (kStream)
-      y.stream(out_ + i);
+    const V y = formula(s_at(i), factors_.template at<V>(row_.weight + i), row_.gate ? row_.gate + i : nullptr);
+    if (V::kStreams && stream_)
+      y.stream(row_.out + i);
     else
-      y.store(out_ + i);
+      y.store(row_.out + i);
   }
   [[gnu::always_inline]] void rest(int64_t i, int64_t hidden) const {
     for (; i + kLanes <= hidden; i += kLanes) vector(i);
     if (const int64_t rest = hidden - i) {
-      T y[kLanes] = {};
-      copy(y, s_ + i, rest);
-      Op::Formula::apply(V::load(y), rstd_, factors_.template rest_at<V>(i, rest)).store(y);
-      copy(out_ + i, y, rest);
+      S s[kStep] = {};
+      X gate[kLanes] = {}, y[kLanes];
+      if (!C::kIsX && row_.sum)
+        copy(s, row_.sum + i, rest);
+      else
+        rest_of_sum<C>(p_, row_, i, rest, s);
+      if (C::Form::Formula::kGated && row_.gate) copy(gate, row_.gate + i, rest);
+      formula(V::load(s), factors_.template rest_at<V>(row_.weight + i, rest), row_.gate ? gate : nullptr).store(y);
+      copy(row_.out + i, y, rest);
     }
   }
 
  private:
+  [[gnu::always_inline]] V s_at(int64_t i) const {
+    if constexpr (C::kIsX) return V::load(row_.x + i);
+    if (C::kHasResidual || row_.sum) return V::load(row_.sum + i);
+    S s[kLanes];
+    store_sum<C>(p_, row_, i, s, false);
+    return V::load(s);
+  }
+
+  [[gnu::always_inline]] V formula(V s, V factor, const X* gate) const {
+    const auto round = [](const V& v) {
+      if constexpr (C::kRoundEachStep) return rounded<V, X>(v);
+      return v;
+    };
+    if constexpr (sizeof(S) > sizeof(X)) s = s.without_payload();  // see Weights
+    if constexpr (C::Form::Formula::kGated)
+      return C::Form::Formula::apply(s, rstd_, factor, activation<C>(p_, gate), round);
+    else
+      return C::Form::Formula::apply(s, rstd_, factor, round);
+  }
+
+  const RowParams& p_;
   const Factors factors_;
-  const T* const s_;
-  T* const out_;
+  const Row<C> row_;
   const V rstd_;
+  const bool stream_;
 };
 
 // --- Both
@@ -121,17 +153,17 @@ template <class Step, class EndChunk>
   return i;
 }
 
-template <class V, class T, Addition kAddition, bool kStream>
-float statistics(const RowParams& p, const Row<T>& row) {
-  Squares<V, T, kAddition, kStream> squares(row);
+template <class C>
+float statistics(const RowParams& p, const Row<C>& row, bool stream) {
+  Squares<C> squares(p, row, stream);
   const int64_t i = each_step(p.hidden, [&](int64_t i) { squares.add_step(i); }, [&] { squares.end_chunk(); });
   if (i < p.hidden) squares.add_rest(i, p.hidden - i);
-  return squares.rstd(p);
+  return squares.rstd();
 }
 
-template <class V, class Op, class T, class Factors, bool kStream>
-void normalize(const RowParams& p, Factors factors, const Row<T>& row, float rstd) {
-  Normalizer<V, Op, T, Factors, kStream>(factors, row, rstd).rest(0, p.hidden);
+template <class C, class Factors>
+void normalize(const RowParams& p, Factors factors, const Row<C>& row, float rstd, bool stream) {
+  Normalizer<C, Factors>(p, factors, row, rstd, stream).rest(0, p.hidden);
 }
 
 // Brings in what a V will want soon.
@@ -142,135 +174,124 @@ template <class T>
 }
 
 // Normalises `row` and returns the rstd of `next`, while the memory in `ahead` is brought in.
-template <class V, class Op, class T, class Factors, Addition kAddition, bool kStreamSum, bool kStreamOut>
-[[gnu::always_inline]] inline float normalize_beside(const RowParams& p, Factors factors, const Row<T>& row, float rstd,
-                                                     const Row<T>& next, Row<T> ahead) {
-  Squares<V, T, kAddition, kStreamSum> squares(next);
-  const Normalizer<V, Op, T, Factors, kStreamOut> normalizer(factors, row, rstd);
+template <class C, class Factors>
+[[gnu::always_inline]] inline float normalize_beside(const RowParams& p, Factors factors, const Row<C>& row, float rstd,
+                                                     const Row<C>& next, Row<C> ahead, bool stream) {
+  Squares<C> squares(p, next, stream);
+  const Normalizer<C, Factors> normalizer(p, factors, row, rstd, stream);
   const auto step = [&](int64_t i) {
     squares.add_step(i);
     for (int k = 0; k < kStep; k += kLanes) {
-      prefetch(ahead[kX], i + k);
-      if constexpr (!kStreamOut) prefetch(ahead[kOut], i + k);
-      if constexpr (kAddition != Addition::kNone) {
-        prefetch(ahead[kResidual], i + k);
-        if constexpr (!kStreamSum) prefetch(ahead[kResidualOut], i + k);
+      prefetch(ahead.x, i + k);
+      if (!stream) prefetch(ahead.out, i + k);
+      if constexpr (C::kHasResidual) {
+        prefetch(ahead.residual, i + k);
+        if (!stream) prefetch(ahead.residual_out, i + k);
       }
+      if (C::Op::kInfos[0].has(kGate) && ahead.gate) prefetch(ahead.gate, i + k);
       normalizer.vector(i + k);
     }
   };
   const int64_t i = each_step(p.hidden, step, [&] { squares.end_chunk(); });
   if (i < p.hidden) squares.add_rest(i, p.hidden - i);
   normalizer.rest(i, p.hidden);
-  return squares.rstd(p);
+  return squares.rstd();
 }
 
 // --- All of a thread's rows, by a strategy
 
-// Row by row.
-template <class V, class Op, class T, class W, Addition kAddition, bool kStreamOut>
-void run_few(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  RowCursor<Op, T> cursor(p, begin);
+// Row by row. `sum` holds one row, or is null where a row is too long.
+template <class C, class Factors>
+void run_few(const RowParams& p, Factors factors, typename C::S* sum, bool stream, int64_t begin, int64_t end) {
+  RowCursor<C> cursor(p, begin);
   for (; begin < end; ++begin) {
-    const Row<T> row = cursor.next();
-    normalize<V, Op, T, Weights<T, W>, kStreamOut>(p, weights, row, statistics<V, T, kAddition, false>(p, row));
+    Row<C> row = cursor.next();
+    if constexpr (C::kGatesX) row.sum = sum;
+    normalize<C>(p, factors, row, statistics<C>(p, row, false), stream);
   }
 }
 
-// Each row beside the next. `sums` holds two rows.
-template <class V, class Op, class T, class Factors, Addition kAddition, bool kStreamSum, bool kStreamOut>
-void run_beside(const RowParams& p, Factors factors, T* sums, int64_t begin, int64_t end) {
-  RowCursor<Op, T> cursor(p, begin);
+// Each row beside the next. `sums` holds two rows: s, where it is not stored, or around the caches.
+template <class C, class Factors>
+void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool stream, int64_t begin, int64_t end) {
+  RowCursor<C> cursor(p, begin);
   const auto take = [&](int64_t index) {
-    Row<T> row = cursor.next();
-    if constexpr (kStreamSum) row.sum = sums + index % 2 * kBufferElements;
+    Row<C> row = cursor.next();
+    if (C::kGatesX || (C::kHasResidual && stream)) row.sum = sums + index % 2 * kBufferElements;
     return row;
   };
-  Row<T> row = take(begin), next = take(begin + 1);
-  float rstd = statistics<V, T, kAddition, kStreamSum>(p, row);
+  Row<C> row = take(begin), next = take(begin + 1);
+  float rstd = statistics<C>(p, row, stream);
   for (; begin + 1 < end; ++begin) {
-    const Row<T> after = take(begin + 2);  // perhaps another thread's: it is prefetched at most
-    Row<T> ahead = after;
-    ahead.of[kOut] = next[kOut];
-    rstd = normalize_beside<V, Op, T, Factors, kAddition, kStreamSum, kStreamOut>(p, factors, row, rstd, next, ahead);
+    const Row<C> after = take(begin + 2);  // perhaps another thread's: it is prefetched at most
+    Row<C> ahead = after;
+    ahead.out = next.out;
+    if constexpr (C::Form::Formula::kGated) ahead.gate = next.gate;
+    rstd = normalize_beside<C>(p, factors, row, rstd, next, ahead, stream);
     row = next;
     next = after;
   }
-  normalize<V, Op, T, Factors, kStreamOut>(p, factors, row, rstd);
+  normalize<C>(p, factors, row, rstd, stream);
 }
 
 // Large buffers have stack frames of their own, here and below: few rows do not even touch them.
-template <class V, class Op, class T, Addition kAddition, bool kStreamSum, bool kStreamOut, class Factors>
-void run_beside_with_sums(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
-  alignas(kCacheLine) T sums[kStreamSum ? 2 * kBufferElements : 1];
-  run_beside<V, Op, T, Factors, kAddition, kStreamSum, kStreamOut>(p, factors, sums, begin, end);
+template <class C, class Factors>
+[[gnu::noinline]] void run_few_with_sum(const RowParams& p, Factors factors, bool stream, int64_t begin, int64_t end) {
+  alignas(kCacheLine) typename C::S sum[kBufferElements];
+  run_few<C>(p, factors, sum, stream, begin, end);
 }
 
-template <class V, class Op, class T, class W, Addition kAddition, bool kStreamSum, bool kStreamOut>
-[[gnu::noinline]] void run_prepared(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  alignas(kCacheLine) float factors[kBufferElements];
-  const auto prepared = prepare<V>(weights, p.hidden, factors);
-  run_beside_with_sums<V, Op, T, kAddition, kStreamSum, kStreamOut>(p, prepared, begin, end);
+template <class C, class Factors>
+[[gnu::noinline]] void run_beside_with_sums(const RowParams& p, Factors factors, bool stream, int64_t begin, int64_t end) {
+  alignas(kCacheLine) typename C::S sums[C::kIsX ? 1 : 2 * kBufferElements];
+  run_beside<C>(p, factors, sums, stream, begin, end);
 }
 
-template <class V, class Op, class T, class W, Addition kAddition, bool kStreamSum, bool kStreamOut>
-[[gnu::noinline]] void run_packed(const RowParams& p, Weights<T, W> weights, int64_t begin, int64_t end) {
-  alignas(kCacheLine) W packed[kBufferElements];
-  run_beside_with_sums<V, Op, T, kAddition, kStreamSum, kStreamOut>(p, pack<V>(weights, p.hidden, packed), begin, end);
+template <class C, class Factors>
+[[gnu::noinline]] void run_prepared(const RowParams& p, Factors weights, bool stream, int64_t begin, int64_t end) {
+  alignas(kCacheLine) float factors[kBufferElements + kLanes];
+  const auto prepared = prepare<typename C::V>(weights, weight_count(p), factors);
+  run_beside_with_sums<C>(p, prepared, stream, begin, end);
 }
 
-template <class V, class Op, class T, class W, Addition kAddition, bool kStreamSum, bool kStreamOut>
-void run(const RowParams& p, bool beside, bool packed, int64_t begin, int64_t end) {
-  const Weights<T, W> weights{static_cast<const W*>(p.data[kWeight]), p.weight_offset};
-  if (!beside) return run_few<V, Op, T, W, kAddition, kStreamOut>(p, weights, begin, end);
-  if constexpr (kPacks<V, W>)
-    if (packed) return run_packed<V, Op, T, W, kAddition, kStreamSum, kStreamOut>(p, weights, begin, end);
-  run_prepared<V, Op, T, W, kAddition, kStreamSum, kStreamOut>(p, weights, begin, end);
+template <class C, class Factors>
+[[gnu::noinline]] void run_packed(const RowParams& p, Factors weights, bool stream, int64_t begin, int64_t end) {
+  alignas(kCacheLine) typename C::W packed[kBufferElements];
+  run_beside_with_sums<C>(p, pack<typename C::V>(weights, p.hidden, packed), stream, begin, end);
 }
 
-template <class V, class Op, class T, class W, Addition kAddition>
-void run(const RowParams& p, int64_t begin, int64_t end) {
-  const Strategy s = choose<V, T, W>(p, end - begin);
-  auto rows = &run<V, Op, T, W, kAddition, false, false>;
-  if constexpr (V::kStreams) {
-    if (s.stream_out) rows = &run<V, Op, T, W, kAddition, false, true>;
-    if constexpr (kAddition != Addition::kNone) {
-      if (s.stream_sum) rows = s.stream_out ? &run<V, Op, T, W, kAddition, true, true> : &run<V, Op, T, W, kAddition, true, false>;
-    }
+template <class C, class Factors>
+void run(const RowParams& p, Factors factors, const Strategy& strategy, int64_t begin, int64_t end) {
+  const bool stream = strategy.stream;
+  if (!strategy.beside) {
+    if constexpr (C::kGatesX)
+      if (p.hidden <= kBufferElements) return run_few_with_sum<C>(p, factors, stream, begin, end);
+    run_few<C>(p, factors, nullptr, stream, begin, end);
+  } else if constexpr (!C::kHasWeight) {
+    run_beside_with_sums<C>(p, factors, stream, begin, end);
+  } else {
+    if constexpr (kPacks<typename C::V, typename C::W>)
+      if (strategy.packed) return run_packed<C>(p, factors, stream, begin, end);
+    run_prepared<C>(p, factors, stream, begin, end);
   }
-  rows(p, s.beside, s.packed, begin, end);
-  V::fence();
 }
 
-// --- From types that are known at run time
-
-template <class V, class Op, class T, class W>
-void run(const RowParams& p, int64_t begin, int64_t end) {
-  if constexpr (!Op::Source::kTwoRows)
-    run<V, Op, T, W, Addition::kNone>(p, begin, end);
-  else if (p.data[kPost])
-    run<V, Op, T, W, Addition::kResidualAndPost>(p, begin, end);
-  else
-    run<V, Op, T, W, Addition::kResidual>(p, begin, end);
-}
-
-template <class V, class Op, class T>
-void run(const RowParams& p, int64_t begin, int64_t end) {
-  if (p.dtypes[kWeight] == DType::kFloat32)
-    run<V, Op, T, float>(p, begin, end);
-  else
-    run<V, Op, T, T>(p, begin, end);
-}
+// --- From what is known at run time
 
 template <class V, class Op>
 void run(const RowParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  switch (p.dtypes[kX]) {
-    case DType::kFloat32: return run<V, Op, float, float>(p, begin, end);
-    case DType::kFloat16: return run<V, Op, Float16>(p, begin, end);
-    case DType::kBFloat16: return run<V, Op, BFloat16>(p, begin, end);
-    case DType::kOther: return;  // check() refuses it
-  }
+  with_variant<Op, Float16, BFloat16>(p, [&](auto variant) {
+    using C = Choice<V, Op, decltype(variant)>;
+    const Strategy strategy = choose<C>(p, end - begin);
+    if constexpr (C::kHasWeight) {
+      using W = typename C::W;
+      run<C>(p, Weights<typename C::X, W>{static_cast<const W*>(p.data[kWeight]), p.weight_offset}, strategy, begin, end);
+    } else {
+      run<C>(p, Ones(), strategy, begin, end);
+    }
+  });
+  V::fence();
 }
 
 template <class V, class... Op>

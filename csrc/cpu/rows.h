@@ -6,6 +6,7 @@
 
 #include "../core/op_info.h"
 #include "../core/row_params.h"
+#include "../ops/variants.h"
 #include "exact.h"
 
 namespace gemma_norm {
@@ -26,23 +27,59 @@ void copy(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Where one row of each operand is; null where the call has no such operand.
-template <class T>
-struct Row {
-  T* of[kOperands] = {};
-  T* sum;  // where the first pass leaves s for the second: residual_out or a buffer; null: s is x
-
-  T* operator[](Operand operand) const { return of[operand]; }
+// How a thread goes about its rows, as far as code is compiled for it. V is the vector of floats.
+template <class V_, class Op_, class Variant>
+struct Choice {
+  using V = V_;
+  using Op = Op_;
+  using Form = typename Variant::Form;
+  using X = typename Variant::X;
+  using S = typename Variant::S;
+  using W = typename Variant::W;
+  static constexpr bool kRoundEachStep = Variant::kRoundEachStep, kHasWeight = Variant::kHasWeight;
+  using Source = typename Form::Source;
+  static constexpr bool kIsX = std::is_same_v<Source, InputSource>;  // s is x, else it is written down
+  static constexpr bool kHasResidual = std::is_same_v<Source, ResidualSource>;
+  static constexpr bool kGatesX = std::is_same_v<Source, GatedSource>;
 };
 
-// Walks the rows of Op's operands in order; after the last one comes the first. It compares extents itself: the linker keeps one
-// copy of OperandRule::has_rows(), an inline function, and that could be one compiled for an instruction set that is missing here.
-template <class Op, class T>
+// Where one row of each operand is; null where the call has no such operand.
+template <class C>
+struct Row {
+  using X = typename C::X;
+  using S = typename C::S;
+  X *x = nullptr, *gate = nullptr, *out = nullptr;
+  S *residual = nullptr, *post = nullptr, *residual_out = nullptr;
+  S* sum = nullptr;    // where the first pass leaves s for the second: residual_out or a buffer. Null: it leaves none
+  int64_t weight = 0;  // the index of its first weight, that of its group
+
+  // Calls visit(operand, pointer or index) for what the operator has.
+  template <class Visit>
+  void each(const Visit& visit) {
+    visit_if<kX>(visit, x);
+    visit_if<kGate>(visit, gate);
+    visit_if<kOut>(visit, out);
+    visit_if<kResidual>(visit, residual);
+    visit_if<kPost>(visit, post);
+    visit_if<kResidualOut>(visit, residual_out);
+    if constexpr (C::Form::kGroups) visit(kWeight, weight);
+  }
+
+ private:
+  template <Operand kOperand, class Visit, class Place>
+  static void visit_if(const Visit& visit, Place& place) {
+    if constexpr (C::Op::kInfos[0].has(kOperand)) visit(kOperand, place);
+  }
+};
+
+// Walks the rows of the operands in order; after the last one comes the first.
+template <class C>
 class RowCursor {
  public:
   RowCursor(const RowParams& p, int64_t row) : p_(p) {
-    for (const OperandRule& rule : Op::kRules)
-      if (rule.extent != Extent::kHidden) row_.of[rule.operand] = static_cast<T*>(p.data[rule.operand]);
+    row_.each([&](Operand operand, auto& place) {
+      if (operand != kWeight) place = reinterpret_cast<decltype(place + 0)>(p.data[operand]);
+    });
     for (int d = p.row_dims - 1; d >= 0; --d) {
       at_[d] = row % p.sizes[d];
       row /= p.sizes[d];
@@ -50,9 +87,9 @@ class RowCursor {
     }
   }
 
-  Row<T> next() {
-    row_.sum = row_[kResidualOut];
-    const Row<T> row = row_;
+  Row<C> next() {
+    row_.sum = row_.residual_out;
+    const Row<C> row = row_;
     for (int d = p_.row_dims - 1; d >= 0; --d) {
       move(d, 1);
       if (++at_[d] < p_.sizes[d]) break;
@@ -64,12 +101,11 @@ class RowCursor {
 
  private:
   void move(int d, int64_t steps) {
-    for (const OperandRule& rule : Op::kRules)
-      if (rule.extent != Extent::kHidden) row_.of[rule.operand] += steps * p_.strides[rule.operand][d];
+    row_.each([&](Operand operand, auto& place) { place += steps * p_.strides[operand][d]; });
   }
 
   const RowParams& p_;
-  Row<T> row_;
+  Row<C> row_;
   int64_t at_[kMaxRowDims];
 };
 

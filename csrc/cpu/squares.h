@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../core/row_params.h"
+#include "../device/exponential.h"
 #include "rows.h"
 
 namespace gemma_norm {
@@ -12,9 +13,6 @@ namespace {
 constexpr int kStep = 2 * kLanes;       // an addition takes some cycles: have more than one under way
 constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
 
-// What ops/parts.h's sources add up: ResidualSource adds post where the call has one.
-enum class Addition { kNone, kResidual, kResidualAndPost };
-
 template <class V, class T>
 V rounded(V value) {
   T elements[kLanes];
@@ -22,31 +20,59 @@ V rounded(V value) {
   return V::load(elements);
 }
 
-// s of kLanes elements from i on, written down.
-template <class V, class T, Addition kAddition, bool kStream>
-[[gnu::always_inline]] inline void store_sum(const Row<T>& row, int64_t i) {
-  V r = V::load(row[kResidual] + i);
-  if constexpr (kAddition == Addition::kResidualAndPost) r = rounded<V, T>(r + V::load(row[kPost] + i));
-  const V s = V::load(row[kX] + i) + r;
-  s.store(row.sum + i);
-  if constexpr (kStream) s.stream(row[kResidualOut] + i);
+template <class C>
+[[gnu::always_inline]] inline typename C::V activation(const RowParams& p, const typename C::X* gate) {
+  using V = typename C::V;
+  if (!gate) return V::broadcast(1);
+  return p.sigmoid ? formulas::activation<V, true>(V::load(gate)) : formulas::activation<V, false>(V::load(gate));
+}
+
+// s of kLanes elements from i on, written to `sum`, and with `stream` to residual_out, around the caches.
+template <class C>
+[[gnu::always_inline]] inline void store_sum(const RowParams& p, const Row<C>& row, int64_t i, typename C::S* sum, bool stream) {
+  using V = typename C::V;
+  using S = typename C::S;
+  const V x = V::load(row.x + i);
+  if constexpr (C::kGatesX) {
+    (row.gate ? x * activation<C>(p, row.gate + i) : x).store(sum);
+  } else {
+    V r = V::load(row.residual + i);
+    if (row.post) r = rounded<V, S>(r + V::load(row.post + i));
+    const V s = x + r;
+    s.store(sum);
+    if (C::V::kStreams && stream) s.stream(row.residual_out + i);
+  }
 }
 
 // s of the last, incomplete step; the rest of `sum` stays or becomes zero.
-template <class V, class T, Addition kAddition>
-[[gnu::noinline]] void rest_of_sum(Row<T> row, int64_t i, int64_t rest, T (&sum)[kStep]) {
-  if constexpr (kAddition == Addition::kNone) {
-    copy(sum, row[kX] + i, rest);
+template <class C>
+[[gnu::noinline]] void rest_of_sum(const RowParams& p, Row<C> row, int64_t i, int64_t rest, typename C::S (&sum)[kStep]) {
+  using X = typename C::X;
+  using S = typename C::S;
+  if constexpr (C::kIsX) {
+    copy(sum, row.x + i, rest);
   } else {
-    T x[kStep] = {}, residual[kStep] = {}, post[kStep] = {};
-    copy(x, row[kX] + i, rest);
-    copy(residual, row[kResidual] + i, rest);
-    if constexpr (kAddition == Addition::kResidualAndPost) copy(post, row[kPost] + i, rest);
-    Row<T> padded;
-    padded.of[kX] = x, padded.of[kResidual] = residual, padded.of[kPost] = post, padded.sum = sum;
-    for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, false>(padded, k);
-    copy(row.sum + i, sum, rest);
-    copy(row[kResidualOut] + i, sum, rest);
+    X x[kStep] = {}, gate[kStep] = {};
+    S residual[kStep] = {}, post[kStep] = {};
+    Row<C> padded;
+    padded.x = x;
+    copy(x, row.x + i, rest);
+    if constexpr (C::kGatesX) {
+      if (row.gate) {
+        copy(gate, row.gate + i, rest);
+        padded.gate = gate;
+      }
+    } else {
+      copy(residual, row.residual + i, rest);
+      padded.residual = residual;
+      if (row.post) {
+        copy(post, row.post + i, rest);
+        padded.post = post;
+      }
+    }
+    for (int k = 0; k < kStep; k += kLanes) store_sum<C>(p, padded, k, sum + k, false);
+    if (row.sum) copy(row.sum + i, sum, rest);
+    if constexpr (C::kHasResidual) copy(row.residual_out + i, sum, rest);
   }
 }
 
@@ -82,51 +108,59 @@ struct LaneSum<BFloat16> {
 };
 
 // A row's squares, added up: sums of sums, as one long chain of additions would drift.
-template <class V, class T, Addition kAddition, bool kStream>
+template <class C>
 class Squares {
+  using V = typename C::V;
+  using S = typename C::S;
+  using Sums = LaneSum<S>;
+
  public:
-  explicit Squares(const Row<T>& row) : row_(row) {
+  Squares(const RowParams& p, const Row<C>& row, bool stream) : p_(p), row_(row), stream_(stream) {
     for (int k = 0; k < kSums; ++k) {
       sums_[k] = V::broadcast(0);
-      part_[k] = V::broadcast(LaneSum<T>::kStart);
+      part_[k] = V::broadcast(Sums::kStart);
     }
   }
 
   [[gnu::always_inline]] void add_step(int64_t i) {
-    if constexpr (kAddition == Addition::kNone) {
-      add(row_[kX] + i);
+    if constexpr (C::kIsX) {
+      add(row_.x + i);
     } else {
-      for (int k = 0; k < kStep; k += kLanes) store_sum<V, T, kAddition, kStream>(row_, i + k);
-      add(row_.sum + i);
+      S local[kStep];
+      S* const sum = C::kHasResidual || row_.sum ? row_.sum + i : local;
+      for (int k = 0; k < kStep; k += kLanes) store_sum<C>(p_, row_, i + k, sum + k, stream_);
+      add(sum);
     }
   }
   [[gnu::always_inline]] void end_chunk() {
     for (int k = 0; k < kSums; ++k) {
-      sums_[k] = sums_[k] + (part_[k] + V::broadcast(-LaneSum<T>::kStart));
-      part_[k] = V::broadcast(LaneSum<T>::kStart);
+      sums_[k] = sums_[k] + (part_[k] + V::broadcast(-Sums::kStart));
+      part_[k] = V::broadcast(Sums::kStart);
     }
   }
   [[gnu::always_inline]] void add_rest(int64_t i, int64_t rest) {
-    T sum[kStep] = {};
-    rest_of_sum<V, T, kAddition>(row_, i, rest, sum);
+    S sum[kStep] = {};
+    rest_of_sum<C>(p_, row_, i, rest, sum);
     add(sum);
     end_chunk();
   }
-  [[gnu::always_inline]] float rstd(const RowParams& p) const {
+  [[gnu::always_inline]] float rstd() const {
     V sum = sums_[0];
     for (int k = 1; k < kSums; ++k) sum = sum + sums_[k];
-    return 1.0f / __builtin_sqrtf(sum.sum() * p.inv_hidden + p.eps);
+    return 1.0f / __builtin_sqrtf(sum.sum() * p_.inv_hidden + p_.eps);
   }
 
  private:
-  static constexpr int kWidth = kLanes * LaneSum<T>::kElements;
+  static constexpr int kWidth = kLanes * Sums::kElements;
   static constexpr int kSums = kStep / kWidth;
 
-  [[gnu::always_inline]] void add(const T* s) {
-    for (int k = 0; k < kSums; ++k) part_[k] = LaneSum<T>::add_squares(part_[k], s + k * kWidth);
+  [[gnu::always_inline]] void add(const S* s) {
+    for (int k = 0; k < kSums; ++k) part_[k] = Sums::add_squares(part_[k], s + k * kWidth);
   }
 
-  const Row<T> row_;
+  const RowParams& p_;
+  const Row<C> row_;
+  const bool stream_;
   V sums_[kSums];
   V part_[kSums];
 };

@@ -36,7 +36,24 @@ struct Weights {
   }
 };
 
-// The same, computed beforehand and padded.
+// Where there is no weight.
+struct Ones {
+  template <class V>
+  [[gnu::always_inline]] V at(int64_t) const {
+    return V::broadcast(1);
+  }
+  template <class V>
+  [[gnu::always_inline]] V rest_at(int64_t, int64_t) const {
+    return V::broadcast(1);
+  }
+};
+
+// All weights: those of a row, or of all its groups.
+inline int64_t weight_count(const RowParams& p) {
+  return p.strides[kWeight][p.row_dims - 1] ? p.hidden * p.sizes[p.row_dims - 1] : p.hidden;
+}
+
+// The same as Weights, computed beforehand and padded.
 struct PreparedWeights {
   const float* factors;
 
@@ -51,10 +68,10 @@ struct PreparedWeights {
 };
 
 template <class V, class T, class W>
-PreparedWeights prepare(const Weights<T, W>& weights, int64_t hidden, float* factors) {
+PreparedWeights prepare(const Weights<T, W>& weights, int64_t count, float* factors) {
   int64_t i = 0;
-  for (; i + kLanes <= hidden; i += kLanes) weights.template at<V>(i).store(factors + i);
-  if (i < hidden) weights.template rest_at<V>(i, hidden - i).store(factors + i);
+  for (; i + kLanes <= count; i += kLanes) weights.template at<V>(i).store(factors + i);
+  if (i < count) weights.template rest_at<V>(i, count - i).store(factors + i);
   return {factors};
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIP__)
-#define GEMMA_NORM_ANYWHERE __host__ __device__ __attribute__((always_inline)) inline
+#define GEMMA_NORM_ANYWHERE __device__ __attribute__((always_inline)) inline
 #else
 #define GEMMA_NORM_ANYWHERE __attribute__((always_inline)) inline
 #endif

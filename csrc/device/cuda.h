@@ -48,6 +48,12 @@ GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return load(p); }
 GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
+GEMMA_NORM_DEVICE Vector8 load(const Vector8* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  return {v.x, v.y};
+}
+GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) { return load(p); }
+GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) { *reinterpret_cast<uint2*>(p) = make_uint2(v.word[0], v.word[1]); }
 constexpr bool kLoadsBeforeStores = false;
 GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}
 GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
@@ -235,6 +241,7 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 }  // namespace gemma_norm::device
 
 #include "reciprocal_root.h"
+#include "scalar.h"
 
 namespace gemma_norm::device {
 

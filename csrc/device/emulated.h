@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #include "facts.h"
 #include "types.h"
@@ -82,16 +83,22 @@ void wait_for_previous_kernel(Pointers...) {
 }
 inline void allow_next_kernel() {}
 
-inline void check_access(const Vector16* p) {
-  if (reinterpret_cast<uintptr_t>(p) % alignof(Vector16)) fail("a 16-byte access at an address that is no multiple of 16");
+template <class Vector>
+void check_access(const Vector* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(Vector)) fail("an access to a vector at an address that is no multiple of its size");
   if (!here.waited_for_previous_kernel) fail("an access to memory before wait_for_previous_kernel");
 }
-inline Vector16 load(const Vector16* p) {
+template <class Vector>
+Vector load(const Vector* p) {
   check_access(p);
   return *p;
 }
-inline Vector16 load_once(const Vector16* p) { return load(p); }
-inline void store_once(Vector16* p, Vector16 v) {
+template <class Vector>
+Vector load_once(const Vector* p) {
+  return load(p);
+}
+template <class Vector>
+void store_once(Vector* p, Vector v) {
   check_access(p);
   *p = v;
 }
@@ -178,6 +185,7 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream, const DeviceFact
 }  // namespace gemma_norm::device
 
 #include "reciprocal_root.h"
+#include "scalar.h"
 
 namespace gemma_norm::device {
 

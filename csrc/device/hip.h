@@ -82,11 +82,18 @@ using UInt2 = uint32_t __attribute__((ext_vector_type(2)));
 using Vector4 = uint32_t __attribute__((ext_vector_type(4)));
 // Said to be global memory, which compilers do not always infer: flat accesses, which could be LDS, are slower.
 using GlobalVector4 = Vector4 __attribute__((address_space(1)));
+using GlobalUInt2 = UInt2 __attribute__((address_space(1)));
 GEMMA_NORM_DEVICE Vector16 vector16(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
 GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*(const GlobalVector4*)p); }
 GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return vector16(__builtin_nontemporal_load((const GlobalVector4*)p)); }
 GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
+}
+GEMMA_NORM_DEVICE Vector8 vector8(UInt2 v) { return {v.x, v.y}; }
+GEMMA_NORM_DEVICE Vector8 load(const Vector8* p) { return vector8(*(const GlobalUInt2*)p); }
+GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) { return vector8(__builtin_nontemporal_load((const GlobalUInt2*)p)); }
+GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
+  __builtin_nontemporal_store(UInt2{v.word[0], v.word[1]}, (GlobalUInt2*)p);
 }
 // CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have
 // followed the load that they must wait for, so they wait for all, the store included. RDNA counts them apart, and the order
@@ -192,6 +199,7 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 
 #include "no_clusters.h"
 #include "reciprocal_root.h"
+#include "scalar.h"
 
 namespace gemma_norm::device {
 

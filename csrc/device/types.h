@@ -15,5 +15,8 @@ struct bfloat16 {
 struct alignas(16) Vector16 {
   uint32_t word[4];
 };
+struct alignas(8) Vector8 {
+  uint32_t word[2];
+};
 
 }  // namespace gemma_norm

@@ -89,7 +89,7 @@ bool prints_plans() {
 }
 
 void print_plan(const OpInfo& op, const RowParams& params, const LaunchPlan& plan, bool aligned) {
-  constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16"};
+  constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16", "none"};
   const auto dtype = [&](Operand operand) { return kDTypes[static_cast<int>(params.dtypes[operand])]; };
   std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " + dtype(kX) +
                      ", weight " + dtype(kWeight) + ": " + describe(plan, params.dtypes[kX]);

@@ -3,21 +3,37 @@
 // pointers point.
 #pragma once
 
-#include "../ops/parts.h"
+#include "../device/exponential.h"
+#include "../ops/variants.h"
 #include "row.cuh"
 
 namespace gemma_norm::gpu {
 
+// The activations of a vector of gates.
+template <class X, int kCount>
+GEMMA_NORM_DEVICE void activate(Vector16 gate, bool sigmoid, float (&a)[kCount]) {
+  unpack_items<X>(gate, a);
+  if (sigmoid) {
+#pragma unroll
+    for (float& f : a) f = formulas::activation<device::Scalar, true>(f);
+  } else {
+#pragma unroll
+    for (float& f : a) f = formulas::activation<device::Scalar, false>(f);
+  }
+}
+
 // --- Sources
 
-// The vectors of s, kVectors at a time: load() asks for the memory, sum() makes s of it. kReuse: whether the kernel reads s again.
-// What a thread holds of the second row meanwhile is no member of it: with arrays as members, nvcc 13.0 splits 16-byte stores and
-// spills.
-template <class Source, class X, int kVectors, class Order, Reuse kReuse>
+// The vectors of s, kVectors at a time: load() asks for the memory, sum() makes s of it; again() has one vector of s once more, in
+// a kernel that does not hold it. kReuse: whether the kernel reads s again. What a thread holds of the second row meanwhile is no
+// member of it: with arrays as members, nvcc 13.0 splits 16-byte stores and spills.
+template <class Source, class V, int kVectors, class Order, Reuse kReuse>
 struct SourceOf;
 
-template <class X, int kVectors, class Order, Reuse kReuse>
-struct SourceOf<InputSource, X, kVectors, Order, kReuse> {
+template <class V, int kVectors, class Order, Reuse kReuse>
+struct SourceOf<InputSource, V, kVectors, Order, kReuse> {
+  using X = typename V::X;
+  static constexpr int kCount = kItems<X>;
   const X* x;
   struct Second {};
 
@@ -26,37 +42,43 @@ struct SourceOf<InputSource, X, kVectors, Order, kReuse> {
   template <bool kAligned, class First, class End>
   GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&)[kVectors], const First& first, int step, End end) const {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, kReuse>(x, first(k), step, end);
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, kReuse, kCount>(x, first(k), step, end);
   }
   static constexpr bool kSumsBeforeStores = false;
   template <bool kAligned, class First, class End, class BeforeStores>
   GEMMA_NORM_DEVICE void sum(Vector16 (&)[kVectors], Second (&)[kVectors], const First&, int, End, const BeforeStores&) const {}
 
-  // Where s is to be found again.
-  GEMMA_NORM_DEVICE const X* stored() const { return x; }
+  template <bool kAligned, class Index, class End>
+  GEMMA_NORM_DEVICE Vector16 again(Index first, int step, End end) const {
+    return load_items<kAligned, Reuse::kNone, kCount>(x, first, step, end);
+  }
 };
 
-template <class X, int kVectors, class Order, Reuse kReuse>
-struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
-  const X *x, *residual, *post;
-  X* residual_out;
+template <class V, int kVectors, class Order, Reuse kReuse>
+struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
+  using X = typename V::X;
+  using S = typename V::S;
+  static constexpr int kCount = kItems<S>;
+  const X* x;
+  const S *residual, *post;
+  S* residual_out;
   const RowParams& p;
   using Second = Vector16;
 
   GEMMA_NORM_DEVICE SourceOf(const RowParams& p, const RowIndex& row, int start)
       : x(row.pointer<X>(p, kX, start)),
-        residual(row.pointer<X>(p, kResidual, start)),
-        post(row.pointer<X>(p, kPost, start)),
-        residual_out(row.pointer<X>(p, kResidualOut, start)),
+        residual(row.pointer<S>(p, kResidual, start)),
+        post(row.pointer<S>(p, kPost, start)),
+        residual_out(row.pointer<S>(p, kResidualOut, start)),
         p(p) {}
 
   template <bool kAligned, class First, class End>
   GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end) const {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, Reuse::kNone>(x, first(k), step, end);
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, Reuse::kNone, kCount>(x, first(k), step, end);
     if constexpr (Order::kWholeRows) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) r[k] = load_items<kAligned, Reuse::kNone>(residual, first(k), step, end);
+      for (int k = 0; k < kVectors; ++k) r[k] = load_items<kAligned, Reuse::kNone, kCount>(residual, first(k), step, end);
     }
   }
 
@@ -69,12 +91,12 @@ struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
       if (p.data[kPost]) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k)
-          r[k] = add_rounded<X>(r[k], load_items<kAligned, Reuse::kNone>(post, first(k), step, end));
+          r[k] = add_rounded<S, S>(r[k], load_items<kAligned, Reuse::kNone, kCount>(post, first(k), step, end));
       }
     }
     if constexpr (kSumsBeforeStores) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) s[k] = add_rounded<X>(s[k], r[k]);
+      for (int k = 0; k < kVectors; ++k) s[k] = add_rounded<X, S>(s[k], r[k]);
       before_stores();
     }
 #pragma unroll
@@ -84,8 +106,9 @@ struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
         constexpr int kBatch = kVectors / 4;
         if (k % kBatch == 0) {
           for (int i = k; i < k + kBatch; ++i) {
-            r[i] = load_items<kAligned, Reuse::kNone>(residual, first(i), step, end);
-            if (p.data[kPost]) r[i] = add_rounded<X>(r[i], load_items<kAligned, Reuse::kNone>(post, first(i), step, end));
+            r[i] = load_items<kAligned, Reuse::kNone, kCount>(residual, first(i), step, end);
+            if (p.data[kPost])
+              r[i] = add_rounded<S, S>(r[i], load_items<kAligned, Reuse::kNone, kCount>(post, first(i), step, end));
           }
           for (int i = k; i < k + kBatch; ++i) {
             device::wait_for_load(r[i]);
@@ -93,13 +116,67 @@ struct SourceOf<ResidualSource, X, kVectors, Order, kReuse> {
           }
         }
       }
-      if constexpr (!kSumsBeforeStores) s[k] = add_rounded<X>(s[k], r[k]);
+      if constexpr (!kSumsBeforeStores) s[k] = add_rounded<X, S>(s[k], r[k]);
       if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
-      store_items<kAligned>(residual_out, first(k), step, end, s[k]);
+      store_items<kAligned, kCount>(residual_out, first(k), step, end, s[k]);
     }
   }
 
-  GEMMA_NORM_DEVICE const X* stored() const { return residual_out; }
+  template <bool kAligned, class Index, class End>
+  GEMMA_NORM_DEVICE Vector16 again(Index first, int step, End end) const {  // each thread reads what it wrote itself
+    return load_items<kAligned, Reuse::kNone, kCount>(residual_out, first, step, end);
+  }
+};
+
+template <class V, int kVectors, class Order, Reuse kReuse>
+struct SourceOf<GatedSource, V, kVectors, Order, kReuse> {
+  using X = typename V::X;
+  static constexpr int kCount = kItems<float>;
+  const X *x, *gate;
+  const RowParams& p;
+  using Second = Vector16;
+
+  GEMMA_NORM_DEVICE SourceOf(const RowParams& p, const RowIndex& row, int start)
+      : x(row.pointer<X>(p, kX, start)), gate(row.pointer<X>(p, kGate, start)), p(p) {}
+
+  template <bool kAligned, class First, class End>
+  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&g)[kVectors], const First& first, int step, End end) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, kReuse, kCount>(x, first(k), step, end);
+    if (Order::kWholeRows && p.data[kGate]) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) g[k] = load_items<kAligned, kReuse, kCount>(gate, first(k), step, end);
+    }
+  }
+
+  static constexpr bool kSumsBeforeStores = false;
+  template <bool kAligned, class First, class End, class BeforeStores>
+  GEMMA_NORM_DEVICE void sum(Vector16 (&s)[kVectors], Second (&g)[kVectors], const First& first, int step, End end,
+                             const BeforeStores&) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (!Order::kWholeRows && p.data[kGate]) g[k] = load_items<kAligned, kReuse, kCount>(gate, first(k), step, end);
+      s[k] = gated(s[k], g[k]);
+    }
+  }
+
+  template <bool kAligned, class Index, class End>
+  GEMMA_NORM_DEVICE Vector16 again(Index first, int step, End end) const {
+    const Vector16 s = load_items<kAligned, Reuse::kNone, kCount>(x, first, step, end);
+    return gated(s, p.data[kGate] ? load_items<kAligned, Reuse::kNone, kCount>(gate, first, step, end) : Vector16{});
+  }
+
+ private:
+  GEMMA_NORM_DEVICE Vector16 gated(Vector16 x, Vector16 gate) const {
+    float s[kCount], g[kCount];
+    unpack_items<X>(x, s);
+    if (p.data[kGate]) {
+      activate<X>(gate, p.sigmoid, g);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) s[i] *= g[i];
+    }
+    return pack_items<float>(s);
+  }
 };
 
 // --- Statistics
@@ -133,26 +210,62 @@ GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
 
 // --- Finishes
 
-// out = round(Formula(s, rstd, weight + offset)). The weights of a vector of X are one 16-byte vector of W, or two where X is half
-// as wide.
-template <class Formula, class X, class W>
+// out = round(Formula(s, rstd, weight + offset)).
+template <class V>
 struct FinishOf {
-  static constexpr int kWeightVectors = sizeof(W) / sizeof(X);
+  using Formula = typename V::Form::Formula;
+  using X = typename V::X;
+  using S = typename V::S;
+  using W = typename V::W;
+  static constexpr int kCount = kItems<S>;  // elements of a vector of s, of which weights take one vector or two, or none
+  static constexpr int kWeightVectors = !V::kHasWeight ? 0 : sizeof(W) > sizeof(S) ? 2 : 1;
+  static constexpr int kWeightCount = kCount / (kWeightVectors == 2 ? 2 : 1);
+  // A NaN of s can have fraction bits that out has not.
+  static constexpr bool kKeepNan = std::is_same_v<X, bfloat16> && sizeof(S) > sizeof(X);
+
   X* out;
   const W* weight;
+  const X* gate = nullptr;
   const RowParams& p;
   struct Weights {
-    Vector16 v[kWeightVectors];
+    Vector16 v[kWeightVectors ? kWeightVectors : 1];
+  };
+  // A vector's gates and then, once activate() is called, their activations.
+  struct Gate {
+    Vector16 packed;
+    float activation[kCount];
   };
 
   GEMMA_NORM_DEVICE FinishOf(const RowParams& p, const RowIndex& row, int start)
-      : out(row.pointer<X>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {}
+      : out(row.pointer<X>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {
+    if constexpr (V::Form::kGroups) weight = row.pointer<W>(p, kWeight, start);
+    if constexpr (Formula::kGated) gate = row.pointer<X>(p, kGate, start);
+  }
+
+  template <bool kAligned, class Index, class End>
+  GEMMA_NORM_DEVICE void load_gate(Gate& g, Index first, int step, End end) const {
+    if constexpr (Formula::kGated)
+      if (p.data[kGate]) g.packed = load_items<kAligned, Reuse::kNone, kCount>(gate, first, step, end);
+  }
+  GEMMA_NORM_DEVICE void activate_gate(Gate& g) const {
+    if constexpr (Formula::kGated) {
+      if (p.data[kGate]) {
+        activate<X>(g.packed, p.sigmoid, g.activation);
+      } else {
+#pragma unroll
+        for (float& a : g.activation) a = 1.0f;
+      }
+    }
+  }
 
   template <bool kAligned, class Index, class End>
   GEMMA_NORM_DEVICE void load(Weights& w, Index first, int step, End end) const {
+    if constexpr (V::kHasWeight) {
 #pragma unroll
-    for (int i = 0; i < kWeightVectors; ++i)
-      w.v[i] = load_items<kAligned, Reuse::kSome>(weight, first + static_cast<Index>(i) * kItems<W> * step, step, end);
+      for (int i = 0; i < kWeightVectors; ++i)
+        w.v[i] = load_items<kAligned, Reuse::kSome, kWeightCount>(weight, first + static_cast<Index>(i) * kWeightCount * step, step,
+                                                                  end);
+    }
   }
 
   // What waits for the load waits here.
@@ -162,17 +275,33 @@ struct FinishOf {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void store(Vector16 s, const Weights& w, float rstd, Index first, int step, End end) const {
-    float y[kItems<X>], f[kItems<X>];
-    unpack_items<X>(s, y);
+  GEMMA_NORM_DEVICE void store(Vector16 s, const Weights& w, const Gate& gate, float rstd, Index first, int step, End end) const {
+    float y[kCount], f[kCount];
+    unpack_items<S>(s, y);
+    if constexpr (V::kHasWeight) {
 #pragma unroll
-    for (int i = 0; i < kWeightVectors; ++i) unpack_items<W>(w.v[i], reinterpret_cast<float(&)[kItems<W>]>(f[i * kItems<W>]));
-#pragma unroll
-    for (int i = 0; i < kItems<X>; ++i) {
-      if constexpr (std::is_same_v<X, bfloat16> && sizeof(W) != sizeof(X)) f[i] = device::keep_nan(f[i]);
-      y[i] = Formula::apply(y[i], rstd, f[i] + p.weight_offset);
+      for (int i = 0; i < kWeightVectors; ++i)
+        unpack_items<W>(w.v[i], reinterpret_cast<float(&)[kWeightCount]>(f[i * kWeightCount]));
     }
-    store_items<kAligned>(out, first, step, end, pack_items<X>(y));
+    const auto round = [](float v) {
+      if constexpr (V::kRoundEachStep) return rounded<X>(v);
+      return v;
+    };
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (!V::kHasWeight) {
+        f[i] = 1.0f;
+      } else {
+        if constexpr (std::is_same_v<X, bfloat16> && sizeof(W) != sizeof(X)) f[i] = device::keep_nan(f[i]);
+        if constexpr (V::Form::kGemma) f[i] += p.weight_offset;
+      }
+      if constexpr (kKeepNan) y[i] = device::keep_nan(y[i]);
+      if constexpr (Formula::kGated)
+        y[i] = Formula::apply(y[i], rstd, f[i], gate.activation[i], round);
+      else
+        y[i] = Formula::apply(y[i], rstd, f[i], round);
+    }
+    store_items<kAligned, kCount>(out, first, step, end, pack_items<X>(y));
   }
 };
 

@@ -42,19 +42,29 @@ GEMMA_NORM_DEVICE bool operator<(Index, NoEnd) {
 // Whether what is loaded is wanted again, by this kernel or another: worth a place in the caches.
 enum class Reuse { kNone, kSome };
 
-// A slot's k-th vector of a row; what lies past the row's end reads as 0 and is not written. Aligned: whole 16-byte accesses.
-// Otherwise element by element, for any alignment: the same elements in the same places, so the same results.
-template <bool kAligned, Reuse kReuse, class T, class Index, class End>
+// A slot's k-th vector of a row: kCount elements, which take 16 bytes or 8, the first ones then. What lies past the row's end reads
+// as 0 and is not written. Aligned: whole accesses. Otherwise element by element, for any alignment: the same elements in the same
+// places, so the same results.
+template <bool kAligned, Reuse kReuse, int kCount, class T, class Index, class End>
 GEMMA_NORM_DEVICE Vector16 load_items(const T* row, Index first, int step, End end) {
+  constexpr bool kWhole = kCount == kItems<T>;
+  static_assert(kWhole || 2 * kCount == kItems<T>);
   Vector16 v{};
-  if constexpr (kAligned) {
+  if constexpr (kAligned && kWhole) {
     if (first < end) {
       const Vector16* p = reinterpret_cast<const Vector16*>(row + first);
       v = kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
     }
+  } else if constexpr (kAligned) {
+    if (first < end) {
+      const Vector8* p = reinterpret_cast<const Vector8*>(row + first);
+      const Vector8 half = kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
+      v.word[0] = half.word[0];
+      v.word[1] = half.word[1];
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < kItems<T>; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const Index at = first + static_cast<Index>(i) * step;
       if (!(at < end)) continue;
       if constexpr (sizeof(T) == 4) {
@@ -67,13 +77,15 @@ GEMMA_NORM_DEVICE Vector16 load_items(const T* row, Index first, int step, End e
   return v;
 }
 
-template <bool kAligned, class T, class Index>
+template <bool kAligned, int kCount, class T, class Index>
 GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Vector16 v) {
-  if constexpr (kAligned) {
+  if constexpr (kAligned && kCount == kItems<T>) {
     if (first < end) device::store_once(reinterpret_cast<Vector16*>(row + first), v);
+  } else if constexpr (kAligned) {
+    if (first < end) device::store_once(reinterpret_cast<Vector8*>(row + first), Vector8{v.word[0], v.word[1]});
   } else {
 #pragma unroll
-    for (int i = 0; i < kItems<T>; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const Index at = first + static_cast<Index>(i) * step;
       if (!(at < end)) continue;
       if constexpr (sizeof(T) == 4) {
@@ -85,28 +97,37 @@ GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Vec
   }
 }
 
-template <class T>
-GEMMA_NORM_DEVICE void unpack_items(Vector16 v, float (&f)[kItems<T>]) {
+template <class T, int kCount>
+GEMMA_NORM_DEVICE void unpack_items(Vector16 v, float (&f)[kCount]) {
 #pragma unroll
-  for (int w = 0; w < 4; ++w) device::unpack<T>(v.word[w], f + w * kWordItems<T>);
+  for (int w = 0; w < kCount / kWordItems<T>; ++w) device::unpack<T>(v.word[w], f + w * kWordItems<T>);
 }
 
-template <class T>
-GEMMA_NORM_DEVICE Vector16 pack_items(const float (&f)[kItems<T>]) {
-  Vector16 v;
+template <class T, int kCount>
+GEMMA_NORM_DEVICE Vector16 pack_items(const float (&f)[kCount]) {
+  Vector16 v{};
 #pragma unroll
-  for (int w = 0; w < 4; ++w) v.word[w] = device::pack<T>(f + w * kWordItems<T>);
+  for (int w = 0; w < kCount / kWordItems<T>; ++w) v.word[w] = device::pack<T>(f + w * kWordItems<T>);
   return v;
 }
 
-template <class T>
+// Of elements of A and of B, rounded to B.
+template <class A, class B>
 GEMMA_NORM_DEVICE Vector16 add_rounded(Vector16 a, Vector16 b) {
-  float x[kItems<T>], y[kItems<T>];
-  unpack_items<T>(a, x);
-  unpack_items<T>(b, y);
+  float x[kItems<B>], y[kItems<B>];
+  unpack_items<A>(a, x);
+  unpack_items<B>(b, y);
 #pragma unroll
-  for (int i = 0; i < kItems<T>; ++i) x[i] += y[i];
-  return pack_items<T>(x);
+  for (int i = 0; i < kItems<B>; ++i) x[i] += y[i];
+  return pack_items<B>(x);
+}
+
+// One number, rounded to T and back.
+template <class T>
+GEMMA_NORM_DEVICE float rounded(float v) {
+  float f[2] = {v, 0.0f};
+  device::unpack<T>(device::pack<T>(f), f);
+  return f[0];
 }
 
 // A row's coordinates. Division is slow, in 64 bits more so: none for one dimension, 32 bits unless the batch is huge.

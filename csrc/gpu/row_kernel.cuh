@@ -14,12 +14,14 @@
 
 namespace gemma_norm::gpu {
 
-template <class Op, class X, class W>
-constexpr Held kHeld = Op::Source::kTwoRows     ? Held::kTwoRows
-                       : sizeof(W) != sizeof(X) ? Held::kRowWideWeights
-                                                : Held::kRow;
-template <class Op, class X, class W, int kRow>
-constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<Op, X, W>)];
+template <class V>
+constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
+template <class V>
+constexpr Held kHeld = V::Form::kTwoRows ? Held::kTwoRows
+                       : kWideWeights<V> ? Held::kRowWideWeights
+                                         : Held::kRow;
+template <class V, int kRow>
+constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<V>)];
 
 // Which slot of which row a thread is.
 template <Scope kScope>
@@ -44,27 +46,30 @@ struct Place {
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
 // a power of two of lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
 // threads at most.
-template <class Op, class X, class W, Scope kScope, int kVectors, int kThreads, bool kAligned>
-GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<Op, X, W, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
+template <class V, Scope kScope, int kVectors, int kThreads, bool kAligned>
+GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<V, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
 normalize_rows(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;  // such GPUs have no plan with clusters
-  using Order = LoadOrder<kVectors, kThreads, kHeld<Op, X, W>, sizeof(X), sizeof(W) != sizeof(X), kAligned>;
-  using Source = SourceOf<typename Op::Source, X, kVectors, Order, Reuse::kNone>;
-  using Finish = FinishOf<typename Op::Formula, X, W>;
+  using S = typename V::S;
+  using Order =
+      LoadOrder<kVectors, kThreads, kHeld<V>, sizeof(S), kWideWeights<V>, V::Form::Formula::kGated, V::kRoundEachStep, kAligned>;
+  using Source = SourceOf<typename V::Form::Source, V, kVectors, Order, Reuse::kNone>;
+  using Finish = FinishOf<V>;
 
-  open_exchanges<kScope, SquareSum<X>::kNumbers>();
+  open_exchanges<kScope, SquareSum<S>::kNumbers>();
   const Place<kScope> place(p, launch);
   // Threads without a part of a row still take part in the exchanges.
   const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
   const int step = item_step(launch);
-  const int start = kAligned ? first_item<kAligned, X, int>(launch, place.slot, 0) : 0;  // all that follows is relative to it
-  const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, kAligned ? 0 : place.slot, k); };
+  const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, 0) : 0;  // all that follows is relative to it
+  const auto first = [&](int k) { return first_item<kAligned, S, int>(launch, kAligned ? 0 : place.slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
   const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);  // a block's row is uniform
   const Source source(p, row, start);
   const Finish finish(p, row, start);
   Vector16 s[kVectors];
   typename Source::Second second[kVectors];
+  typename Finish::Gate gate[kVectors];
   typename Finish::Weights w[kVectors];
   const auto load_weights = [&](auto end) {
 #pragma unroll
@@ -72,11 +77,15 @@ normalize_rows(RowParams p, Launch launch) {
   };
   const auto load = [&](auto end) {
     source.template load<kAligned>(s, second, first, step, end);
+    if constexpr (Order::kWholeRows) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) finish.template load_gate<kAligned>(gate[k], first(k), step, end);
+    }
     if constexpr (Order::kEarlyWeights && !Order::kWeightsAfterRows) load_weights(end);
   };
 
   // What needs no memory is done by now.
-  device::wait_for_previous_kernel(source.x, finish.out, finish.weight);
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.gate);
   // Overlapped launches: from here on the next kernel's blocks may start; they stop at their own wait_for_previous_kernel(). This
   // early only if as many blocks again fit on the GPU: else its first blocks would crowd some multiprocessors, and it is allowed
   // after the exchange.
@@ -95,14 +104,18 @@ normalize_rows(RowParams p, Launch launch) {
   });
   if constexpr (Order::kEarlyWeights && Order::kWeightsAfterRows && !Source::kSumsBeforeStores) load_weights(end);
 
-  SquareSum<X> squares;
+  SquareSum<S> squares;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     squares.add(s[k]);
     if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
   }
-  float sums[SquareSum<X>::kNumbers];
+  float sums[SquareSum<S>::kNumbers];
   squares.total(sums);
+  if constexpr (Order::kEarlyGate) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) finish.activate_gate(gate[k]);
+  }
   sum_over_row<kScope, kThreads>(sums, launch);
   device::allow_next_kernel();
   const float rstd = reciprocal_std<Order::kQuickRoot>(sums[0], p);
@@ -111,53 +124,59 @@ normalize_rows(RowParams p, Launch launch) {
   for (int k = 0; k < kVectors; ++k) {
     if (Order::kStoreOneByOne && !(first(k) < end)) break;
     if constexpr (!Order::kEarlyWeights) {
-      constexpr int kBatch = 4 / Finish::kWeightVectors;  // a load cannot move up before a store
-      if (k % kBatch == 0)
-        for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], first(i), step, end);
+      if (k % Order::kBatch == 0)  // a load cannot move up before a store
+        for (int i = k; i < k + Order::kBatch; ++i) {
+          finish.template load<kAligned>(w[i], first(i), step, end);
+          if constexpr (!Order::kWholeRows) finish.template load_gate<kAligned>(gate[i], first(i), step, end);
+        }
     }
-    finish.template store<kAligned>(s[k], w[k], rstd, first(k), step, end);
+    if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
+    finish.template store<kAligned>(s[k], w[k], gate[k], rstd, first(k), step, end);
   }
 }
 
 // Rows that no block can hold, or whose elements must be picked one by one: read for the sum, then again, from the cache as far
 // as it reaches, for the output. By a block, or (kScope is kCluster) by a cluster of them.
-template <class Op, class X, class W, Scope kScope, int kThreads, bool kAligned>
+template <class V, Scope kScope, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, 1)
 normalize_stream(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;
-  open_exchanges<kScope, SquareSum<X>::kNumbers>();
+  using S = typename V::S;
+  open_exchanges<kScope, SquareSum<S>::kNumbers>();
   const Place<kScope> place(p, launch);
   const int step = item_step(launch);
   const int64_t end = place.slot < launch.slots ? p.hidden : 0;
   const RowIndex row(p, place.row);
-  using Source = SourceOf<typename Op::Source, X, 1, StreamOrder, Reuse::kSome>;
-  using Finish = FinishOf<typename Op::Formula, X, W>;
+  using Source = SourceOf<typename V::Form::Source, V, 1, StreamOrder, Reuse::kSome>;
+  using Finish = FinishOf<V>;
   const Source source(p, row, 0);
   const Finish finish(p, row, 0);
-  device::wait_for_previous_kernel(source.x, finish.out, finish.weight);
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.gate);
 
-  SquareSum<X> squares;
+  SquareSum<S> squares;
   for (int k = 0; k < launch.vectors; ++k) {
-    const auto first = [&](int) { return first_item<kAligned, X, int64_t>(launch, place.slot, k); };
+    const auto first = [&](int) { return first_item<kAligned, S, int64_t>(launch, place.slot, k); };
     Vector16 s[1];
     typename Source::Second second[1];
     source.template load<kAligned>(s, second, first, step, end);
     source.template sum<kAligned>(s, second, first, step, end, [] {});
     squares.add(s[0]);
   }
-  float sums[SquareSum<X>::kNumbers];
+  float sums[SquareSum<S>::kNumbers];
   squares.total(sums);
   sum_over_row<kScope, kThreads>(sums, launch);
   device::allow_next_kernel();
   const float rstd = reciprocal_std<false>(sums[0], p);
 
   for (int k = 0; k < launch.vectors; ++k) {
-    const int64_t first = first_item<kAligned, X, int64_t>(launch, place.slot, k);
+    const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);
+    typename Finish::Gate gate;
     typename Finish::Weights w;
+    finish.template load_gate<kAligned>(gate, first, step, end);
     finish.template load<kAligned>(w, first, step, end);
-    const Vector16 s =
-        load_items<kAligned, Reuse::kNone>(source.stored(), first, step, end);  // each thread reads what it wrote itself
-    finish.template store<kAligned>(s, w, rstd, first, step, end);
+    finish.activate_gate(gate);
+    const Vector16 s = source.template again<kAligned>(first, step, end);
+    finish.template store<kAligned>(s, w, gate, rstd, first, step, end);
   }
 }
 

@@ -90,20 +90,29 @@ constexpr bool kernels_have_the_shapes() {
 static_assert(kernels_have_the_shapes());
 
 // When a kernel that holds rows in registers asks for what.
-template <int kVectors, int kMaxThreads, Held kHeld, int kItemBytes, bool kWideWeights, bool kAligned>
+template <int kVectors, int kMaxThreads, Held kHeld, int kItemBytes, bool kWideWeights, bool kGated, bool kRoundEachStep,
+          bool kAligned>
 struct LoadOrder {
   static constexpr bool kHasRegisters = kMaxThreads < kMaxBlockThreads;
   // All of the second row at once; else in batches.
   static constexpr bool kWholeRows = kHasRegisters;
   // The weights before the sum is known, so that they arrive meanwhile.
-  static constexpr bool kEarlyWeights = kVectors == 2 || (kHasRegisters && !kWideWeights);
+  // Eight vectors of x, of gates and of weights at once would take more registers than there are.
+  static constexpr bool kEarlyWeights = kVectors == 2 || (kHasRegisters && !kWideWeights && !(kGated && kVectors == 8));
   // But after the second row: "weights asked for after the sum, 8 vectors, fused (not kept)".
   static constexpr bool kWeightsAfterRows = kHeld == Held::kTwoRows && kVectors == 8;
+  // The activations of the gates before the sum is known: a thread computes them while it waits, if it has
+  // registers for them. "activations of up to 4 vectors computed before the sum is known ..."
+  static constexpr bool kEarlyGate = kVectors <= 4;
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first. "a
   // vector stored before the next is computed", and not "the same with 2 vectors, or with 1024 threads (not kept)".
   static constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
-  // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice.
-  static constexpr bool kKeepPacked = !kHasRegisters && kItemBytes == 2;
+  // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice. So has a thread that
+  // holds eight vectors of gates.
+  static constexpr bool kKeepPacked = (!kHasRegisters || (kGated && kVectors == 8)) && kItemBytes == 2;
+  // Vectors whose weights are loaded together where it is not those of all, and so are their gates, if they were not before.
+  static constexpr int kBatchWeights = kHasRegisters ? 4 : kGated ? 1 : kRoundEachStep ? 2 : 4;
+  static constexpr int kBatch = kBatchWeights == 1 ? 1 : kBatchWeights / (kWideWeights ? 2 : 1);
   // "the reciprocal root by Newton's steps", and not "the same with 8 vectors a thread (not kept: spills)".
   static constexpr bool kQuickRoot = kVectors <= 4;
 };

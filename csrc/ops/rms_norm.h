@@ -4,54 +4,69 @@
 //   s = round(x + residual)                  add_rms_norm, fused_add_rms_norm
 //   s = round(x + round(residual + post))    the same with post_residual_addition
 //   y = round(s * rstd * (gemma ? 1 + weight : weight)),   rstd = 1 / sqrt(mean(s^2) + eps)
+//   y = round(round(s * rstd) * weight)      with round_each_step
 //
-// round() is to x's dtype, nearest even; everything else is float32. y goes to `out`, s to `residual_out`.
+// round() is to nearest even: of y to x's dtype, of s to the residual's, which may be float32. Everything else is float32. y goes
+// to `out`, s to `residual_out`.
 #pragma once
 
 #include "../core/op_info.h"
-#include "parts.h"
+#include "variants.h"
 
 namespace gemma_norm {
 
-struct RmsNorm {
-  using Source = InputSource;
-  using Formula = formulas::Scale;
-  static constexpr OperandRule kRules[] = {kXRule, kWeightRule, output(kOut, Use::kNew, kX)};
-  static constexpr OperandRule kOutRules[] = {kXRule, kWeightRule, output(kOut, Use::kWritten, kX)};
+struct RmsNorm : Form<InputSource, formulas::Scale> {
+  template <class Visit>
+  static void with_form(const RowParams&, const Visit& visit) {
+    visit(RmsNorm());
+  }
+  static constexpr OperandRule kRules[] = {kXRule, optional(kWeightRule), output(kOut, Use::kNew, kX)};
+  static constexpr OperandRule kOutRules[] = {kXRule, optional(kWeightRule), output(kOut, Use::kWritten, kX)};
   static constexpr OpInfo kInfos[] = {
-      {"rms_norm", "rms_norm", "(Tensor x, Tensor weight, float eps=1e-6, bool gemma=False) -> Tensor", "rms_norm", kRules},
-      {"rms_norm", "rms_norm.out", "(Tensor x, Tensor weight, float eps=1e-6, bool gemma=False, *, Tensor(a!) out) -> Tensor(a!)",
+      {"rms_norm", "rms_norm",
+       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False) -> Tensor", "rms_norm",
+       kRules},
+      {"rms_norm", "rms_norm.out",
+       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False, *, Tensor(a!) out)"
+       " -> Tensor(a!)",
        "rms_norm without out", kOutRules},
   };
 };
 
-struct AddRmsNorm {
-  using Source = ResidualSource;
-  using Formula = formulas::Scale;
+// The same where the residual is float32 and x is not.
+struct AddToFloat32RmsNorm : Form<ResidualSource, formulas::Scale> {
+  static constexpr bool kFloat32Rows = true, kTakesFloat32 = false;
+};
+
+struct AddRmsNorm : Form<ResidualSource, formulas::Scale> {
+  template <class Visit>
+  static void with_form(const RowParams& p, const Visit& visit) {
+    p.dtypes[kResidual] == p.dtypes[kX] ? visit(AddRmsNorm()) : visit(AddToFloat32RmsNorm());
+  }
   static constexpr OperandRule kRules[] = {
       kXRule,
-      kWeightRule,
-      like_x(kResidual),
-      optional(like_x(kPost)),
+      optional(kWeightRule),
+      like_x(kResidual, DTypes::kXOrFloat32),
+      optional(like_x(kPost, DTypes::kLikeResidual)),
       output(kOut, Use::kNew, kX),
-      output(kResidualOut, Use::kNew, kResidual),
+      output(kResidualOut, Use::kNew, kResidual, DTypes::kLikeResidual),
   };
   static constexpr OperandRule kFusedRules[] = {
       kXRule,
-      kWeightRule,
-      like_x(kResidual),
-      optional(like_x(kPost)),
+      optional(kWeightRule),
+      like_x(kResidual, DTypes::kXOrFloat32),
+      optional(like_x(kPost, DTypes::kLikeResidual)),
       output(kOut, Use::kInPlace, kX),
-      output(kResidualOut, Use::kInPlace, kResidual),
+      output(kResidualOut, Use::kInPlace, kResidual, DTypes::kLikeResidual),
   };
   static constexpr OpInfo kInfos[] = {
       {"add_rms_norm", "add_rms_norm",
-       "(Tensor x, Tensor residual, Tensor weight, float eps=1e-6, bool gemma=False, Tensor? post_residual_addition=None)"
-       " -> (Tensor, Tensor)",
+       "(Tensor x, Tensor residual, Tensor? weight=None, float eps=1e-6, bool gemma=False, "
+       "Tensor? post_residual_addition=None, bool round_each_step=False) -> (Tensor, Tensor)",
        "add_rms_norm", kRules},
       {"fused_add_rms_norm", "fused_add_rms_norm",
-       "(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps=1e-6, bool gemma=False, "
-       "Tensor? post_residual_addition=None) -> ()",
+       "(Tensor(a!) x, Tensor(b!) residual, Tensor? weight=None, float eps=1e-6, bool gemma=False, "
+       "Tensor? post_residual_addition=None, bool round_each_step=False) -> ()",
        "add_rms_norm", kFusedRules},
   };
 };

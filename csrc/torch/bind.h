@@ -250,14 +250,30 @@ T argument(StableIValue value) {
   return torch::stable::detail::to<T>(value);
 }
 
+// An option as a schema declares it, and where its value goes: one of the three.
+struct OptionField {
+  std::string_view declared;
+  double Options::* number = nullptr;
+  bool Options::* flag = nullptr;
+  int64_t Options::* count = nullptr;  // that may be None
+};
+constexpr OptionField kOptionFields[] = {
+    {"float eps", &Options::eps},
+    {"bool gemma", nullptr, &Options::gemma},
+    {"bool round_each_step", nullptr, &Options::round_each_step},
+    {"bool sigmoid", nullptr, &Options::sigmoid},
+    {"bool norm_before_gate", nullptr, &Options::norm_before_gate},
+    {"int? group_size", nullptr, nullptr, &Options::group_size},
+};
+
 // What stands where among an operator's arguments, read from its schema: "(Tensor x, float eps=1e-6, *, Tensor(a!) out) -> ...". It
 // is worked out by the compiler, which stops at an argument that is not known here.
 struct Arguments {
-  enum Kind { kTensor, kOptionalTensor, kEps, kGemma };
   struct Argument {
-    Kind kind = kTensor;
     Operand operand = kNoOperand;  // of a tensor
-  } list[kOperands + 2];
+    bool optional = false;         // such a tensor may be None
+    const OptionField* option = nullptr;
+  } list[kOperands + sizeof kOptionFields / sizeof kOptionFields[0]];
   int count = 0;
 
   constexpr explicit Arguments(const OpInfo& op) {
@@ -272,16 +288,25 @@ struct Arguments {
 
  private:
   static constexpr Argument read(std::string_view declared) {
+    for (const OptionField& option : kOptionFields)
+      if (declared == option.declared) return {kNoOperand, false, &option};
     const size_t space = declared.rfind(' ');
     const std::string_view type = declared.substr(0, space), name = declared.substr(space + 1);
-    if (type == "float" && name == "eps") return {kEps, kNoOperand};
-    if (type == "bool" && name == "gemma") return {kGemma, kNoOperand};
     for (int operand = 0; operand < kOperands; ++operand)
       if (type.substr(0, 6) == "Tensor" && name == kOperandNames[operand])
-        return {type == "Tensor?" ? kOptionalTensor : kTensor, static_cast<Operand>(operand)};
-    throw "an argument of the schema that is neither an operand nor eps nor gemma";
+        return {static_cast<Operand>(operand), type == "Tensor?", nullptr};
+    throw "an argument of the schema that is neither an operand nor an option";
   }
 };
+
+inline void set_option(Options* options, const OptionField& field, StableIValue value) {
+  if (field.number)
+    options->*field.number = argument<double>(value);
+  else if (field.flag)
+    options->*field.flag = argument<bool>(value);
+  else if (const auto count = argument<std::optional<int64_t>>(value))
+    options->*field.count = *count;
+}
 
 // A boxed kernel: `stack` holds the arguments in schema order and takes the results.
 template <class Backend, class Op, int kInfo>
@@ -289,17 +314,15 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const OpInfo& op = Op::kInfos[kInfo];
   static constexpr Arguments arguments(op);
   Handle tensors[kOperands];
-  Call call{&op, {}, 0, false};
+  Call call{&op, {}, {}};
   for (int i = 0; i < arguments.count; ++i) {
-    const auto [kind, operand] = arguments.list[i];
-    switch (kind) {
-      case Arguments::kTensor: tensors[operand] = Handle(argument<AtenTensorHandle>(stack[i])); break;
-      case Arguments::kOptionalTensor:
-        tensors[operand] = Handle(argument<std::optional<AtenTensorHandle>>(stack[i]).value_or(nullptr));
-        break;
-      case Arguments::kEps: call.eps = argument<double>(stack[i]); break;
-      case Arguments::kGemma: call.gemma = argument<bool>(stack[i]); break;
-    }
+    const auto [operand, is_optional, option] = arguments.list[i];
+    if (option)
+      set_option(&call.options, *option, stack[i]);
+    else if (is_optional)
+      tensors[operand] = Handle(argument<std::optional<AtenTensorHandle>>(stack[i]).value_or(nullptr));
+    else
+      tensors[operand] = Handle(argument<AtenTensorHandle>(stack[i]));
   }
   const Device device = device_of(op, kX, tensors[kX]);
   check_tensors(op, device, tensors);
@@ -308,7 +331,10 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   Written written{op, {}, {}};
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
-    if (rule.use == Use::kNew) tensors[place] = empty_contiguous_like(op, tensors[kX], device);
+    if (rule.use == Use::kNew) {
+      const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual : kX;
+      tensors[place] = empty_contiguous_like(op, tensors[alike], device);
+    }
     if (rule.use == Use::kInPlace || rule.use == Use::kWritten) written.add(place, tensors[place]);
     if (!tensors[place]) continue;
     if (place == rule.operand) views[place] = view(tensors[place]);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -54,12 +54,17 @@ def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
         value = arguments[name]
         if not (isinstance(value, Tensor) or (rule.optional and value is None)):
             raise RuntimeError(f"{op.label}: {name} must be a tensor, got {value!r}") from None
-    for name, kind, what in (
-        ("eps", (Real, Tensor, torch.SymFloat), "a number"),
-        ("gemma", (bool, torch.SymBool), "a bool"),
-    ):
-        if not isinstance(arguments[name], kind):
-            raise RuntimeError(f"{op.label}: {name} must be {what}, got {arguments[name]!r}") from None
+    for name, value in arguments.items():
+        kind, what = _KINDS.get(name, ((object,), ""))
+        if not isinstance(value, kind):
+            raise RuntimeError(f"{op.label}: {name} must be {what}, got {value!r}") from None
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "eps": ((Real, Tensor, torch.SymFloat), "a number"),
+    "group_size": ((Integral, torch.SymInt, type(None)), "an integer or None"),
+    **{name: ((bool, torch.SymBool), "a bool") for name in ("gemma", "round_each_step", "sigmoid", "norm_before_gate")},
+}
 
 
 def _is_in_onnx_export() -> bool:

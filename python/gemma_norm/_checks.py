@@ -7,8 +7,9 @@ assertions at run time.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -23,19 +24,32 @@ UNWRITABLE = ("overlap", "inference tensor", "negated lazily")
 
 class Extent(Enum):
     ROWS = "[..., hidden], from which the shapes of all others follow: x's"
-    LIKE_X = "x's shape and dtype, any strides, the last dimension contiguous"
-    HIDDEN = "[hidden], contiguous, x's dtype or float32"
+    LIKE_X = "x's shape, any strides, the last dimension contiguous"
+    HIDDEN = "[hidden], contiguous"
+
+
+class DTypes(Enum):
+    FLOAT = "float32, float16 or bfloat16"
+    LIKE_X = "x's"
+    X_OR_FLOAT32 = "x's or float32"
+    WEIGHT = "x's or float32; where x is float32, any of FLOAT"
+    LIKE_RESIDUAL = "residual's"
 
 
 class Rule(NamedTuple):
     """What is asked of one tensor of an operator."""
 
     extent: Extent
+    dtypes: DTypes
     optional: bool = False
 
 
-X, LIKE_X, OPTIONAL_LIKE_X = Rule(Extent.ROWS), Rule(Extent.LIKE_X), Rule(Extent.LIKE_X, optional=True)
-WEIGHT = Rule(Extent.HIDDEN)
+X, LIKE_X = Rule(Extent.ROWS, DTypes.FLOAT), Rule(Extent.LIKE_X, DTypes.LIKE_X)
+OPTIONAL_LIKE_X = LIKE_X._replace(optional=True)
+RESIDUAL = Rule(Extent.LIKE_X, DTypes.X_OR_FLOAT32)
+OPTIONAL_LIKE_RESIDUAL = Rule(Extent.LIKE_X, DTypes.LIKE_RESIDUAL, optional=True)
+WEIGHT = Rule(Extent.HIDDEN, DTypes.WEIGHT)
+OPTIONAL_WEIGHT = WEIGHT._replace(optional=True)
 
 
 class Described(Protocol):
@@ -91,11 +105,9 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
     if not transformed:
         _check_derivatives(op, tensors)
     for name, t in tensors.items():
-        _CHECKS[op.rules[name].extent](label, name, t, x, not transformed)
-    eps = arguments["eps"]
-    in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
-    if not in_range:  # Dynamo cannot print a number that it keeps dynamic
-        _require(False, f"{label}: eps must be finite in float32 and at least 0, got {eps}")
+        check_dtype = functools.partial(_check_dtype, label, name, t, op.rules[name].dtypes, tensors)
+        _CHECKS[op.rules[name].extent](label, name, t, x, not transformed, check_dtype)
+    _check_options(label, arguments, x)
 
 
 def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
@@ -178,9 +190,43 @@ def _check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
         _require(not has_tangent(t), f"{op.label}: {name} {rule}; {advice}")
 
 
-def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool) -> None:
-    dtypes = "float32, float16 or bfloat16"
-    _require(x.dtype in DTYPES, f"{op}: {name} must have dtype {dtypes}, got {dtype_name(x.dtype)}")
+def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
+    eps, weight = arguments["eps"], arguments["weight"]
+    in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
+    if not in_range:  # Dynamo cannot print a number that it keeps dynamic
+        _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
+    gemma, each_step = arguments.get("gemma", False), arguments["round_each_step"]
+    _require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
+    _require(not (gemma and each_step), f"{op}: round_each_step must be False with gemma=True, got True")
+    if each_step and weight is not None:
+        rule = f"must have x's dtype {dtype_name(x.dtype)} with round_each_step=True"
+        _require(weight.dtype == x.dtype, f"{op}: weight {rule}, got {dtype_name(weight.dtype)}")
+    size = arguments.get("group_size")
+    if size is not None:
+        divides = size > 0 and x.shape[-1] % size == 0
+        _require(divides, f"{op}: group_size must divide x's last dimension {x.shape[-1]}, got {size}")
+
+
+def _check_dtype(op: str, name: str, t: Tensor, dtypes: DTypes, tensors: Mapping[str, Tensor]) -> None:
+    x, got = tensors["x"], dtype_name(t.dtype)
+    own = dtype_name(x.dtype)
+    if dtypes is DTypes.FLOAT or (dtypes is DTypes.WEIGHT and x.dtype == torch.float32):
+        _require(t.dtype in DTYPES, f"{op}: {name} must have dtype float32, float16 or bfloat16, got {got}")
+    elif dtypes is DTypes.LIKE_X:
+        _require(t.dtype == x.dtype, f"{op}: {name} must have x's dtype {own}, got {got}")
+    elif dtypes is DTypes.LIKE_RESIDUAL:
+        residual = tensors["residual"].dtype
+        _require(t.dtype == residual, f"{op}: {name} must have residual's dtype {dtype_name(residual)}, got {got}")
+    else:
+        legal = own if x.dtype == torch.float32 else f"{own} (x's) or float32"
+        _require(t.dtype in (x.dtype, torch.float32), f"{op}: {name} must have dtype {legal}, got {got}")
+
+
+Check = Callable[[], None]
+
+
+def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool, check_dtype: Check) -> None:
+    check_dtype()
     _require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got shape []")
     _require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
     at_least_1 = f"{op}: {name} must have a last dimension of at least 1, got shape {list(x.shape)}"
@@ -188,21 +234,18 @@ def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool) -> None:
     _check_rows(op, name, x, strides)
 
 
-def _check_like_x(op: str, name: str, t: Tensor, x: Tensor, strides: bool) -> None:
-    expected = f"{op}: {name} must have x's"
-    _require(t.dtype == x.dtype, f"{expected} dtype {dtype_name(x.dtype)}, got {dtype_name(t.dtype)}")
+def _check_like_x(op: str, name: str, t: Tensor, x: Tensor, strides: bool, check_dtype: Check) -> None:
+    check_dtype()
     for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
-        _require(same, f"{expected} shape {list(x.shape)}, got {list(t.shape)}")
+        _require(same, f"{op}: {name} must have x's shape {list(x.shape)}, got {list(t.shape)}")
     _check_rows(op, name, t, strides)
 
 
-def _check_hidden(op: str, name: str, t: Tensor, x: Tensor, strides: bool) -> None:
+def _check_hidden(op: str, name: str, t: Tensor, x: Tensor, strides: bool, check_dtype: Check) -> None:
     hidden = x.shape[-1]
     for same in (t.dim() == 1, *(n == hidden for n in t.shape)):
         _require(same, f"{op}: {name} must have shape [{hidden}], got {list(t.shape)}")
-    legal = dtype_name(x.dtype) if x.dtype == torch.float32 else f"{dtype_name(x.dtype)} (x's) or float32"
-    matches = t.dtype in (x.dtype, torch.float32)
-    _require(matches, f"{op}: {name} must have dtype {legal}, got {dtype_name(t.dtype)}")
+    check_dtype()
     if strides:
         contiguous = t.stride(0) == 1 or hidden == 1
         _require(contiguous, f"{op}: {name} must be contiguous (stride 1), got stride {t.stride(0)}")

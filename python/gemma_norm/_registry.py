@@ -104,8 +104,8 @@ class Operator:
         if self.written:
             return arguments.get("out")
         x: Tensor = arguments["x"]
-        results = tuple(x.new_empty(x.shape) for _ in self.overload._schema.returns)
-        return results if len(results) > 1 else results[0]
+        y = x.new_empty(x.shape)
+        return (y, x.new_empty(x.shape, dtype=arguments["residual"].dtype)) if "residual" in self.rules else y
 
     def functionalised(self, *args: Any, **kwargs: Any) -> Any:
         """For torch.compile, which cannot make an operator functional that returns one of its arguments."""

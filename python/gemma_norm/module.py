@@ -25,6 +25,15 @@ _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _on_rocm = torch.version.hip is not None
 
 
+def check_size_and_eps(name: str, hidden_size: int, eps: float) -> None:
+    if not isinstance(hidden_size, Integral) or isinstance(hidden_size, bool) or hidden_size < 1:
+        rule = "hidden_size must be an integer of at least 1, the size of the dimension that is normalised"
+        raise ValueError(f"{name}: {rule}, got {hidden_size!r}")
+    if not isinstance(eps, Real):
+        hint = "; torch.nn.RMSNorm takes torch.finfo(dtype).eps for None" if eps is None else ""
+        raise ValueError(f"{name}: eps must be a number, got {eps!r}{hint}")
+
+
 class RMSNorm(nn.Module):
     """``y = round(s * rstd * weight)`` over the last dimension.
 
@@ -38,14 +47,16 @@ class RMSNorm(nn.Module):
         backend: what :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`: "auto" or, to force one,
             "native", "aiter", "vllm" or "torch". Other devices have one backend.
         inplace: whether :meth:`forward` may overwrite x and residual, under the conditions stated there. False: never.
-        elementwise_affine, has_weight: what ``torch.nn.RMSNorm`` and vLLM call having a weight. False is refused.
+        elementwise_affine, has_weight: what ``torch.nn.RMSNorm`` and vLLM call having a weight. If either is False,
+            ``weight`` is None, and nothing is multiplied.
+        round_each_step: ``y = round(round(s * rstd) * weight)``, see :func:`gemma_norm.rms_norm`.
 
     Raises:
         ValueError: for an argument that breaks a rule above.
     """
 
     gemma: ClassVar[bool] = False
-    weight: nn.Parameter
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -58,32 +69,33 @@ class RMSNorm(nn.Module):
         inplace: bool = True,
         elementwise_affine: bool = True,
         has_weight: bool = True,
+        round_each_step: bool = False,
     ) -> None:
         super().__init__()
-        self._check(hidden_size, eps, elementwise_affine=elementwise_affine, has_weight=has_weight)
+        self._check(hidden_size, eps, round_each_step, elementwise_affine=elementwise_affine, has_weight=has_weight)
         self.backend = routing.checked(backend)
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
         self.inplace = inplace
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.round_each_step = round_each_step
+        has_weight = has_weight and elementwise_affine
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if has_weight else None
         self.reset_parameters()
 
-    def _check(self, hidden_size: int, eps: float, **weight: bool) -> None:
+    def _check(self, hidden_size: int, eps: float, round_each_step: bool, **weight: bool) -> None:
         name = type(self).__name__
-        if not isinstance(hidden_size, Integral) or isinstance(hidden_size, bool) or hidden_size < 1:
-            rule = "hidden_size must be an integer of at least 1, the size of the dimension that is normalised"
-            raise ValueError(f"{name}: {rule}, got {hidden_size!r}")
-        if not isinstance(eps, Real):
-            hint = "; torch.nn.RMSNorm takes torch.finfo(dtype).eps for None" if eps is None else ""
-            raise ValueError(f"{name}: eps must be a number, got {eps!r}{hint}")
+        check_size_and_eps(name, hidden_size, eps)
+        if self.gemma and round_each_step:
+            raise ValueError(f"{name}: round_each_step must be False with a zero-centred weight, got True")
         for argument, value in weight.items():
-            if not value:
-                hint = f"freeze a weight of {'zeros' if self.gemma else 'ones'} for a norm without scale"
+            if self.gemma and not value:
+                hint = "RMSNorm is the norm without scale"
                 raise ValueError(f"{name}: {argument} must be True, got {value!r}; {hint}")
 
     def reset_parameters(self) -> None:
         """The identity's weight: ones, or zeros where it is zero-centred."""
-        nn.init.constant_(self.weight, 0.0 if self.gemma else 1.0)
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 0.0 if self.gemma else 1.0)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
@@ -125,10 +137,9 @@ class RMSNorm(nn.Module):
         """Plain PyTorch on any device: never in place, differentiable any number of times. For comparison."""
         if residual is None:
             self._refuse_lone(post_residual_addition)
-            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
-        return reference.add_rms_norm(
-            x, residual, self.weight, self.variance_epsilon, self.gemma, post_residual_addition
-        )
+            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma, self.round_each_step)
+        eps, gemma, each_step = self.variance_epsilon, self.gemma, self.round_each_step
+        return reference.add_rms_norm(x, residual, self.weight, eps, gemma, post_residual_addition, each_step)
 
     def _forward_op(
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
@@ -136,15 +147,16 @@ class RMSNorm(nn.Module):
         weight = self.weight
         if residual is None:
             self._refuse_lone(post_residual_addition)
-            return ops.rms_norm(x, weight, self.variance_epsilon, self.gemma)
+            return ops.rms_norm(x, weight, self.variance_epsilon, self.gemma, self.round_each_step)
+        eps, gemma, each_step = self.variance_epsilon, self.gemma, self.round_each_step
         if self.may_overwrite(x, residual, post_residual_addition):
             try:
-                _fused_add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
+                _fused_add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition, each_step)
                 return x, residual
             except RuntimeError as error:  # nothing has been written
                 if not any(reason in str(error) for reason in UNWRITABLE):
                     raise
-        return ops.add_rms_norm(x, residual, weight, self.variance_epsilon, self.gemma, post_residual_addition)
+        return ops.add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition, each_step)
 
     def may_overwrite(self, x: Tensor, residual: Tensor, post_residual_addition: Tensor | None) -> bool:
         """Whether the conditions in :meth:`forward` hold, except that of memory, which the operator checks."""
@@ -181,7 +193,9 @@ class RMSNorm(nn.Module):
             raise RuntimeError(f"{type(self).__name__}: post_residual_addition needs a residual, got residual=None")
 
     def extra_repr(self) -> str:
-        return f"{self.hidden_size}, eps={self.variance_epsilon}, gemma={self.gemma}"
+        modes = ", weight=None" if self.weight is None else ""
+        modes += ", round_each_step=True" if self.round_each_step else ""
+        return f"{self.hidden_size}, eps={self.variance_epsilon}, gemma={self.gemma}{modes}"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in place of this module, which has two signatures: ``y = norm(x)`` alone."""
@@ -194,12 +208,15 @@ class _Scriptable(nn.Module):
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.variance_epsilon, self.gemma = norm.weight, norm.variance_epsilon, norm.gemma
+        self.round_each_step = norm.round_each_step
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
-        y: Tensor = torch.ops.gemma_norm.rms_norm(x, self.weight, self.variance_epsilon, self.gemma)
+            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma, self.round_each_step)
+        y: Tensor = torch.ops.gemma_norm.rms_norm(
+            x, self.weight, self.variance_epsilon, self.gemma, self.round_each_step
+        )
         return y
 
 

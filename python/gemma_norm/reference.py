@@ -8,49 +8,103 @@ tests and ``python -m gemma_norm`` share them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False, round_each_step: bool = False
+) -> Tensor:
     """``round(x * rstd * (gemma ? 1 + weight : weight))`` with ``rstd = 1 / sqrt(mean(x^2) + eps)``.
 
     All in float32, rounded once, to x's dtype. A sum of squares beyond float32 is infinite, hence rstd and y are 0.
+    ``round_each_step``: ``round(round(x * rstd) * weight)``. Without a weight it is 1.
     """
-    s = x.float()
+    return _norm(x.float(), x.dtype, weight, eps, gemma, round_each_step)
+
+
+def _norm(
+    s: Tensor, dtype: torch.dtype, weight: Tensor | None, eps: float, gemma: bool, round_each_step: bool
+) -> Tensor:
     rstd = 1 / torch.sqrt(s.square().mean(-1, keepdim=True) + eps)
-    w = 1 + weight.float() if gemma else weight.float()
-    return (s * rstd * w).to(x.dtype)
+    n = s * rstd
+    if round_each_step:
+        n = n.to(dtype).float()
+    if weight is not None:
+        n = n * (1 + weight.float() if gemma else weight.float())
+    return n.to(dtype)
 
 
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     gemma: bool = False,
     post_residual_addition: Tensor | None = None,
+    round_each_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(rms_norm(s), s)`` with ``s = x + residual`` or ``x + (residual + post_residual_addition)``, in x's dtype."""
+    """``(rms_norm(s), s)`` with ``s = x + residual`` or ``x + (residual + post_residual_addition)``.
+
+    s has the residual's dtype, and the norm of it x's.
+    """
     if post_residual_addition is not None:
         residual = residual + post_residual_addition
-    s = x + residual
-    return rms_norm(s, weight, eps, gemma), s
+    s = (x + residual).to(residual.dtype)
+    return _norm(s.float(), x.dtype, weight, eps, gemma, round_each_step), s
 
 
-def oracle(s: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> Tensor:
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-6,
+    sigmoid: bool = False,
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    round_each_step: bool = False,
+) -> Tensor:
+    """``round(x * rstd * weight * act(gate))``, or with ``norm_before_gate=False`` ``round(s * rstd * weight)``.
+
+    ``s = x * act(gate)``, in float32. act is silu, or the logistic function; without a gate it is 1. rstd is each
+    group's own. ``round_each_step``: ``round(round(round(x * rstd) * weight) * act(gate))``, and
+    ``round(round(s * rstd) * weight)``.
+    """
+    s, dtype = x.float(), x.dtype
+    activation = None
+    if gate is not None:
+        activation = torch.sigmoid(gate.float()) if sigmoid else torch.nn.functional.silu(gate.float())
+    if activation is not None and not norm_before_gate:
+        s = s * activation
+    groups = s.reshape(*s.shape[:-1], -1, group_size or s.shape[-1])
+    n = (groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    n = (n.to(dtype).float() if round_each_step else n) * weight.float()
+    if activation is not None and norm_before_gate:
+        n = (n.to(dtype).float() if round_each_step else n) * activation
+    return n.to(dtype)
+
+
+def oracle(
+    s: Tensor, weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False, each_step: Any = None
+) -> Tensor:
     """:func:`rms_norm` in float64 and not rounded, ``s`` being x or the (rounded) sum.
 
     Two properties of float32 are part of the contract and hence of the oracle: eps is a float32, and a sum of squares
     beyond float32 is infinite. Two more are not: squares and products that are subnormal in float32 have fewer bits
-    there, or none (docs/contract.md, "Where float32 shows").
+    there, or none (docs/contract.md, "Where float32 shows"). ``each_step``: the dtype to which ``s * rstd`` is rounded.
     """
-    s64, w64 = s.double(), weight.double()
+    s64 = s.double()
     total = s64.square().sum(-1, keepdim=True)
     total = torch.where(total > torch.finfo(torch.float32).max, math.inf, total)
     eps32 = torch.tensor(eps, dtype=torch.float32).item()
-    return s64 / torch.sqrt(total / s.shape[-1] + eps32) * (1 + w64 if gemma else w64)
+    n = s64 / torch.sqrt(total / s.shape[-1] + eps32)
+    if each_step is not None:
+        n = n.to(each_step).double()
+    if weight is None:
+        return n
+    return n * (1 + weight.double() if gemma else weight.double())
 
 
 def ulp_error(y: Tensor, exact: Tensor) -> float:

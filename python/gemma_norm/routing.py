@@ -73,17 +73,27 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
     if not torch.compiler.is_compiling() and (module.backend, gpu) in served_on_gpu:
         return module._forward_op(x, residual, post)
     weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
-    hidden = weight.shape[-1]
+    hidden = module.hidden_size
+    # What no peer computes as we do.
+    ours_alone = (
+        weight is None
+        or module.round_each_step
+        or (x.dtype == torch.float32 and weight.dtype != x.dtype)
+        or (residual is not None and residual.dtype != x.dtype)
+    )
+    weight_dtype = x.dtype if weight is None else weight.dtype
     huge = False
     if x.numel() >= 2**31:  # a branch, and no bool(): while compiling, a symbolic size must give a constant
         huge = True
-    name = choose(module.backend, recording, x.dtype, weight.dtype, hidden, gemma, huge, gpu)
+    # As while gradients are recorded: by our operators or, on a GPU that they have no code for, by plain PyTorch.
+    name = choose(module.backend, recording or ours_alone, x.dtype, weight_dtype, hidden, gemma, huge, gpu)
     if not name or x.numel() == 0 or (residual is None and post is not None):
         return module._forward_op(x, residual, post)
-    if recording:
+    if recording or ours_alone or weight is None:
         return module.forward_native(x, residual, post)
     peer = _found[name]
     arguments = {"x": x, "residual": residual, "weight": weight, "eps": eps, "post_residual_addition": post}
+    arguments |= {"gemma": gemma, "round_each_step": False}
     check_arguments(OPERATORS["rms_norm" if residual is None else "fused_add_rms_norm"], arguments)
     flag = gemma and hidden <= peer.gemma_up_to
     w = weight if peer is PLAIN else (1 + weight if gemma and not flag else weight).to(x.dtype)

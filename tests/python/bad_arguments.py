@@ -38,10 +38,10 @@ class Bad:
     ops: tuple[str, ...] = OPS
 
 
-def like_x(name: str, ops: tuple[str, ...]) -> list[Bad]:
+def like_x(name: str, ops: tuple[str, ...], dtype: str = "must have x's dtype float32, got") -> list[Bad]:
     shape = f"{name} must have x's shape [4, 6, 16], got"
     strided = f"{name} must have a contiguous last dimension (stride 1), got stride 24"
-    dtype = f"{name} must have x's dtype float32, got"
+    dtype = f"{name} {dtype}"
     return [
         Bad(f"{name}: shape", f"{shape} [4, 5, 16]", lambda: {name: ones(4, 5, 16)}, ops),
         Bad(f"{name}: flattened", f"{shape} [24, 16]", lambda: {name: ones(24, 16)}, ops),
@@ -74,7 +74,6 @@ BAD = [
     *map(x_dtype, (torch.complex64, torch.complex128, torch.complex32, torch.uint16, torch.uint32, torch.uint64)),
     *map(x_dtype, (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e8m0fnu)),
     none("x"),
-    none("weight"),
     none("residual", ADD_OPS),
     none("out", OUT),
     Bad("x: 0-dim", "x must have at least one dimension, got shape []", lambda: {"x": ones(())}),
@@ -88,8 +87,27 @@ BAD = [
     Bad("weight: 0-dim", f"{WEIGHT} []", lambda: {"weight": ones(())}),
     Bad("weight: strided", f"{CONTIGUOUS} 2", lambda: {"weight": ones(32)[::2]}),
     Bad("weight: expanded", f"{CONTIGUOUS} 0", lambda: {"weight": ones(1).expand(16)}),
-    Bad("weight: bfloat16", "weight must have dtype float32, got bfloat16", lambda: {"weight": ones(16).bfloat16()}),
-    Bad("weight: float64", "weight must have dtype float32, got float64", lambda: {"weight": ones(16).double()}),
+    Bad(
+        "weight: float64",
+        "weight must have dtype float32, float16 or bfloat16, got float64",
+        lambda: {"weight": ones(16).double()},
+    ),
+    Bad(
+        "gemma without a weight",
+        "gemma must be False without a weight, got True",
+        lambda: {"weight": None, "gemma": True},
+    ),
+    Bad(
+        "gemma with each step rounded",
+        "round_each_step must be False with gemma=True, got True",
+        lambda: {"gemma": True, "round_each_step": True},
+    ),
+    Bad(
+        "a float32 weight with each step rounded",
+        "weight must have x's dtype float16 with round_each_step=True, got float32",
+        lambda: {"x": ones(SHAPE).half(), "round_each_step": True},
+        ("rms_norm",),
+    ),
     Bad(
         "weight: the other 16-bit type",
         "weight must have dtype float16 (x's) or float32, got bfloat16",
@@ -97,8 +115,8 @@ BAD = [
         ("rms_norm",),
     ),
     *map(eps, (-1e-6, -math.inf, math.nan, math.inf, 1e300)),
-    *like_x("residual", ADD_OPS),
-    *like_x("post_residual_addition", ADD_OPS),
+    *like_x("residual", ADD_OPS, "must have dtype float32, got"),
+    *like_x("post_residual_addition", ADD_OPS, "must have residual's dtype float32, got"),
     *like_x("out", OUT),
 ]
 

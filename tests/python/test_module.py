@@ -362,8 +362,6 @@ def test_subclass_may_reroute(kind):
             r"eps must be a number, got None; torch\.nn\.RMSNorm takes torch\.finfo\(dtype\)\.eps for None",
         ),
         ({"eps": "1e-6"}, "eps must be a number, got '1e-6'"),
-        ({"elementwise_affine": False}, "elementwise_affine must be True, got False; freeze a weight of"),
-        ({"has_weight": False}, "has_weight must be True, got False; freeze a weight of"),
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, .*, got 0"),
         ({"hidden_size": True}, "hidden_size must be an integer of at least 1, .*, got True"),
         ({"hidden_size": (4, 8)}, r"hidden_size must be an integer of at least 1, .*, got \(4, 8\)"),
@@ -373,6 +371,13 @@ def test_subclass_may_reroute(kind):
 def test_bad_arguments_of_the_constructor(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**{"hidden_size": 8} | arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"elementwise_affine": False}, {"has_weight": False}, {"round_each_step": True}])
+def test_a_zero_centred_norm_has_a_weight_and_one_rounding(arguments):
+    (name, value), *_ = arguments.items()
+    with pytest.raises(ValueError, match=f"GemmaRMSNorm: {name} must be {not value}.*, got {value}"):
+        gemma_norm.GemmaRMSNorm(8, **arguments)
 
 
 class Model(nn.Module):

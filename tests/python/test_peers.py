@@ -197,7 +197,7 @@ def test_the_signature_of_fused_add_rms_norm_is_a_superset_of_vllms(device):
         assert_same_bits(in_place, want[0])
         assert_same_bits(new_residual, want[1])
     schema = torch.ops.gemma_norm.fused_add_rms_norm.default._schema
-    names = ["x", "residual", "weight", "eps", "gemma", "post_residual_addition"]
+    names = ["x", "residual", "weight", "eps", "gemma", "post_residual_addition", "round_each_step"]
     assert [argument.name for argument in schema.arguments] == names and not schema.returns
 
 

@@ -79,6 +79,7 @@ def _ours_op(op: str, weight: Tensor, gemma: bool) -> Call:
 def _ours_module(op: str, weight: Tensor, gemma: bool) -> Call:
     kind = gemma_norm.GemmaRMSNorm if gemma else gemma_norm.RMSNorm
     module = kind(weight.numel(), EPS, device=weight.device, dtype=weight.dtype)
+    assert module.weight is not None
     module.weight.copy_(weight)
     return module
 
