@@ -1,6 +1,7 @@
 // The table of operators. A new one is a file in this folder and a name in this list.
 #pragma once
 
+#include "gated_rms_norm.h"
 #include "rms_norm.h"
 
 namespace gemma_norm {
@@ -45,7 +46,7 @@ struct OpList {
   }
 };
 
-using Ops = OpList<RmsNorm, AddRmsNorm>;
+using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm>;
 
 // Writes the message for a call whose operator is not in the table.
 Status no_such_operator(const Call& call, Message* message);

@@ -12,17 +12,21 @@ _library.load()
 from . import reference  # noqa: E402
 from ._build_info import VERSION as __version__  # noqa: E402
 from ._library import Backend, backends  # noqa: E402
+from ._ops.gated_rms_norm import gated_rms_norm  # noqa: E402
 from ._ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
+from .gated_module import GatedRMSNorm  # noqa: E402
 from .module import GemmaRMSNorm, RMSNorm  # noqa: E402
 
 __all__ = [
     "Backend",
+    "GatedRMSNorm",
     "GemmaRMSNorm",
     "RMSNorm",
     "__version__",
     "add_rms_norm",
     "backends",
     "fused_add_rms_norm",
+    "gated_rms_norm",
     "reference",
     "rms_norm",
 ]

@@ -1,0 +1,162 @@
+"""RMSNorm with a gate: the operator, the public function and its derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+from .. import reference
+from .._calls import differentiable, explain, overridden
+from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
+from .._registry import Operator, register
+from .rms_norm import cast, norm_backward
+
+_RULES = {"x": X, "weight": WEIGHT, "gate": OPTIONAL_LIKE_X}
+GATED_RMS_NORM = Operator("gated_rms_norm", reference.gated_rms_norm, _RULES, "gated_rms_norm")
+GATED_RMS_NORM_OUT = Operator(
+    "gated_rms_norm.out", reference.gated_rms_norm, {**_RULES, "out": LIKE_X}, "gated_rms_norm"
+)
+register(GATED_RMS_NORM, GATED_RMS_NORM_OUT)
+
+_is_grad_enabled = torch.is_grad_enabled
+_gated_rms_norm = torch.ops.gemma_norm.gated_rms_norm.default
+_gated_rms_norm_out = torch.ops.gemma_norm.gated_rms_norm.out
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    sigmoid: bool = False,
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    round_each_step: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """RMSNorm with a gate, as in linear attention (Qwen3-Next, Qwen3.5) and state space models (Mamba 2)::
+
+        y = round(x * rstd(x) * weight * act(gate))                      norm_before_gate
+        y = round(s * rstd(s) * weight),   s = x * act(gate)             else
+
+    with rstd as in :func:`gemma_norm.rms_norm`, in float32 throughout, with one rounding at the end.
+
+    Args:
+        x: ``[..., hidden]``, float32, float16 or bfloat16; last dimension contiguous, any other strides.
+        gate: x's shape, dtype and device, strides of its own; or ``[..., hidden]`` with as many elements as x, where x
+            can be viewed in that shape. None: act is 1.
+        weight: ``[hidden]``, contiguous, x's dtype or float32; where x is float32, float16 and bfloat16 as well.
+        eps: finite and not negative; used as a float32.
+        sigmoid: act is the logistic function; else silu, ``g / (1 + exp(-g))``, which is also called swish.
+        norm_before_gate: False: what is normalised is gated, as in Mamba 2, Bamba, Zamba 2 and Nemotron-H.
+        group_size: so many elements of the last dimension are normalised together; it divides hidden. None: all.
+        round_each_step: each product is rounded to x's dtype, as the classes of transformers do:
+            ``round(round(round(x * rstd) * weight) * act(gate))`` and ``round(round(s * rstd) * weight)``. The weight
+            has x's dtype then. Derivatives take no notice of the roundings.
+        out: where to write instead of a new tensor: x's shape, dtype and device; x or gate itself or memory apart from
+            both. Records no derivative, and refuses tensors of which one is expected.
+
+    Returns:
+        ``out``, or a new row-major tensor of x's shape and dtype. Derivatives of any order and mode with respect to x,
+        gate and weight are supported, and so are the transforms of ``torch.func``.
+
+    Raises:
+        RuntimeError: for an argument that breaks a rule above; nothing has been written then.
+        torch.OutOfMemoryError: a GPU has no memory for the result. On the CPU that is a RuntimeError, as PyTorch's is.
+    """
+    options = (eps, sigmoid, norm_before_gate, group_size, round_each_step)
+    op = GATED_RMS_NORM if out is None else GATED_RMS_NORM_OUT
+    if has_torch_function((x, gate, weight, out)):
+        named = {
+            "sigmoid": sigmoid,
+            "norm_before_gate": norm_before_gate,
+            "group_size": group_size,
+            "round_each_step": round_each_step,
+        }
+        extra = {} if out is None else {"out": out}
+        tensors = (x, gate, weight, out)
+        result: Tensor = overridden(gated_rms_norm, op, tensors, x, gate, weight, eps, **named, **extra)
+        return result
+    try:
+        if out is not None:
+            result = _gated_rms_norm_out(x, gate, weight, *options, out=out)
+        else:
+            shape = x.shape if isinstance(x, Tensor) else None
+            if isinstance(gate, Tensor) and shape is not None and _is_other_view(shape, gate.shape):
+                x = x.view(gate.shape)
+            if _is_grad_enabled() or forward_ad._current_level >= 0:
+                arguments = (x, gate, weight, *options)
+                result = differentiable(_gated_rms_norm, GATED_RMS_NORM, GatedRMSNormFunction, *arguments)
+            else:
+                result = _gated_rms_norm(x, gate, weight, *options)
+            result = result if result.shape == shape else result.view(shape)
+    except RuntimeError as error:
+        names = ("eps", "sigmoid", "norm_before_gate", "group_size", "round_each_step")
+        explain(error, op, x=x, gate=gate, weight=weight, out=out, **dict(zip(names, options, strict=True)))
+        raise
+    return result
+
+
+def _is_other_view(x: torch.Size, gate: torch.Size) -> bool:
+    return x != gate and len(gate) > 0 and x[-1:] == gate[-1:] and x.numel() == gate.numel()
+
+
+class GatedRMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        gate: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        sigmoid: bool,
+        norm_before_gate: bool,
+        group_size: int | None,
+        round_each_step: bool,
+    ) -> Tensor:
+        options = (eps, sigmoid, norm_before_gate, group_size, round_each_step)
+        y: Tensor = _gated_rms_norm(x, gate, weight, *options)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, gate, weight, ctx.eps, ctx.sigmoid, ctx.norm_before_gate, ctx.group_size, _ = inputs
+        ctx.save_for_backward(x, gate, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The norm's backward (:func:`norm_backward`), of dy times the activation or of x times it."""
+        x, gate, weight = ctx.saved_tensors
+        needs_x, needs_gate, needs_weight = ctx.needs_input_grad[:3]
+        dy, x32 = dy.float(), x.float()
+        activation = slope = None
+        if gate is not None:
+            logistic = torch.sigmoid(gate.float())
+            activation = logistic if ctx.sigmoid else gate.float() * logistic
+            slope = logistic * (1 - logistic)
+            slope = slope if ctx.sigmoid else logistic + gate.float() * slope
+
+        def groups(t: Tensor) -> Tensor:
+            return t.reshape(*t.shape[:-1], -1, ctx.group_size or x.shape[-1])
+
+        gates_x = gate is not None and not ctx.norm_before_gate
+        s = x32 * activation if gates_x and activation is not None else x32
+        upstream = dy * activation if activation is not None and ctx.norm_before_gate else dy
+        needs_s = needs_x or (needs_gate and gates_x)
+        ds, dweight = norm_backward(groups(upstream), groups(s), groups(weight), ctx.eps, False, needs_s, needs_weight)
+        ds = None if ds is None else ds.flatten(-2)
+        dgate = None
+        if needs_gate and slope is not None:
+            if gates_x and ds is not None:
+                dgate = ds * x32 * slope
+            else:
+                rstd = torch.rsqrt(groups(x32).square().mean(-1, keepdim=True) + ctx.eps)
+                dgate = dy * (groups(x32) * rstd).flatten(-2) * weight.float() * slope
+            dgate = cast(dgate, gate)
+        dx = ds * activation if ds is not None and gates_x and activation is not None else ds
+        dweight = None if dweight is None else dweight.flatten()
+        return cast(dx, x) if needs_x else None, dgate, dweight, None, None, None, None, None

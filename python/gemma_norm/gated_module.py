@@ -1,0 +1,77 @@
+"""RMSNorm with a gate as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._ops.gated_rms_norm import gated_rms_norm
+from .module import check_size_and_eps
+
+ACTIVATIONS = {"silu": False, "swish": False, "sigmoid": True}
+
+
+class GatedRMSNorm(nn.Module):
+    """``y = norm(x) * act(gate)``, or the norm of ``x * act(gate)``: ``RMSNormGated`` in transformers and vLLM.
+
+    :func:`gemma_norm.gated_rms_norm` states formula, dtypes and strides. With its defaults it is SGLang's and vLLM's;
+    ``round_each_step=True`` makes it that of Qwen3-Next and Qwen3.5 in transformers, ``activation="sigmoid"`` that of
+    Kimi Linear, and ``norm_before_gate=False, round_each_step=True`` that of Mamba 2.
+
+    Args:
+        hidden_size: size of the last dimension of the inputs.
+        eps: added to the mean of squares.
+        activation: "silu", which is also "swish", or "sigmoid".
+        norm_before_gate, group_size, round_each_step: see :func:`gemma_norm.gated_rms_norm`.
+        device, dtype: of the weight.
+
+    Raises:
+        ValueError: for an argument that breaks a rule above.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        activation: str = "silu",
+        norm_before_gate: bool = True,
+        group_size: int | None = None,
+        round_each_step: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_size_and_eps(name, hidden_size, eps)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if group_size is not None and (group_size < 1 or hidden_size % group_size):
+            raise ValueError(f"{name}: group_size must divide hidden_size {hidden_size}, got {group_size!r}")
+        self.hidden_size = hidden_size
+        self.variance_epsilon = eps
+        self.activation = activation
+        self.norm_before_gate = norm_before_gate
+        self.group_size = group_size
+        self.round_each_step = round_each_step
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """A new tensor; without a gate, the norm alone."""
+        return gated_rms_norm(
+            x,
+            gate,
+            self.weight,
+            self.variance_epsilon,
+            sigmoid=ACTIVATIONS[self.activation],
+            norm_before_gate=self.norm_before_gate,
+            group_size=self.group_size,
+            round_each_step=self.round_each_step,
+        )
+
+    def extra_repr(self) -> str:
+        gate = f"activation={self.activation!r}, norm_before_gate={self.norm_before_gate}"
+        return f"{self.hidden_size}, eps={self.variance_epsilon}, {gate}, group_size={self.group_size}"
