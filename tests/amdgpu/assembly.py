@@ -10,17 +10,18 @@ from functools import cache
 from pathlib import Path
 
 SCOPES = ["wave", "block", "cluster", "stream"]  # gemma_norm::Scope
+SIZES = {"float": 4, "float16": 2, "bfloat16": 2, "NoWeight": 0}
 
 
 @dataclass
 class Kernel:
     symbol: str
-    op: str
-    x: str
+    form: str  # what is computed: a gemma_norm::Form
+    x: str  # element types, of x and of the weight
     weight: str
-    add: bool
+    round_each_step: bool
     scope: str
-    vectors: int  # 16-byte vectors of x that a thread holds
+    vectors: int  # 16-byte vectors of s that a thread holds
     threads: int  # of a block, at most
     aligned: bool
     lines: list[str] = field(default_factory=list)  # instructions, without comments
@@ -33,9 +34,10 @@ class Kernel:
             f"{self.threads} threads",
             f"{self.x} x",
             f"{self.weight} weight",
-            self.op,
+            self.form,
         ]
-        return ", ".join([w for w in words if w] + (["aligned"] if self.aligned else []))
+        words += ["rounded at each step"] if self.round_each_step else []
+        return ", ".join(words + (["aligned"] if self.aligned else []))
 
     def all(self, pattern: str) -> list[str]:
         """The instructions whose name matches the pattern from its start."""
@@ -46,24 +48,52 @@ class Kernel:
         return list(itertools.takewhile(lambda line: not re.match(pattern, line), self.lines))
 
     @property
+    def add(self) -> bool:
+        return self.form in ("AddRmsNorm", "AddToFloat32RmsNorm")
+
+    @property
+    def gated(self) -> bool:
+        return self.form in ("GatedRmsNorm", "GatedInputRmsNorm")
+
+    @property
+    def s(self) -> str:
+        """The element type of what is normalised."""
+        return "float" if self.form in ("AddToFloat32RmsNorm", "GatedInputRmsNorm") else self.x
+
+    @property
+    def items(self) -> int:
+        """Elements of a vector."""
+        return 16 // SIZES[self.s]
+
+    @property
+    def weight_vectors(self) -> int:
+        """For each vector of s."""
+        return 0 if self.weight == "NoWeight" else 2 if self.wide_weight else 1
+
+    @property
     def wide_weight(self) -> bool:
-        return self.weight == "float" != self.x
+        return SIZES[self.weight] > SIZES[self.s]
+
+    @property
+    def narrow_accesses(self) -> bool:
+        """A vector of s takes half a vector of another operand."""
+        return SIZES[self.x] < SIZES[self.s] or 0 < SIZES[self.weight] < SIZES[self.s]
 
 
 def parse_name(symbol: str, name: str) -> Kernel | None:
-    """`name` is demangled: void gemma_norm::gpu::normalize_rows<gemma_norm::RmsNorm, gemma_norm::bfloat16, float, ...>(...)."""
-    matched = re.match(r"void gemma_norm::gpu::normalize_(\w+)<(.*)>\(", name)
+    """`name` is demangled: void gemma_norm::gpu::normalize_rows<gemma_norm::Variant<gemma_norm::RmsNorm, ...>, ...>(...)."""
+    matched = re.match(r"void gemma_norm::gpu::normalize_\w+<gemma_norm::Variant<(.*?)>, (.*)>\(", name)
     if not matched:
         return None
-    op, x, weight, scope, *vectors, threads, aligned = (a.removeprefix("gemma_norm::") for a in matched[2].split(", "))
-    scope = SCOPES[int(re.sub(r"\D", "", scope))]
+    form, x, weight, rounds = (a.removeprefix("gemma_norm::") for a in matched[1].split(", "))
+    scope, *vectors, threads, aligned = matched[2].split(", ")
     return Kernel(
         symbol,
-        op,
+        form,
         x,
         weight,
-        op == "AddRmsNorm",
-        scope,
+        rounds == "true",
+        SCOPES[int(re.sub(r"\D", "", scope))],
         int(vectors[0]) if vectors else 1,
         int(threads),
         aligned == "true",

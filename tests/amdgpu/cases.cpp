@@ -76,9 +76,9 @@ const char* check_case(gemma_norm::Entry entry, int64_t index, uint64_t* bits) {
   if (!error.empty()) return error.c_str();
   const Tensors inputs = make_inputs(c);
   const Tensors got = run_case(target, c, inputs, &error), want = run_case(oracle, c, inputs, &error);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kResidualOut], got[kResidualOut]);
+  if (error.empty()) error = compare_bits(c.dtype_of(kResidualOut), c.hidden, want[kResidualOut], got[kResidualOut]);
   if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]);
-  *bits = hash(c.dtype, got[kOut], hash(c.dtype, got[kResidualOut], 14695981039346656037u));
+  *bits = hash(c.dtype, got[kOut], hash(c.dtype_of(kResidualOut), got[kResidualOut], 14695981039346656037u));
   return error.c_str();
 }
 }

@@ -29,12 +29,19 @@ class Tensor(ctypes.Structure):
         return result
 
 
-OPERANDS = ["x", "weight", "residual", "post", "out", "residual_out"]  # gemma_norm::Operand
+OPERANDS = ["x", "weight", "residual", "post", "gate", "out", "residual_out"]  # gemma_norm::Operand
+
+
+class Options(ctypes.Structure):
+    _fields_ = [("eps", ctypes.c_double), ("gemma", ctypes.c_bool), ("round_each_step", ctypes.c_bool),
+                ("sigmoid", ctypes.c_bool), ("norm_before_gate", ctypes.c_bool), ("group_size", ctypes.c_int64)]  # fmt: skip
+
+
+WHOLE_ROW = 2**63 - 1
 
 
 class Call(ctypes.Structure):
-    _fields_ = [("op", ctypes.c_void_p), ("tensors", ctypes.POINTER(Tensor) * len(OPERANDS)),
-                ("eps", ctypes.c_double), ("gemma", ctypes.c_bool),
+    _fields_ = [("op", ctypes.c_void_p), ("tensors", ctypes.POINTER(Tensor) * len(OPERANDS)), ("options", Options),
                 ("before_write", ctypes.c_void_p), ("context", ctypes.c_void_p)]  # fmt: skip
 
 
@@ -48,7 +55,8 @@ def aligned(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 def launch(hip: ctypes.CDLL, op: bytes, eps: float = 1e-6, **tensors: Tensor) -> dict:
     hip.gemma_norm_op.restype = ctypes.c_void_p
-    call = Call(op=hip.gemma_norm_op(op), eps=eps, gemma=True)
+    options = Options(eps=eps, gemma=True, norm_before_gate=True, group_size=WHOLE_ROW)
+    call = Call(op=hip.gemma_norm_op(op), options=options)
     for name, tensor in tensors.items():
         call.tensors[OPERANDS.index(name)] = ctypes.pointer(tensor)
     message = ctypes.create_string_buffer(512)

@@ -17,11 +17,15 @@ enum class Operands {
   kFused,    // the sum to residual's memory, its norm to x's
   kFusedPost,
   kFusedCrossed,  // the sum to x's memory, its norm to residual's
+  kGated,         // out = the norm of x, gated
+  kGatedIntoX,    // the same to x's memory
+  kGatedIntoGate,
 };
-inline bool has_residual(Operands o) { return o >= Operands::kAdd; }
+inline bool has_residual(Operands o) { return o >= Operands::kAdd && o <= Operands::kFusedCrossed; }
+inline bool is_gated(Operands o) { return o >= Operands::kGated; }
 inline bool has_post(Operands o) { return o == Operands::kAddPost || o == Operands::kFusedPost; }
 
-// What x and the weight may be.
+// What x and the weight were before there were modes. The cases of these pairs come first and stay as they are.
 constexpr DType kDTypePairs[][2] = {{DType::kFloat32, DType::kFloat32},
                                     {DType::kFloat16, DType::kFloat16},
                                     {DType::kFloat16, DType::kFloat32},
@@ -46,7 +50,7 @@ enum class Alignment {
 enum class Values { kNormal, kWide, kSubnormal, kHuge, kZeros, kNan, kInfinity, kSpecialWeight };
 
 struct Case {
-  DType dtype, weight_dtype;
+  DType dtype, weight_dtype;  // the weight's is kOther where there is none
   Operands operands;
   bool gemma;
   int64_t hidden;
@@ -56,18 +60,35 @@ struct Case {
   double eps;
   uint32_t seed;  // of the values, and of all that a device may vary without changing the result
 
+  bool round_each_step = false;
+  bool float32_residual = false;  // and post and residual_out
+  // Of the gated norm.
+  bool gate = false;  // there is one
+  bool sigmoid = false, norm_before_gate = true;
+  int64_t group_size = kWholeRow;
+
   int64_t row_count() const;
-  const OpInfo& op() const { return has_residual(operands) ? AddRmsNorm::kInfos[0] : RmsNorm::kInfos[0]; }
+  int64_t normed() const { return group_size == kWholeRow ? hidden : group_size; }  // elements that share an rstd
+  DType dtype_of(Operand operand) const;
+  DType row_dtype() const;  // of s, which is what plans are made by
+  bool two_rows() const;    // does a GPU's thread hold two?
+  Options options() const;
+  const OpInfo& op() const;
 };
 
 // "bfloat16 x, float32 weight, fused, gemma, [3, 2, 2048] slice, ...".
 std::string describe(const Case& c);
 
-// Every dtype pair, operands and gemma at every hidden size where the plan changes and those models use; the rest at random.
+// Every one of kDTypePairs, operands and gemma at every hidden size where the plan changes and those models use; the rest at
+// random. Then the same for what has come since, at one hidden size for each kernel and some more.
 std::vector<Case> all_cases();
 
-// The same data as one contiguous, aligned block of rows, the sum already made: what `c` must equal bit for bit.
+// So many rows as one contiguous, aligned block, nothing in place: what `c` must equal bit for bit. Of the same operator where that
+// is gated; else the plain norm of the sum, or, where the sum is float32 and x is not, the norm of the sum and an x of -0.
 Case plain_case(const Case& c, int64_t rows);
+
+// Every kind of call that has kernels of its own. weight_dtype, operands and what comes after `seed` say which; the rest is empty.
+std::vector<Case> all_variants();
 
 // The hidden sizes around which the plan for `dtype` takes another kernel, each with its neighbours.
 std::vector<int64_t> plan_edges(DType dtype);

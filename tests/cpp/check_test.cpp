@@ -28,9 +28,9 @@ struct Place {
 
 // A call that is right, to be made wrong. Nothing is read or written at its addresses.
 struct TestCall {
-  Place x{10000, {4, 8}, {8, 1}}, weight{20000, {8}, {1}}, out{30000, {4, 8}, {8, 1}};
-  std::optional<Place> residual, post, sum;
-  double eps = 1e-6;
+  Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
+  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum;
+  Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
   TestCall& add() {
@@ -43,15 +43,19 @@ struct TestCall {
     add().post = Place{50000, {4, 8}, {8, 1}};
     return *this;
   }
+  TestCall& gated() {
+    op = OpInfo("op", "op", "", "", GatedRmsNorm::kRules);
+    gate = Place{70000, {4, 8}, {8, 1}};
+    return *this;
+  }
 
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
     const auto tensor = [](const std::optional<Place>& o) { return o ? o->tensor() : Tensor{}; };
-    const Tensor t[] = {x.tensor(), weight.tensor(), tensor(residual), tensor(post), out.tensor(), tensor(sum)};
+    const Tensor t[] = {x.tensor(), tensor(weight), tensor(residual), tensor(post), tensor(gate), out.tensor(), tensor(sum)};
     const Call call{&op,
-                    {&t[kX], &t[kWeight], residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr, &t[kOut],
-                     sum ? &t[kResidualOut] : nullptr},
-                    eps,
-                    false};
+                    {&t[kX], weight ? &t[kWeight] : nullptr, residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr,
+                     gate ? &t[kGate] : nullptr, &t[kOut], sum ? &t[kResidualOut] : nullptr},
+                    options};
     return gemma_norm::check(call, params, slices, message);
   }
 };
@@ -84,10 +88,10 @@ TEST(Check, LetsRightCallsThrough) {
   EXPECT_EQ("", answer(TestCall().add()));
   EXPECT_EQ("", answer(TestCall().add_post()));
   TestCall float_weight;
-  float_weight.weight.dtype = DType::kFloat32;
+  float_weight.weight->dtype = DType::kFloat32;
   EXPECT_EQ("", answer(float_weight));
   TestCall no_eps;
-  no_eps.eps = 0;
+  no_eps.options.eps = 0;
   EXPECT_EQ("", answer(no_eps));
 }
 
@@ -97,11 +101,11 @@ TEST(Check, RefusesShapesAndStrides) {
       {[](TestCall& c) { c.x.sizes.assign(65, 8), c.x.strides.assign(65, 8); }, "op: x must have at most 64 dimensions, got 65"},
       {[](TestCall& c) { c.x.sizes = {4, 0}; }, "op: x must have a last dimension of at least 1, got shape [4, 0]"},
       {[](TestCall& c) { c.x.strides = {1, 4}; }, "op: x must have a contiguous last dimension (stride 1), got stride 4"},
-      {[](TestCall& c) { c.weight.sizes = {7}; }, "op: weight must have shape [8], got [7]"},
+      {[](TestCall& c) { c.weight->sizes = {7}; }, "op: weight must have shape [8], got [7]"},
       {[](TestCall& c) { c.weight = {20000, {1, 8}, {8, 1}}; }, "op: weight must have shape [8], got [1, 8]"},
-      {[](TestCall& c) { c.weight.sizes = c.weight.strides = {}; }, "op: weight must have shape [8], got []"},
-      {[](TestCall& c) { c.weight.strides = {2}; }, "op: weight must be contiguous (stride 1), got stride 2"},
-      {[](TestCall& c) { c.weight.strides = {0}; }, "op: weight must be contiguous (stride 1), got stride 0"},
+      {[](TestCall& c) { c.weight->sizes = c.weight->strides = {}; }, "op: weight must have shape [8], got []"},
+      {[](TestCall& c) { c.weight->strides = {2}; }, "op: weight must be contiguous (stride 1), got stride 2"},
+      {[](TestCall& c) { c.weight->strides = {0}; }, "op: weight must be contiguous (stride 1), got stride 0"},
       {[](TestCall& c) { c.out.sizes = {5, 8}; }, "op: out must have x's shape [4, 8], got [5, 8]"},
       {[](TestCall& c) { c.out.sizes = {4, 1, 8}, c.out.strides = {8, 8, 1}; },
        "op: out must have x's shape [4, 8], got [4, 1, 8]"},
@@ -119,26 +123,87 @@ TEST(Check, RefusesDtypes) {
   const auto float16 = [](Place& o) { o.dtype = DType::kFloat16, o.dtype_name = "float16"; };
   expect_refusals({
       {[&](TestCall& c) { other(c.x); }, "op: x must have dtype float32, float16 or bfloat16, got int32"},
-      {[&](TestCall& c) { float16(c.weight); }, "op: weight must have dtype bfloat16 (x's) or float32, got float16"},
-      {[&](TestCall& c) { other(c.weight); }, "op: weight must have dtype bfloat16 (x's) or float32, got int32"},
-      {[&](TestCall& c) { c.x.dtype = DType::kFloat32, c.x.dtype_name = "float32"; },
-       "op: weight must have dtype float32, got bfloat16"},
+      {[&](TestCall& c) { float16(*c.weight); }, "op: weight must have dtype bfloat16 (x's) or float32, got float16"},
+      {[&](TestCall& c) { other(*c.weight); }, "op: weight must have dtype bfloat16 (x's) or float32, got int32"},
+      {[&](TestCall& c) { c.x.dtype = DType::kFloat32, c.x.dtype_name = "float32", other(*c.weight); },
+       "op: weight must have dtype float32, float16 or bfloat16, got int32"},
       {[&](TestCall& c) { float16(c.out); }, "op: out must have x's dtype bfloat16, got float16"},
-      {[&](TestCall& c) { float16(*c.add().residual); }, "op: residual must have x's dtype bfloat16, got float16"},
-      {[&](TestCall& c) { float16(*c.add().sum); }, "op: residual_out must have x's dtype bfloat16, got float16"},
-      {[&](TestCall& c) { float16(*c.add_post().post); }, "op: post_residual_addition must have x's dtype bfloat16, got float16"},
+      {[&](TestCall& c) { float16(*c.add().residual); }, "op: residual must have dtype bfloat16 (x's) or float32, got float16"},
+      {[&](TestCall& c) { float16(*c.add().sum); }, "op: residual_out must have residual's dtype bfloat16, got float16"},
+      {[&](TestCall& c) { float16(*c.add_post().post); },
+       "op: post_residual_addition must have residual's dtype bfloat16, got float16"},
   });
 }
 
 TEST(Check, RefusesEpsAndWrongNumbersOfOperands) {
   expect_refusals({
-      {[](TestCall& c) { c.eps = -1e-6; }, "op: eps must be finite in float32 and at least 0, got -1e-06"},
-      {[](TestCall& c) { c.eps = NAN; }, "op: eps must be finite in float32 and at least 0, got nan"},
-      {[](TestCall& c) { c.eps = INFINITY; }, "op: eps must be finite in float32 and at least 0, got inf"},
-      {[](TestCall& c) { c.eps = 1e39; }, "op: eps must be finite in float32 and at least 0, got 1e+39"},
+      {[](TestCall& c) { c.options.eps = -1e-6; }, "op: eps must be finite in float32 and at least 0, got -1e-06"},
+      {[](TestCall& c) { c.options.eps = NAN; }, "op: eps must be finite in float32 and at least 0, got nan"},
+      {[](TestCall& c) { c.options.eps = INFINITY; }, "op: eps must be finite in float32 and at least 0, got inf"},
+      {[](TestCall& c) { c.options.eps = 1e39; }, "op: eps must be finite in float32 and at least 0, got 1e+39"},
       {[](TestCall& c) { c.add().residual.reset(); }, "op: residual is needed, got none"},
       {[](TestCall& c) { c.add().sum.reset(); }, "op: residual_out is needed, got none"},
       {[](TestCall& c) { c.residual = c.x; }, "op: there is no operand residual, got a tensor"},
+  });
+}
+
+TEST(Check, LetsTheModesThrough) {
+  const auto float32 = [](Place& o) { o.dtype = DType::kFloat32, o.dtype_name = "float32"; };
+  TestCall c;
+  c.weight.reset();
+  EXPECT_EQ("", answer(c)) << "no weight";
+  c.options.round_each_step = true;
+  EXPECT_EQ("", answer(c)) << "no weight, rounded at each step: as without";
+  c = TestCall();
+  c.options.round_each_step = true;
+  EXPECT_EQ("", answer(c));
+  c = TestCall();
+  float32(c.x), float32(c.out);
+  EXPECT_EQ("", answer(c)) << "float32 x, bfloat16 weight";
+  c = TestCall().add_post();
+  float32(*c.residual), float32(*c.post), float32(*c.sum);
+  EXPECT_EQ("", answer(c)) << "float32 residual";
+  EXPECT_EQ("", answer(TestCall().gated()));
+  c = TestCall().gated();
+  c.gate.reset();
+  EXPECT_EQ("", answer(c)) << "no gate";
+  for (const int64_t group : {1, 2, 4, 8}) {
+    c = TestCall().gated();
+    c.options.group_size = group;
+    EXPECT_EQ("", answer(c)) << group;
+  }
+  c = TestCall().gated();
+  c.out = c.x;
+  EXPECT_EQ("", answer(c)) << "in place";
+  c.out = *c.gate;
+  EXPECT_EQ("", answer(c)) << "in place of the gate";
+}
+
+TEST(Check, RefusesModesThatDoNotGoTogether) {
+  const auto float32 = [](Place& o) { o.dtype = DType::kFloat32, o.dtype_name = "float32"; };
+  expect_refusals({
+      {[](TestCall& c) { c.weight.reset(), c.options.gemma = true; }, "op: gemma must be False without a weight, got True"},
+      {[](TestCall& c) { c.options.gemma = c.options.round_each_step = true; },
+       "op: round_each_step must be False with gemma=True, got True"},
+      {[&](TestCall& c) { float32(*c.weight), c.options.round_each_step = true; },
+       "op: weight must have x's dtype bfloat16 with round_each_step=True, got float32"},
+      {[&](TestCall& c) { float32(c.x), float32(c.out), c.options.round_each_step = true; },
+       "op: weight must have x's dtype float32 with round_each_step=True, got bfloat16"},
+      {[&](TestCall& c) { float32(*c.add().residual); }, "op: residual_out must have residual's dtype float32, got bfloat16"},
+      {[&](TestCall& c) { float32(*c.add_post().residual); },
+       "op: post_residual_addition must have residual's dtype float32, got bfloat16"},
+      {[&](TestCall& c) { float32(*c.add_post().post); },
+       "op: post_residual_addition must have residual's dtype bfloat16, got float32"},
+      {[](TestCall& c) { c.gated().weight.reset(); }, "op: weight is needed, got none"},
+      {[&](TestCall& c) { float32(*c.gated().gate); }, "op: gate must have x's dtype bfloat16, got float32"},
+      {[](TestCall& c) { c.gated().gate->sizes = {4, 4}; }, "op: gate must have x's shape [4, 8], got [4, 4]"},
+      {[](TestCall& c) { c.gated().options.group_size = 3; }, "op: group_size must divide x's last dimension 8, got 3"},
+      {[](TestCall& c) { c.gated().options.group_size = 16; }, "op: group_size must divide x's last dimension 8, got 16"},
+      {[](TestCall& c) { c.gated().options.group_size = 0; }, "op: group_size must divide x's last dimension 8, got 0"},
+      {[](TestCall& c) { c.gated().options.group_size = -8; }, "op: group_size must divide x's last dimension 8, got -8"},
+      {[](TestCall& c) { c.gated(), c.out.first = c.gate->first + 8; },
+       "op: out must be gate's memory exactly or not overlap it, got a partial overlap"},
+      {[](TestCall& c) { c.gate = c.x; }, "op: there is no operand gate, got a tensor"},
   });
 }
 
@@ -146,7 +211,7 @@ TEST(Check, RefusesOverlapOfWhatIsWritten) {
   expect_refusals({
       {[](TestCall& c) { c.out.first = c.x.first + 1; },
        "op: out must be x's memory exactly or not overlap it, got a partial overlap"},
-      {[](TestCall& c) { c.out.first = c.weight.first - 31; },
+      {[](TestCall& c) { c.out.first = c.weight->first - 31; },
        "op: out is written and must not overlap weight, got overlapping memory"},
       {[](TestCall& c) { c.out.strides[0] = 0; },
        "op: out is written and must not overlap itself, got a tensor with shared elements"},
@@ -196,7 +261,7 @@ TEST(Check, LetsOverlapThroughThatDisturbsNothing) {
 TEST(Check, WorstMessageFits) {
   TestCall c;
   c.x.sizes.assign(64, INT64_MAX), c.x.strides.assign(64, 1);
-  c.weight.sizes = std::vector<int64_t>(64, INT64_MIN), c.weight.strides.assign(64, 1);
+  c.weight->sizes = std::vector<int64_t>(64, INT64_MIN), c.weight->strides.assign(64, 1);
   EXPECT_EQ(0u, answer(c).find("op: weight must have shape [9223372036854775807], got [-9223372036854775808, -92233720"));
   EXPECT_GT(sizeof(Message), answer(c).size());
 }
@@ -205,16 +270,16 @@ TEST(Check, WorstMessageFits) {
 TEST(Check, HasOneOrder) {
   TestCall c = TestCall().add_post();
   const auto wrong = [](Place& o) { o.dtype = DType::kOther, o.dtype_name = "int32"; };
-  c.eps = -1, c.out.first = c.weight.first;
-  for (Place* o : {&c.x, &c.weight, &*c.residual, &*c.post, &c.out, &*c.sum}) wrong(*o);
+  c.options.eps = -1, c.out.first = c.weight->first;
+  for (Place* o : {&c.x, &*c.weight, &*c.residual, &*c.post, &c.out, &*c.sum}) wrong(*o);
   c.x.dtype_name = "int64";
   std::vector<std::string> told;
-  for (Place* o : {&c.x, &c.weight, &*c.residual, &*c.post, &c.out, &*c.sum}) {
+  for (Place* o : {&c.x, &*c.weight, &*c.residual, &*c.post, &c.out, &*c.sum}) {
     told.push_back(answer(c));
     o->dtype = DType::kBFloat16, o->dtype_name = "bfloat16";
   }
   told.push_back(answer(c));
-  c.eps = 0;
+  c.options.eps = 0;
   told.push_back(answer(c));
   const char* const want[] = {"x must have",   "weight must have",       "residual must have", "post_residual_addition must have",
                               "out must have", "residual_out must have", "eps must be",        "out is written"};
@@ -275,6 +340,36 @@ TEST(Rows, AreThoseOfTheTensors) {
   }
   EXPECT_LT(100, sliced);
   EXPECT_LT(100, collapsed);
+}
+
+// Groups of a row are rows, whose weights lie apart as they do.
+TEST(Rows, OfGroupsAreThoseOfTheTensors) {
+  for (const bool gaps : {false, true}) {
+    TestCall call = TestCall().gated();
+    call.options.group_size = 2;
+    for (Place* o : {&call.x, &*call.gate, &call.out})
+      o->sizes = {3, 2, 5, 8}, o->strides = gaps ? std::vector<int64_t>{1000, 200, 10, 1} : std::vector<int64_t>{80, 40, 8, 1};
+    RowParams params;
+    RowSlices slices;
+    Message message{};
+    ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
+    EXPECT_EQ(2, params.hidden);
+    EXPECT_EQ(gaps, slices.count > 1);
+    int64_t row = 0;
+    for (int64_t s = 0; s < slices.count; ++s) {
+      const RowParams slice = select_slice(params, slices, s);
+      for (int64_t r = 0; r < slice.rows; ++r, ++row) {
+        const gpu::RowIndex at(slice, r);
+        const int64_t group = row % 4, outer = row / 4;
+        const auto& strides = call.x.strides;
+        const int64_t offset = outer / 10 * strides[0] + outer / 5 % 2 * strides[1] + outer % 5 * strides[2] + group * 2;
+        for (const auto& [place, operand] : {std::pair{&call.x, kX}, {&*call.gate, kGate}, {&call.out, kOut}})
+          ASSERT_EQ((place->first + offset) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0))) << row;
+        ASSERT_EQ((call.weight->first + group * 2) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, kWeight, 0))) << row;
+      }
+    }
+    EXPECT_EQ(3 * 2 * 5 * 4, row);
+  }
 }
 
 TEST(Rows, OfAnEmptyTensorAreNone) {

@@ -186,5 +186,45 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
   }
 }
 
+// The same of what has come since: a number for each operator and kind.
+TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessorInEveryMode) {
+  struct Mode {
+    uint64_t want;
+    Operands operands;
+    bool round_each_step, float32_residual, norm_before_gate;
+  };
+  constexpr Mode kModes[] = {
+      {0x881e1dc75ea71abc, Operands::kPlain, true, false, true},   {0x1bf9b74f0f2b7f08, Operands::kAddPost, true, false, true},
+      {0xee042f38b27e9ec7, Operands::kAddPost, false, true, true}, {0x813526125668bf12, Operands::kGated, false, false, true},
+      {0xf5337ac41f07dcca, Operands::kGated, true, false, true},   {0x70ad2c74cdad2c52, Operands::kGated, false, false, false},
+  };
+  const std::vector<Target*> all = cpu_targets();
+  for (const Mode& mode : kModes) {
+    std::vector<uint64_t> hashes(all.size(), 0xcbf29ce484222325);
+    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+      for (const int64_t hidden : {1, 64, 100, 576, 4097, 20000})
+        for (const Values values : {Values::kNormal, Values::kSubnormal, Values::kSpecialWeight}) {
+          if (dtype == DType::kFloat32 && mode.float32_residual) continue;
+          Case c{dtype, dtype, mode.operands, false, hidden, {"rows", {4}, {0}, 0}, Alignment::kWhole, values, 1e-6, 3};
+          c.round_each_step = mode.round_each_step;
+          c.float32_residual = mode.float32_residual;
+          c.norm_before_gate = mode.norm_before_gate;
+          c.gate = is_gated(c.operands);
+          c.sigmoid = hidden == 100;
+          if (c.gate && hidden == 576) c.group_size = 64;
+          const Tensors inputs = make_inputs(c);
+          for (size_t t = 0; t < all.size(); ++t) {
+            std::string error;
+            const Tensors outputs = run_case(*all[t], c, inputs, &error);
+            ASSERT_EQ("", error);
+            add_to_hash(c.dtype_of(kResidualOut), outputs[kResidualOut], &hashes[t]);
+            add_to_hash(dtype, outputs[kOut], &hashes[t]);
+          }
+        }
+    for (size_t t = 0; t < all.size(); ++t)
+      EXPECT_EQ(mode.want, hashes[t]) << "0x" << std::hex << hashes[t] << ": " << all[t]->name() << ", mode " << &mode - kModes;
+  }
+}
+
 }  // namespace
 }  // namespace gemma_norm

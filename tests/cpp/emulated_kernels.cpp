@@ -1,5 +1,5 @@
 // The kernels, compiled for the host by its own compiler, and their entry of the C interface.
-#include <vector>
+#include <utility>
 
 #include "cases.h"
 #include "emulated_machine.h"
@@ -9,36 +9,51 @@
 namespace gemma_norm::gpu {
 template Status run<RmsNorm>(const Call&, device::Stream, Message*);
 template Status run<AddRmsNorm>(const Call&, device::Stream, Message*);
+template Status run<GatedRmsNorm>(const Call&, device::Stream, Message*);
 }  // namespace gemma_norm::gpu
 
 namespace gemma_norm {
 
 namespace {
 
+// A kernel of tuning.h, for aligned rows or not.
+using KernelOfPlan = std::pair<bool, int32_t>;
+
+// What rows of up to so many elements can ask for. A row that is no multiple of the vector takes the kernel of the next one that
+// is.
+std::set<KernelOfPlan> kernels_of_plans(const Case& variant, int64_t most_hidden) {
+  int64_t item_bytes = 0;  // of all operands together, those that may be left out too
+  for (const OperandRule& rule : variant.op())
+    if (rule.operand != kWeight || variant.weight_dtype != DType::kOther) item_bytes += size_of(variant.dtype_of(rule.operand));
+  std::set<KernelOfPlan> all;
+  const int64_t items = kVectorBytes / size_of(variant.row_dtype());
+  for (const int32_t max_cluster : {1, kMaxCluster})
+    for (int64_t hidden = items; hidden <= most_hidden; hidden += items) {
+      const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
+      const LaunchPlan whole = make_plan(hidden, variant.row_dtype(), facts, variant.two_rows());
+      all.insert({false, whole.kernel});
+      for (const int64_t rows : {1, 1000000}) all.insert({true, spread(whole, rows, hidden * item_bytes, facts).kernel});
+    }
+  return all;
+}
+
 template <class Op>
-void add_reachable(int64_t most_hidden, std::set<const void*>* all) {
-  for (const auto& [x, weight] : kDTypePairs)
-    for (const int32_t max_cluster : {1, kMaxCluster})
-      for (int64_t hidden = 1; hidden <= most_hidden; ++hidden) {
-        const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
-        const LaunchPlan whole = make_plan(hidden, x, facts, Op::Source::kTwoRows);
-        int64_t most_bytes = 0;
-        for (const OperandRule& rule : Op::kInfos[0]) most_bytes += hidden * size_of(rule.operand == kWeight ? weight : x);
-        const auto add = [&](bool aligned, const LaunchPlan& plan) {
-          all->insert(reinterpret_cast<const void*>(gpu::choose_kernel<Op>(x, weight, aligned, plan).function));
-        };
-        add(false, whole);
-        for (const int64_t rows : {1, 1000000})
-          if (whole.whole_vectors) add(true, spread(whole, rows, most_bytes, facts));
-      }
+void add_reachable(const Case& variant, int64_t most_hidden, std::set<const void*>* all) {
+  RowParams p{};
+  for (const OperandRule& rule : variant.op()) p.dtypes[rule.operand] = variant.dtype_of(rule.operand);
+  p.round_each_step = variant.round_each_step;
+  p.norm_before_gate = variant.norm_before_gate;
+  const gpu::VariantKernels kernels = gpu::find_kernels<Op>(p);
+  for (const auto& [aligned, kernel] : kernels_of_plans(variant, most_hidden))
+    all->insert(reinterpret_cast<const void*>(kernels.of_rows[aligned][kernel].function));
 }
 
 }  // namespace
 
 std::set<const void*> reachable_kernels(int64_t most_hidden) {
   std::set<const void*> all;
-  add_reachable<RmsNorm>(most_hidden, &all);
-  add_reachable<AddRmsNorm>(most_hidden, &all);
+  for (const Case& variant : all_variants())
+    Ops::visit(&variant.op(), [&](auto op) { add_reachable<decltype(op)>(variant, most_hidden, &all); });
   return all;
 }
 

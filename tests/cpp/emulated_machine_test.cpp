@@ -92,7 +92,7 @@ TEST_P(EmulatedMachine, SaysWhenAnAccessIsNotAligned) {
     device::wait_for_previous_kernel();
     device::load(between);
   });
-  EXPECT_TRUE(says("a 16-byte access at an address that is no multiple of 16", error));
+  EXPECT_TRUE(says("an access to a vector at an address that is no multiple of its size", error));
 }
 
 TEST_P(EmulatedMachine, SaysWhenAnAccessDoesNotWaitForThePreviousKernel) {

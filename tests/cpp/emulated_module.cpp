@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,8 +35,10 @@ struct Memory {
   }
 };
 
-void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma, const EmulatedGpu& gpu) {
-  Call call{gemma_norm_op(op.c_str()), {}, eps, gemma};
+void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma, const EmulatedGpu& gpu,
+         bool round_each_step, bool sigmoid, bool norm_before_gate, std::optional<int64_t> group_size) {
+  const Options options{eps, gemma, round_each_step, sigmoid, norm_before_gate, group_size.value_or(kWholeRow)};
+  Call call{gemma_norm_op(op.c_str()), {}, options};
   Tensor views[kOperands];
   for (int o = 0; o < kOperands; ++o)
     if (const auto found = tensors.find(kOperandNames[o]); found != tensors.end())
@@ -64,7 +67,8 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
                                         py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1, py::arg("order") = 0,
                                         py::arg("processors") = 0);
   m.def("run", &run, py::arg("op"), py::arg("tensors"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"),
-        "Runs an operator by its torch name on tensors by the names of its operands.");
+        py::arg("round_each_step") = false, py::arg("sigmoid") = false, py::arg("norm_before_gate") = true,
+        py::arg("group_size") = py::none(), "Runs an operator by its torch name on tensors by the names of its operands.");
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), py::arg("rows") = 1,
         "How a row of a plain norm of so many is laid over threads, in words.");
 }

@@ -44,7 +44,10 @@ inline double ulp(DType dtype, double value) {
 }
 
 inline double rounded(DType dtype, double value) {
-  if (dtype == DType::kFloat32) return static_cast<float>(value);
+  if (dtype == DType::kFloat32) {
+    const volatile float nearest = static_cast<float>(value);  // GCC 12 vectorises two such conversions and back into none at all
+    return nearest;
+  }
   if (!std::isfinite(value)) return value;
   const double unit = ulp(dtype, value), nearest = std::nearbyint(value / unit) * unit;
   return std::fabs(nearest) > largest(dtype) ? std::copysign(INFINITY, value) : std::copysign(nearest, value);

@@ -51,12 +51,16 @@ void for_all_cases(const Check& check) {
   }
 }
 
+LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(c.normed(), c.row_dtype(), device, c.two_rows()); }
+
 // Is the row held by one block where a GPU has no clusters of blocks? And where it has, may it be spread over one?
-bool takes_block(const Case& c) { return make_plan(c.hidden, c.dtype, {32, int64_t{1} << 42, true, 1}).scope == Scope::kBlock; }
+bool takes_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope == Scope::kBlock; }
 bool may_take_cluster(const Case& c) {
   const DeviceFacts device{32, int64_t{1} << 42, true, kMaxCluster, 132};
-  const int64_t most_bytes = c.hidden * 5 * size_of(c.dtype) + c.hidden * size_of(c.weight_dtype);
-  return spread(make_plan(c.hidden, c.dtype, device), c.row_count(), most_bytes, device).scope == Scope::kCluster;
+  int64_t most_bytes = 0;
+  for (const OperandRule& rule : c.op()) most_bytes += c.normed() * size_of(c.dtype_of(rule.operand));
+  const int64_t rows = c.row_count() * (c.hidden / c.normed());
+  return spread(plan_of(c, device), rows, most_bytes, device).scope == Scope::kCluster;
 }
 
 bool every_case(const Case&) { return true; }
@@ -70,7 +74,7 @@ void expect_same_bits(const std::vector<Target*>& same, bool chosen(const Case&)
     const Tensors want = run_case(*same[0], c, inputs, &error);
     for (size_t i = 1; i < same.size(); ++i) {
       const Tensors got = run_case(*same[i], c, inputs, &error);
-      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kResidualOut], got[kResidualOut]);
+      if (error.empty()) error = compare_bits(c.dtype_of(kResidualOut), c.hidden, want[kResidualOut], got[kResidualOut]);
       if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]);
       if (!error.empty()) return same[i]->name() + " is not as " + same[0]->name() + ": " + error;
     }
@@ -96,10 +100,12 @@ TEST_P(Kernels, DoNothingWithNoRows) {
   const Tensor x{nullptr, x_sizes, x_strides, 3, DType::kFloat16, "float16"},
       weight{nullptr, hidden, one, 1, DType::kFloat16, "float16"};
   Message message{};
-  const Call plain{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, &x}, 1e-6, true};
+  const Call plain{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, nullptr, &x}, {1e-6, true}};
   EXPECT_EQ(Status::kOk, target().run(plain, 0, &message)) << message.text;
-  const Call added{AddRmsNorm::kInfos, {&x, &weight, &x, &x, &x, &x}, 1e-6, true};
+  const Call added{AddRmsNorm::kInfos, {&x, &weight, &x, &x, nullptr, &x, &x}, {1e-6, true}};
   EXPECT_EQ(Status::kOk, target().run(added, 0, &message)) << message.text;
+  const Call gated{GatedRmsNorm::kInfos, {&x, &weight, nullptr, nullptr, &x, &x}, {}};
+  EXPECT_EQ(Status::kOk, target().run(gated, 0, &message)) << message.text;
 }
 
 TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
@@ -116,7 +122,7 @@ TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
 TEST_P(Kernels, RefuseAnOperatorOutsideTheTable) {
   const OpInfo op("odd_norm", "odd_norm.out", "", "", RmsNorm::kRules);
   Message message{};
-  EXPECT_EQ(Status::kInvalidArgument, target().run(Call{&op, {}, 1e-6, false}, 0, &message));
+  EXPECT_EQ(Status::kInvalidArgument, target().run(Call{&op, {}, {}}, 0, &message));
   EXPECT_STREQ("there is no operator odd_norm.out", message.text);
 }
 
@@ -140,7 +146,8 @@ TEST(EmulatedKernels, AreAllReachedByTheCases) {
     return error;
   });
   const std::set<const void*> reachable = reachable_kernels(600000), &launched = device::launched_kernels();
-  EXPECT_LE(5u * 2 * 2 * 4, reachable.size()) << "five dtype pairs, plain or not, aligned or not, four scopes at least";
+  EXPECT_LE((12u + 20 + 18) * 2 * 4, reachable.size()) << "each operator's variants, aligned or not, four scopes at least";
+  EXPECT_EQ(0u, reachable.count(nullptr)) << "a plan without a kernel";
   EXPECT_EQ(reachable.size(), launched.size());
   EXPECT_EQ(reachable, launched);
 }
@@ -153,7 +160,7 @@ TEST(EmulatedKernels, ReportALaunchThatFails) {
   const Tensor out{result, sizes, strides, 1, DType::kFloat32, "float32"};
   const EmulatedGpu gpu{1024, int64_t{1} << 32, 1, 0};  // with waves that no block of a plan fills
   Message message{};
-  const Call call{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, &out}, 1e-6, true};
+  const Call call{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, nullptr, &out}, {1e-6, true}};
   EXPECT_EQ(Status::kDeviceError, gemma_norm_emulated(&call, &gpu, &message));
   EXPECT_EQ(0u, std::string(message.text).find("rms_norm: launch failed: a block of ")) << message.text;
 }
@@ -178,6 +185,32 @@ TEST(CpuKernels, TreatManyRowsLikeFew) {
         EXPECT_EQ("", check_repeated(find_target("cpu"), one, 6)) << describe(one);
       }
     }
+}
+
+TEST(CpuKernels, TreatManyRowsLikeFewInEveryMode) {
+  for (Case c : all_variants()) {
+    if (c.dtype != DType::kBFloat16 || !(c.round_each_step || c.float32_residual || is_gated(c.operands))) continue;
+    c.rows = {"rows", {64}, {0}, 0};
+    c.hidden = 4128;
+    c.gate = is_gated(c.operands);
+    c.eps = 1e-6;
+    c.seed = 4;
+    EXPECT_EQ("", check_repeated(find_target("cpu"), c, 80)) << describe(c);
+
+    c.rows.sizes = {1};
+    for (const int64_t hidden : {3277, 16384, 16385}) {  // what many rows set up reaches to 16384
+      c.hidden = hidden;
+      EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
+    }
+    if (!c.gate) continue;
+    c.rows.sizes = {2};
+    for (const int64_t groups : {3, 40}) {  // weights of all groups are set up, or are too many
+      c.group_size = 512;
+      c.hidden = groups * c.group_size;
+      EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
+    }
+    c.group_size = kWholeRow;
+  }
 }
 
 // Too many rows to be spread over clusters, and a few of them, which are.
@@ -225,7 +258,7 @@ TEST_P(FarApart, RowsAreReached) {
   const Tensor tensor{x, sizes, strides, 2, c.dtype, "bfloat16"};
   Message message{};
   const Tensor weight_tensor{weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"};
-  const Call call{RmsNorm::kInfos, {&tensor, &weight_tensor, nullptr, nullptr, &tensor}, c.eps, true};
+  const Call call{RmsNorm::kInfos, {&tensor, &weight_tensor, nullptr, nullptr, nullptr, &tensor}, {c.eps, true}};
   ASSERT_EQ(Status::kOk, target.run(call, 0, &message)) << message.text;
   Packed got(want[kOut].size());
   for (int64_t row = 0; row < kRows; ++row) target.read(&got[row * row_bytes], x + row * kStride * 2, row_bytes);

@@ -11,7 +11,7 @@ constexpr uint8_t kCanary = 0xff;  // NaN in every dtype
 }  // namespace
 
 TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
-  dtype_ = operand == kWeight ? c.weight_dtype : c.dtype;
+  dtype_ = c.dtype_of(operand);
   const int64_t item = size_of(dtype_), line = kLine / item;
   std::vector<int> order;
   if (operand != kWeight) {

@@ -35,20 +35,79 @@ std::vector<double> values_of(DType dtype, const Packed& elements) {
   return values;
 }
 
-// Half a unit in the last place for the one rounding; some of float32's for the operations before; and half of the relative error
-// of the sum of squares, which grows with the number of terms that a lane adds up: squares of 16-bit numbers lie on a coarse grid,
-// so that their roundings need not cancel.
-double tolerance(DType dtype, int64_t hidden, double want) {
-  const double float32_units = 4 + hidden / 2048.0;
+// Where a result may lie that float32's arithmetic is a little off, and whether it may be NaN. Operations on both ends give those
+// of the result, as all here are monotonous in each operand; so is rounding to a format, hence a range that spans no boundary
+// between two numbers becomes one number, and one that does leaves the choice between its neighbours.
+struct Range {
+  double least, most;
+  bool nan = false;
+
+  explicit Range(double v) : least(v), most(v), nan(std::isnan(v)) {}
+  Range(double a, double b) : least(std::fmin(a, b)), most(std::fmax(a, b)), nan(std::isnan(a) || std::isnan(b)) {}
+
+  bool has(double v) const { return least <= v && v <= most; }
+
+  // So many units in the last place of float32 to both sides.
+  Range widened(double units) const {
+    Range wider = *this;
+    wider.least -= units * ulp(DType::kFloat32, least);
+    wider.most += units * ulp(DType::kFloat32, most);
+    return wider;
+  }
+  Range rounded_to(DType dtype) const {
+    Range range = *this;
+    range.least = rounded(dtype, least);
+    range.most = rounded(dtype, most);
+    return range;
+  }
+};
+
+Range operator*(const Range& a, const Range& b) {
+  Range product(a.least * b.least, a.most * b.most);
+  const Range crossed(a.least * b.most, a.most * b.least);
+  product.least = std::fmin(product.least, crossed.least);
+  product.most = std::fmax(product.most, crossed.most);
+  const auto infinite = [](const Range& r) { return r.has(INFINITY) || r.has(-INFINITY); };
+  product.nan = a.nan || b.nan || (a.has(0) && infinite(b)) || (b.has(0) && infinite(a));
+  return product;
+}
+
+// Units in the last place of float32: some for the operations, and half of the relative error of the sum of squares, which grows
+// with the number of terms that a lane adds up: squares of 16-bit numbers lie on a coarse grid, so that their roundings need not
+// cancel.
+double float32_units(int64_t hidden) { return 4 + hidden / 2048.0; }
+
+// Where a gate is first, s is off by 3 units in the last place by the activation, each up to 2^-23 of it, and half of one by the
+// product: 7 times 2^-24. A unit is 2^-24 of a number at least. The root mean square of such s is off by as much at most.
+constexpr double kUnitsOfGatedSquares = 7;
+constexpr double kUnitsOfActivation = 3.2;
+
+// Half a unit in the last place for the one rounding, and float32's.
+double tolerance(DType dtype, double float32_units, double want) {
   return ulp(dtype, want) * (0.5 + float32_units * power(format(dtype).precision - format(DType::kFloat32).precision));
 }
 
-bool near(DType dtype, int64_t hidden, double want, double got) {
-  if (std::isnan(want) || std::isnan(got)) return std::isnan(want) && std::isnan(got);
+bool near(DType dtype, double float32_units, const Range& want, double got) {
+  if (std::isnan(got)) return want.nan;
+  if (std::isnan(want.least)) return false;
   const double beyond = power(format(dtype).greatest + 1);  // infinity is where the next number would be
-  want = std::clamp(want, -beyond, beyond);
   got = std::clamp(got, -beyond, beyond);
-  return std::fabs(got - want) <= tolerance(dtype, hidden, want);
+  const double end = std::clamp(got < want.least ? want.least : want.most, -beyond, beyond);
+  return want.has(got) || std::fabs(got - end) <= tolerance(dtype, float32_units, end);
+}
+
+double activation(double g, bool sigmoid) {
+  if (std::isinf(g) && g < 0) return sigmoid ? 0.0 : -0.0;
+  return (sigmoid ? 1 : g) / (1 + std::exp(-g));
+}
+
+// As csrc/device/exponential.h promises it: 3 units in the last place, and one more of those of subnormal numbers where it is one.
+Range activation_range(double g, bool sigmoid) {
+  const double exact = activation(g, sigmoid);
+  Range range = Range(exact).widened(kUnitsOfActivation + (std::fabs(exact) < FLT_MIN ? 1 : 0));
+  if (range.least < 0 && !std::signbit(exact)) range.least = 0;
+  if (range.most > 0 && std::signbit(exact)) range.most = -0.0;
+  return range;
 }
 
 }  // namespace
@@ -66,31 +125,60 @@ std::string compare_bits(DType dtype, int64_t hidden, const Packed& want, const 
 }
 
 std::string compare_with_reference(const Case& c, const Tensors& inputs, const Tensors& got) {
+  const std::vector<double> weight = values_of(c.weight_dtype, inputs[kWeight]), gate = values_of(c.dtype, inputs[kGate]),
+                            out = values_of(c.dtype, got[kOut]);
   std::vector<double> s = values_of(c.dtype, inputs[kX]);
-  const std::vector<double> weight = values_of(c.weight_dtype, inputs[kWeight]), out = values_of(c.dtype, got[kOut]);
   if (has_residual(c.operands)) {
-    std::vector<double> r = values_of(c.dtype, inputs[kResidual]);
-    const std::vector<double> post = values_of(c.dtype, inputs[kPost]);
-    Packed sum(inputs[kX].size());
+    const DType dtype = c.dtype_of(kResidual);
+    std::vector<double> r = values_of(dtype, inputs[kResidual]);
+    const std::vector<double> post = values_of(dtype, inputs[kPost]);
+    Packed sum(inputs[kResidual].size());
     for (size_t i = 0; i < s.size(); ++i) {
-      if (!post.empty()) r[i] = rounded(c.dtype, r[i] + post[i]);
-      s[i] = rounded(c.dtype, s[i] + r[i]);
-      round_to(c.dtype, s[i], &sum[i * size_of(c.dtype)]);
+      if (!post.empty()) r[i] = rounded(dtype, r[i] + post[i]);
+      s[i] = rounded(dtype, s[i] + r[i]);
+      round_to(dtype, s[i], &sum[i * size_of(dtype)]);
     }
-    if (const std::string error = compare_bits(c.dtype, c.hidden, sum, got[kResidualOut]); !error.empty())
+    if (const std::string error = compare_bits(dtype, c.hidden, sum, got[kResidualOut]); !error.empty())
       return "the sum's " + error;
   }
 
-  const double eps = static_cast<float>(c.eps);
-  for (int64_t row = 0; row < c.row_count(); ++row) {
-    const double* const row_s = &s[row * c.hidden];
+  const bool gate_first = !gate.empty() && !c.norm_before_gate, gate_last = !gate.empty() && c.norm_before_gate;
+  const int64_t normed = c.normed(), groups = c.hidden / normed;
+  const double eps = static_cast<float>(c.eps), units = float32_units(normed) + (gate_first ? kUnitsOfGatedSquares : 0);
+  std::vector<Range> row(normed, Range(0));
+  for (int64_t first = 0; first < static_cast<int64_t>(s.size()); first += normed) {
     double squares = 0;
-    for (int64_t i = 0; i < c.hidden; ++i) squares += row_s[i] * row_s[i];
+    for (int64_t i = 0; i < normed; ++i) {
+      double value = s[first + i];
+      row[i] = Range(value);
+      if (gate_first) {
+        row[i] = (row[i] * activation_range(gate[first + i], c.sigmoid)).widened(0.5).rounded_to(DType::kFloat32);
+        value = rounded(DType::kFloat32, rounded(DType::kFloat32, activation(gate[first + i], c.sigmoid)) * value);
+      }
+      squares += value * value;
+    }
     if (squares > FLT_MAX) squares = INFINITY;  // as in float32
-    const double rstd = 1 / std::sqrt(squares / c.hidden + eps);
-    for (int64_t i = 0; i < c.hidden; ++i) {
-      const double want = row_s[i] * rstd * (c.gemma ? 1 + weight[i] : weight[i]);
-      if (!near(c.dtype, c.hidden, want, out[row * c.hidden + i])) return difference("out", row, i, want, out[row * c.hidden + i]);
+    const double rstd = 1 / std::sqrt(squares / normed + eps);
+    for (int64_t i = 0; i < normed; ++i) {
+      const double w = weight.empty() ? 1
+                       : c.gemma      ? 1 + weight[first / normed % groups * normed + i]
+                                      : weight[first / normed % groups * normed + i];
+      const double value = out[first + i];
+      Range want = row[i].least == row[i].most ? Range(row[i].least * rstd * w) : row[i] * Range(rstd) * Range(w);
+      double left = units;  // of what is not in the range
+      if (c.round_each_step) {
+        // The product of two numbers of 16 bits is exact in float32, underflow aside.
+        const Range normed = (row[i] * Range(rstd)).widened(units).rounded_to(c.dtype);
+        want = (normed * Range(w)).rounded_to(DType::kFloat32).rounded_to(c.dtype);
+      }
+      if (gate_last) {
+        if (!c.round_each_step) want = want.widened(units);
+        want = want * activation_range(gate[first + i], c.sigmoid);
+        left = 0.5;
+      }
+      const bool exact = c.round_each_step && !gate_last;  // the range's ends are numbers of the format
+      if (exact ? !(std::isnan(value) ? want.nan : want.has(value)) : !near(c.dtype, left, want, value))
+        return difference("out", first / c.hidden, first % c.hidden + i, want.least, value);
     }
   }
   return "";

@@ -1,4 +1,4 @@
-// The numerical contract in double precision (csrc/ops/rms_norm.h), and how far from it a device may be.
+// The numerical contract in double precision (csrc/ops/rms_norm.h, gated_rms_norm.h), and how far from it a device may be.
 #pragma once
 
 #include <string>
@@ -14,7 +14,7 @@ struct Tensors {
   const Packed& operator[](Operand o) const { return of[o]; }
 };
 
-// "" if the sum is right to the bit and its norm to one rounding and float32's arithmetic, else the first element that is not.
+// "" if the sum is right to the bit and its norm to its roundings and float32's arithmetic, else the first element that is not.
 std::string compare_with_reference(const Case& c, const Tensors& inputs, const Tensors& got);
 
 // "" if the elements are the same bit for bit (a NaN is any NaN), else the first that differs.

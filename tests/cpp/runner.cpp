@@ -10,17 +10,25 @@
 namespace gemma_norm {
 namespace {
 
-bool in_place(Operands o) { return o == Operands::kInPlace || o >= Operands::kFused; }
+bool in_place(Operands o) { return o == Operands::kInPlace || (has_residual(o) && o >= Operands::kFused); }
 
 // Which memory an output takes.
 Operand place_of(Operand output, Operands o) {
   if (o == Operands::kFusedCrossed) return output == kOut ? kResidual : kX;
+  if (is_gated(o)) return o == Operands::kGatedIntoX ? kX : o == Operands::kGatedIntoGate ? kGate : output;
   if (in_place(o)) return output == kOut ? kX : kResidual;
   return output;
 }
 
 bool has(const Case& c, Operand o) {
-  return o == kPost ? has_post(c.operands) : o != kResidual && o != kResidualOut ? true : has_residual(c.operands);
+  switch (o) {
+    case kWeight: return c.weight_dtype != DType::kOther;
+    case kResidual:
+    case kResidualOut: return has_residual(c.operands);
+    case kPost: return has_post(c.operands);
+    case kGate: return c.gate;
+    default: return true;
+  }
 }
 
 // The case's tensors; an output in an input's memory is that input's.
@@ -45,11 +53,13 @@ class Generator {
  public:
   Generator(const Case& c) : c_(c), random_(c.seed) {}
 
-  Packed operand(int64_t rows) {
-    Packed elements(rows * c_.hidden * size_of(c_.dtype));
-    for (size_t i = 0; i < elements.size(); i += size_of(c_.dtype)) round_to(c_.dtype, value(), &elements[i]);
+  Packed operand(Operand operand, int64_t rows) {
+    const DType dtype = c_.dtype_of(operand);
+    Packed elements(rows * c_.hidden * size_of(dtype));
+    for (size_t i = 0; i < elements.size(); i += size_of(dtype))
+      round_to(dtype, operand == kGate ? gate() : value(dtype), &elements[i]);
     const double special = c_.values == Values::kNan ? NAN : c_.values == Values::kInfinity ? INFINITY : 0;
-    if (special != 0) round_to(c_.dtype, sign() * special, &elements[any(rows * c_.hidden) * size_of(c_.dtype)]);
+    if (special != 0) round_to(dtype, sign() * special, &elements[any(rows * c_.hidden) * size_of(dtype)]);
     return elements;
   }
 
@@ -77,11 +87,17 @@ class Generator {
   double sign() { return random_() % 2 ? 1 : -1; }
   int64_t any(int64_t count) { return static_cast<int64_t>(random_() % count); }
 
-  double value() {
+  // Where an activation is a number like any other, and up to where it is 0.
+  double gate() {
+    const double number = normal();
+    return random_() % 4 ? 2 * number : 260 * uniform() - 130;
+  }
+
+  double value(DType dtype) {
     switch (c_.values) {
       case Values::kWide: return sign() * std::exp2(24 * uniform() - 12);
-      case Values::kSubnormal: return normal() * power(format(c_.dtype).least);
-      case Values::kHuge: return sign() * largest(c_.dtype) * (1 + uniform()) / 2;  // squares beyond float32, but for float16
+      case Values::kSubnormal: return normal() * power(format(dtype).least);
+      case Values::kHuge: return sign() * largest(dtype) * (1 + uniform()) / 2;  // squares beyond float32, but for float16
       case Values::kZeros: return sign() * 0.0;
       default: return normal();
     }
@@ -104,11 +120,11 @@ Tensors make_inputs(const Case& c) {
   Generator generator(c);
   CaseTensors tensors(c);
   Tensors inputs;
-  inputs[kWeight] = generator.weight();
+  if (has(c, kWeight)) inputs[kWeight] = generator.weight();
   for (const OperandRule& rule : c.op()) {
     TestTensor* const tensor = tensors.tensor(rule.operand);
     if (!tensor || rule.written() || !rule.has_rows()) continue;
-    tensor->set(generator.operand(c.row_count()));
+    tensor->set(generator.operand(rule.operand, c.row_count()));
     inputs[rule.operand] = tensor->get();
   }
   return inputs;
@@ -116,7 +132,7 @@ Tensors make_inputs(const Case& c) {
 
 Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::string* error) {
   CaseTensors tensors(c);
-  Call call{&c.op(), {}, c.eps, c.gemma};
+  Call call{&c.op(), {}, c.options()};
   Tensor views[kOperands];
   for (int o = 0; o < kOperands; ++o) {
     if (!tensors.memory[o]) continue;
@@ -147,16 +163,35 @@ std::string check_case(Target& target, const Case& c) {
   if (!error.empty()) return error;
 
   // The same rows in the opposite order, then one of them alone.
-  const size_t row_bytes = c.hidden * size_of(c.dtype);
-  const auto plain = [&](int64_t rows, const Packed& s, const Packed& want) {
-    const Tensors got = run_case(target, plain_case(c, rows), {{s, inputs[kWeight]}}, &error);
-    if (error.empty()) error = compare_bits(c.dtype, c.hidden, want, got[kOut]);
-    return error.empty() ? "" : std::to_string(rows) + " rows, plain: " + error;
+  Tensors rows;
+  for (const Operand o : {kX, kGate}) rows[o] = reversed(inputs[o], c.hidden * size_of(c.dtype));
+  rows[kWeight] = inputs[kWeight];
+  Operand s = kX;
+  if (has_residual(c.operands)) {
+    if (c.float32_residual) {  // -0 plus anything is that, bit for bit
+      for (size_t i = 0; i < rows[kX].size(); i += size_of(c.dtype)) round_to(c.dtype, -0.0, &rows[kX][i]);
+      s = kResidual;
+    }
+    rows[s] = reversed(outputs[kResidualOut], c.hidden * size_of(c.dtype_of(s)));
+  }
+  const Packed want = reversed(outputs[kOut], c.hidden * size_of(c.dtype));
+  const auto compare = [&](const Case& plain, const Tensors& inputs, const char* what) {
+    const Tensors got = run_case(target, plain, inputs, &error);
+    const Packed first(want.begin(), want.begin() + got[kOut].size());
+    if (error.empty()) error = compare_bits(c.dtype, plain.hidden, first, got[kOut]);
+    return error.empty() ? "" : what + (": " + error);
   };
-  const Packed& sum = outputs[kResidualOut].empty() ? inputs[kX] : outputs[kResidualOut];
-  const Packed s = reversed(sum, row_bytes), want = reversed(outputs[kOut], row_bytes);
-  if (const std::string difference = plain(c.row_count(), s, want); !difference.empty()) return difference;
-  return plain(1, Packed(s.begin(), s.begin() + row_bytes), Packed(want.begin(), want.begin() + row_bytes));
+  if (const std::string difference = compare(plain_case(c, c.row_count()), rows, "rows reversed and plain"); !difference.empty())
+    return difference;
+
+  // A group of a row is a row with other weights.
+  Case one = plain_case(c, 1);
+  one.hidden = c.normed();
+  one.group_size = kWholeRow;
+  for (int o = 0; o < kOperands; ++o)
+    if (!rows.of[o].empty()) rows.of[o].resize(one.hidden * size_of(c.dtype_of(static_cast<Operand>(o))));
+  if (is_gated(c.operands) && !c.gate && c.norm_before_gate) one.operands = Operands::kPlain;  // nothing but a norm
+  return compare(one, rows, "one row, plain");
 }
 
 std::string check_repeated(Target& target, const Case& c, int64_t times) {
@@ -167,12 +202,12 @@ std::string check_repeated(Target& target, const Case& c, int64_t times) {
   };
   const Tensors once = make_inputs(c);
   Tensors inputs = once;
-  for (const Operand o : {kX, kResidual, kPost}) inputs[o] = repeated(once[o]);
+  for (const Operand o : {kX, kResidual, kPost, kGate}) inputs[o] = repeated(once[o]);
   Case many = c;
   many.rows.sizes[0] *= times;
   std::string error;
   const Tensors want = run_case(target, c, once, &error), got = run_case(target, many, inputs, &error);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want[kResidualOut]), got[kResidualOut]);
+  if (error.empty()) error = compare_bits(c.dtype_of(kResidualOut), c.hidden, repeated(want[kResidualOut]), got[kResidualOut]);
   if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want[kOut]), got[kOut]);
   return error;
 }
