@@ -61,14 +61,9 @@ struct F32x32 {
   // For exponential.h.
   static F32x32 all(float f) { return broadcast(f); }
   static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
-  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
+  static F32x32 clamp(const F32x32& g, float low, float high) {
     F32x32 r;
-    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), g.v[j]), _mm256_set1_ps(limit));
-    return r;
-  }
-  static F32x32 at_least(const F32x32& v, float limit) {
-    F32x32 r;
-    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_max_ps(v.v[j], _mm256_set1_ps(limit));
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_min_ps(_mm256_max_ps(g.v[j], _mm256_set1_ps(low)), _mm256_set1_ps(high));
     return r;
   }
   static F32x32 one_unless_nan(const F32x32& g) {
@@ -76,16 +71,14 @@ struct F32x32 {
     for (int j = 0; j < 4; ++j) r.v[j] = _mm256_blendv_ps(_mm256_set1_ps(1), g.v[j], _mm256_cmp_ps(g.v[j], g.v[j], _CMP_UNORD_Q));
     return r;
   }
-  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
+  static F32x32 power_of_two(const F32x32& n) {
     F32x32 r;
-    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_blendv_ps(b.v[j], a.v[j], _mm256_cmp_ps(g.v[j], _mm256_setzero_ps(), _CMP_LT_OQ));
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n.v[j]), 23));
     return r;
   }
-  static F32x32 times_power(const F32x32& p, const F32x32& n) {
+  static F32x32 reciprocal(const F32x32& d) {
     F32x32 r;
-    for (int j = 0; j < 4; ++j)
-      r.v[j] =
-          _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v[j]), _mm256_slli_epi32(_mm256_castps_si256(n.v[j]), 23)));
+    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_div_ps(_mm256_set1_ps(1), d.v[j]);
     return r;
   }
 

@@ -66,25 +66,20 @@ struct F32x32 {
   // For exponential.h.
   static F32x32 all(float f) { return broadcast(f); }
   static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
-  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
-    const __m512 most = _mm512_set1_ps(limit);
-    return {_mm512_min_ps(_mm512_abs_ps(g.lo), most), _mm512_min_ps(_mm512_abs_ps(g.hi), most)};
-  }
-  static F32x32 at_least(const F32x32& v, float limit) {
-    const __m512 least = _mm512_set1_ps(limit);
-    return {_mm512_max_ps(v.lo, least), _mm512_max_ps(v.hi, least)};
+  static F32x32 clamp(const F32x32& g, float low, float high) {
+    const __m512 least = _mm512_set1_ps(low), most = _mm512_set1_ps(high);
+    return {_mm512_min_ps(_mm512_max_ps(g.lo, least), most), _mm512_min_ps(_mm512_max_ps(g.hi, least), most)};
   }
   static F32x32 one_unless_nan(const F32x32& g) {
     const __m512 one = _mm512_set1_ps(1);
     return {_mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(g.lo, g.lo, _CMP_UNORD_Q), g.lo),
             _mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(g.hi, g.hi, _CMP_UNORD_Q), g.hi)};
   }
-  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
-    const __m512 zero = _mm512_setzero_ps();
-    return {_mm512_mask_mov_ps(b.lo, _mm512_cmp_ps_mask(g.lo, zero, _CMP_LT_OQ), a.lo),
-            _mm512_mask_mov_ps(b.hi, _mm512_cmp_ps_mask(g.hi, zero, _CMP_LT_OQ), a.hi)};
+  static F32x32 power_of_two(const F32x32& n) { return {power_of_two(n.lo), power_of_two(n.hi)}; }
+  static F32x32 reciprocal(const F32x32& d) {
+    const __m512 one = _mm512_set1_ps(1);
+    return {_mm512_div_ps(one, d.lo), _mm512_div_ps(one, d.hi)};
   }
-  static F32x32 times_power(const F32x32& p, const F32x32& n) { return {times_power(p.lo, n.lo), times_power(p.hi, n.hi)}; }
 
   // sum + odd elements^2 + even elements^2, in this order.
   static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
@@ -102,9 +97,7 @@ struct F32x32 {
   }
 
  private:
-  static __m512 times_power(__m512 p, __m512 n) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
-  }
+  static __m512 power_of_two(__m512 n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n), 23)); }
 
   static __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 

@@ -101,17 +101,12 @@ struct F32x32 {
     for (int j = 0; j < kLanes; ++j) r.v[j] = rounded_once(a.v[j], b.v[j], c.v[j]);
     return r;
   }
-  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
+  static F32x32 clamp(const F32x32& g, float low, float high) {
     F32x32 r;
     for (int j = 0; j < kLanes; ++j) {
-      const float magnitude = to_float(to_bits(g.v[j]) & 0x7fffffff);
-      r.v[j] = magnitude < limit ? magnitude : limit;
+      const float above = g.v[j] > low ? g.v[j] : low;
+      r.v[j] = above < high ? above : high;
     }
-    return r;
-  }
-  static F32x32 at_least(const F32x32& v, float limit) {
-    F32x32 r;
-    for (int j = 0; j < kLanes; ++j) r.v[j] = v.v[j] > limit ? v.v[j] : limit;
     return r;
   }
   static F32x32 one_unless_nan(const F32x32& g) {
@@ -119,14 +114,14 @@ struct F32x32 {
     for (int j = 0; j < kLanes; ++j) r.v[j] = g.v[j] == g.v[j] ? 1 : g.v[j];
     return r;
   }
-  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
+  static F32x32 power_of_two(const F32x32& n) {
     F32x32 r;
-    for (int j = 0; j < kLanes; ++j) r.v[j] = g.v[j] < 0 ? a.v[j] : b.v[j];
+    for (int j = 0; j < kLanes; ++j) r.v[j] = to_float(to_bits(n.v[j]) << 23);
     return r;
   }
-  static F32x32 times_power(const F32x32& p, const F32x32& n) {
+  static F32x32 reciprocal(const F32x32& d) {
     F32x32 r;
-    for (int j = 0; j < kLanes; ++j) r.v[j] = to_float(to_bits(p.v[j]) + (to_bits(n.v[j]) << 23));
+    for (int j = 0; j < kLanes; ++j) r.v[j] = 1 / d.v[j];
     return r;
   }
 

@@ -71,14 +71,9 @@ struct F32x32 {
   // For exponential.h.
   static F32x32 all(float f) { return broadcast(f); }
   static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
-  static F32x32 magnitude_up_to(const F32x32& g, float limit) {
+  static F32x32 clamp(const F32x32& g, float low, float high) {
     F32x32 r;
-    for (int j = 0; j < 8; ++j) r.v[j] = vminnmq_f32(vabsq_f32(g.v[j]), vdupq_n_f32(limit));
-    return r;
-  }
-  static F32x32 at_least(const F32x32& v, float limit) {
-    F32x32 r;
-    for (int j = 0; j < 8; ++j) r.v[j] = vmaxnmq_f32(v.v[j], vdupq_n_f32(limit));
+    for (int j = 0; j < 8; ++j) r.v[j] = vminnmq_f32(vmaxnmq_f32(g.v[j], vdupq_n_f32(low)), vdupq_n_f32(high));
     return r;
   }
   static F32x32 one_unless_nan(const F32x32& g) {
@@ -86,15 +81,14 @@ struct F32x32 {
     for (int j = 0; j < 8; ++j) r.v[j] = vbslq_f32(vceqq_f32(g.v[j], g.v[j]), vdupq_n_f32(1), g.v[j]);
     return r;
   }
-  static F32x32 where_negative(const F32x32& g, const F32x32& a, const F32x32& b) {
+  static F32x32 power_of_two(const F32x32& n) {
     F32x32 r;
-    for (int j = 0; j < 8; ++j) r.v[j] = vbslq_f32(vcltzq_f32(g.v[j]), a.v[j], b.v[j]);
+    for (int j = 0; j < 8; ++j) r.v[j] = vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(n.v[j]), 23));
     return r;
   }
-  static F32x32 times_power(const F32x32& p, const F32x32& n) {
+  static F32x32 reciprocal(const F32x32& d) {
     F32x32 r;
-    for (int j = 0; j < 8; ++j)
-      r.v[j] = vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(p.v[j]), vshlq_n_u32(vreinterpretq_u32_f32(n.v[j]), 23)));
+    for (int j = 0; j < 8; ++j) r.v[j] = vdivq_f32(vdupq_n_f32(1), d.v[j]);
     return r;
   }
 

@@ -24,7 +24,8 @@ template <class C>
 [[gnu::always_inline]] inline typename C::V activation(const RowParams& p, const typename C::X* gate) {
   using V = typename C::V;
   if (!gate) return V::broadcast(1);
-  return p.sigmoid ? formulas::activation<V, true>(V::load(gate)) : formulas::activation<V, false>(V::load(gate));
+  return p.sigmoid ? formulas::activation<V, formulas::Activation::kSigmoid>(V::load(gate))
+                   : formulas::activation<V, formulas::Activation::kSilu>(V::load(gate));
 }
 
 // s of kLanes elements from i on, written to `sum`, and with `stream` to residual_out, around the caches.

@@ -61,6 +61,12 @@ GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+GEMMA_NORM_DEVICE float clamp(float v, float low, float high) { return fminf(fmaxf(v, low), high); }
+GEMMA_NORM_DEVICE float approximate_reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 GEMMA_NORM_DEVICE float approximate_rsqrt(float v) {
   float r;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));

@@ -116,7 +116,9 @@ To bit_cast(From from) {
 inline float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 inline uint32_t as_bits(float f) { return bit_cast<uint32_t>(f); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
-// As inexact as hardware may be.
+inline float clamp(float v, float low, float high) { return std::fmin(std::fmax(v, low), high); }
+// These are as inexact as hardware may be.
+inline float approximate_reciprocal(float v) { return as_float(as_bits(1 / v) + as_bits(v) % 3 - 1); }
 inline float approximate_rsqrt(float v) {
   const float exact = static_cast<float>(1 / std::sqrt(static_cast<double>(v)));
   return v > 0 && exact > 0 ? as_float(as_bits(exact) + as_bits(v) % 7 - 3) : exact;

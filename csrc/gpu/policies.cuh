@@ -15,10 +15,10 @@ GEMMA_NORM_DEVICE void activate(Vector16 gate, bool sigmoid, float (&a)[kCount])
   unpack_items<X>(gate, a);
   if (sigmoid) {
 #pragma unroll
-    for (float& f : a) f = formulas::activation<device::Scalar, true>(f);
+    for (float& f : a) f = formulas::activation<device::Scalar, formulas::Activation::kSigmoid>(f);
   } else {
 #pragma unroll
-    for (float& f : a) f = formulas::activation<device::Scalar, false>(f);
+    for (float& f : a) f = formulas::activation<device::Scalar, formulas::Activation::kSilu>(f);
   }
 }
 
@@ -230,7 +230,7 @@ struct FinishOf {
   struct Weights {
     Vector16 v[kWeightVectors ? kWeightVectors : 1];
   };
-  // A vector's gates and then, once activate() is called, their activations.
+  // A vector's gates and then, once activate_gate() is called, their activations.
   struct Gate {
     Vector16 packed;
     float activation[kCount];

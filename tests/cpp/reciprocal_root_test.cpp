@@ -1,4 +1,4 @@
-// The reciprocal root by Newton's steps: the bits of an IEEE square root and division.
+// The reciprocal and the reciprocal root by Newton's steps: the bits of IEEE's division and square root.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,6 +8,21 @@
 
 namespace gemma_norm::device {
 namespace {
+
+TEST(Reciprocal, IsRightForEveryMantissaAndEveryErrorOfTheApproximation) {
+  for (uint32_t bits = as_bits(1.0f); bits < as_bits(2.0f); ++bits) {
+    const float d = as_float(bits), expected = 1 / d;
+    for (int error = -1; error <= 1; ++error)
+      ASSERT_EQ(expected, refine_reciprocal(d, as_float(as_bits(expected) + error))) << std::hexfloat << d << ", " << error;
+  }
+}
+
+TEST(Reciprocal, IsRightForEveryExponentThatItIsFor) {
+  for (uint32_t bits = as_bits(0x1p-120f); bits <= as_bits(0x1p120f); bits += 4093) {
+    const float d = as_float(bits);
+    ASSERT_EQ(1 / d, newton_reciprocal(d)) << std::hexfloat << d;
+  }
+}
 
 // All mantissas of an even and an odd exponent, as only powers of four come out of the root: others differ by a power of two.
 TEST(ReciprocalRoot, IsRightForEveryMantissaAndEveryErrorOfTheApproximation) {

@@ -77,10 +77,11 @@ Range operator*(const Range& a, const Range& b) {
 // cancel.
 double float32_units(int64_t hidden) { return 4 + hidden / 2048.0; }
 
-// Where a gate is first, s is off by 3 units in the last place by the activation, each up to 2^-23 of it, and half of one by the
-// product: 7 times 2^-24. A unit is 2^-24 of a number at least. The root mean square of such s is off by as much at most.
+// As csrc/device/exponential.h promises: in units in the last place, and in least numbers where the sigmoid is subnormal.
+constexpr double kUnitsOfActivation = 3, kLeastNumbersOfActivation = 1.5;
+// Where a gate is first, s is off by that, each unit up to 2^-23 of it, and by half a unit by the product: 7 times 2^-24. A unit is
+// 2^-24 of a number at least. The root mean square of such s is off by as much at most.
 constexpr double kUnitsOfGatedSquares = 7;
-constexpr double kUnitsOfActivation = 3.2;
 
 // Half a unit in the last place for the one rounding, and float32's.
 double tolerance(DType dtype, double float32_units, double want) {
@@ -97,14 +98,16 @@ bool near(DType dtype, double float32_units, const Range& want, double got) {
 }
 
 double activation(double g, bool sigmoid) {
-  if (std::isinf(g) && g < 0) return sigmoid ? 0.0 : -0.0;
   return (sigmoid ? 1 : g) / (1 + std::exp(-g));
 }
 
-// As csrc/device/exponential.h promises it: 3 units in the last place, and one more of those of subnormal numbers where it is one.
 Range activation_range(double g, bool sigmoid) {
   const double exact = activation(g, sigmoid);
-  Range range = Range(exact).widened(kUnitsOfActivation + (std::fabs(exact) < FLT_MIN ? 1 : 0));
+  Range range = Range(exact).widened(kUnitsOfActivation);
+  if (activation(g, true) < FLT_MIN) {
+    const double off = kLeastNumbersOfActivation * power(-149) * (sigmoid ? 1 : std::fabs(g));
+    range.least -= off, range.most += off;
+  }
   if (range.least < 0 && !std::signbit(exact)) range.least = 0;
   if (range.most > 0 && std::signbit(exact)) range.most = -0.0;
   return range;
