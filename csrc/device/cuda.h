@@ -33,10 +33,12 @@ GEMMA_NORM_DEVICE T& shared_memory() {
   return memory;
 }
 
+GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) { return __shfl_xor_sync(0xffffffffu, v, distance); }
+
 GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
-    if (step < lanes) v += __shfl_xor_sync(0xffffffffu, v, step);
+    if (step < lanes) v += value_of_lane(step, v);
   return v;
 }
 

@@ -1,4 +1,5 @@
-// For targets without thread block clusters: the names, so that the kernels compile. No plan for such a device has clusters.
+// For targets without thread block clusters: the names, so that the kernels compile. No plan for such a device has clusters, or
+// slots of two threads.
 #pragma once
 
 namespace gemma_norm::device {
@@ -6,6 +7,7 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int64_t cluster_index() { return 0; }
 GEMMA_NORM_DEVICE int cluster_rank() { return 0; }
 GEMMA_NORM_DEVICE int cluster_blocks() { return 1; }
+GEMMA_NORM_DEVICE float value_of_lane(int, float v) { return v; }
 struct Inbox {};
 GEMMA_NORM_DEVICE void open_inbox(Inbox*, int) {}
 GEMMA_NORM_DEVICE void wait_for_inboxes() {}

@@ -40,7 +40,7 @@ constexpr Kernel make_kernel() {
   constexpr Scope kScope = kTuning.scope;
   constexpr int kVectors = kTuning.vectors, kThreads = kTuning.max_block_threads;
   constexpr bool kSpreadOnly = kTuning.row_vectors == 0;  // and such rows are aligned
-  if constexpr ((kScope == Scope::kCluster && !device::kHasClusters) || kResidentThreads<V, kRow> == 0 ||
+  if constexpr (((kScope == Scope::kCluster || kSpreadOnly) && !device::kHasClusters) || kResidentThreads<V, kRow> == 0 ||
                 (kSpreadOnly && !kAligned)) {
     return {};  // of no plan
   } else if constexpr (kScope == Scope::kWave || (kAligned && kScope != Scope::kStream)) {
@@ -85,7 +85,7 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
   for (int o = 0; o < kOperands; ++o) row_bytes += p.data[o] ? p.hidden * size_of(p.dtypes[o]) : 0;
   // Rows that are picked element by element keep their plan: they are streamed, for which spreading was never measured.
   if (aligned) plan = spread(plan, p.rows, row_bytes, facts);
-  if (prints_plans()) print_plan(info, p, plan, aligned);
+  if (prints_plans()) print_plan(info, p, kernels.row_dtype, plan, aligned);
   const Kernel kernel = kernels.of_rows[aligned][plan.kernel];
   const int64_t most = max_blocks(plan, facts);
   device::Error error = device::kSuccess;
@@ -93,7 +93,7 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
     const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
                   groups = all < most ? all : most;
     const bool room = 2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
-    const Launch launch{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors, room};
+    const Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors, plan.whole_vectors, room};
     error = device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, p, launch);
   }
   return error;

@@ -38,6 +38,7 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, boo
   plan.scope = kernel->scope;
   plan.max_block_threads = kernel->max_block_threads;
   plan.cluster = 1;
+  plan.slot_threads = 1;
   plan.whole_vectors = hidden % items == 0;
   plan.slots = shape ? static_cast<int32_t>(divide_up(row_vectors, shape->vectors)) : kStreamSlots;
   plan.vectors = shape ? shape->vectors : static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
@@ -56,8 +57,16 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, boo
 }
 
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device) {
-  if (device.max_cluster != kMaxCluster || (plan.scope != Scope::kBlock && plan.scope != Scope::kCluster)) return plan;
+  if (device.max_cluster != kMaxCluster || plan.scope == Scope::kStream) return plan;
   LaunchPlan wide = plan;
+  if (plan.scope == Scope::kWave) {
+    if (plan.vectors != 2 || 2 * plan.group_threads > device.wave_width) return plan;
+    wide.slot_threads = 2;
+    wide.group_threads *= 2;
+    wide.kernel = find_kernel(Scope::kWave, 1, plan.max_block_threads);
+    const bool pays = divide_up(rows, wide.rows_per_block()) <= int64_t{kWorthSharing} * device.processors;
+    return pays ? wide : plan;
+  }
   use_cluster(&wide, device.wave_width);
   const bool pays =
       row_bytes > kWorthSpreading && rows * wide.cluster <= int64_t{blocks_a_processor(row_bytes)} * device.processors;
@@ -74,9 +83,9 @@ int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
 std::string describe(const LaunchPlan& plan, DType dtype) {
   constexpr const char* kScopes[] = {"wave", "block", "cluster", "stream"};
   const auto items = std::to_string(kVectorBytes / size_of(dtype));
-  return std::string(kScopes[static_cast<int>(plan.scope)]) + ": " + std::to_string(plan.slots) + " of " +
+  return std::string(kScopes[static_cast<int>(plan.scope)]) + ": " + std::to_string(plan.slots * plan.slot_threads) + " of " +
          std::to_string(plan.group_threads) + " threads a row, " + std::to_string(plan.rows_per_block()) + " rows a block, " +
-         std::to_string(plan.vectors) + " x " + items + (plan.whole_vectors ? " consecutive" : " interleaved") +
+         std::to_string(plan.vectors / plan.slot_threads) + " x " + items + (plan.whole_vectors ? " consecutive" : " interleaved") +
          " elements a thread";
 }
 
@@ -88,11 +97,11 @@ bool prints_plans() {
   return prints;
 }
 
-void print_plan(const OpInfo& op, const RowParams& params, const LaunchPlan& plan, bool aligned) {
+void print_plan(const OpInfo& op, const RowParams& params, DType row_dtype, const LaunchPlan& plan, bool aligned) {
   constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16", "none"};
   const auto dtype = [&](Operand operand) { return kDTypes[static_cast<int>(params.dtypes[operand])]; };
   std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " + dtype(kX) +
-                     ", weight " + dtype(kWeight) + ": " + describe(plan, params.dtypes[kX]);
+                     ", weight " + dtype(kWeight) + ": " + describe(plan, row_dtype);
   if (plan.cluster > 1) text += ", " + std::to_string(plan.cluster) + " blocks a cluster";
   text += aligned ? ", 16 bytes an access\n" : ", an element an access\n";
   static std::mutex mutex;

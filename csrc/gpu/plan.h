@@ -17,8 +17,9 @@ struct LaunchPlan {
   int32_t kernel;             // of kKernels
   Scope scope;                // the kernel's
   int32_t vectors;            // that a slot owns (kStream: of which one is held at a time)
-  int32_t slots;              // threads that own part of a row
-  int32_t group_threads;      // threads that work on a row: slots rounded up to a power of two (kWave) or to whole waves or blocks
+  int32_t slots;              // that own part of a row
+  int32_t slot_threads;       // threads of a slot: 1, or as many as it has vectors (see spread())
+  int32_t group_threads;      // threads that work on a row: rounded up to a power of two (kWave) or to whole waves or blocks
   int32_t block_threads;      // threads of a block
   int32_t max_block_threads;  // what the kernel is compiled for
   int32_t cluster;            // blocks that work on a row: 1 but for kCluster
@@ -29,17 +30,18 @@ struct LaunchPlan {
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, bool two_rows = false);
 
 // The plan for this many rows, of `row_bytes` to read and write each. Where they leave most of the GPU idle, a row's threads are
-// spread over the blocks of a cluster: the same slots, which own the same elements, in the same tree. The same bits, therefore.
+// spread over the blocks of a cluster, or a small row gets two threads a slot, one for each of its vectors: the same slots, which
+// own the same elements, in the same tree. The same bits, therefore. On GPUs with clusters alone: it was measured on those.
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device);
 
 // The most blocks (kCluster: clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
 
-// Such as "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread".
+// Such as "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread". The dtype is that of s.
 std::string describe(const LaunchPlan& plan, DType dtype);
 
 // With GEMMA_NORM_PRINT_PLAN=1 in the environment, writes each plan to stderr the first time that it is used.
 bool prints_plans();
-void print_plan(const OpInfo& op, const RowParams& params, const LaunchPlan& plan, bool aligned);
+void print_plan(const OpInfo& op, const RowParams& params, DType row_dtype, const LaunchPlan& plan, bool aligned);
 
 }  // namespace gemma_norm

@@ -193,6 +193,18 @@ struct SquareSum {
 #pragma unroll
     for (int i = 0; i < kItems<X>; ++i) sum[i] = device::fma(f[i], f[i], sum[i]);
   }
+  // A slot's two vectors, of which this thread has number `own`, and the lane 2^log2_slots away the other. Both lanes get the sum.
+  GEMMA_NORM_DEVICE void add_pair(Vector16 s, int own, int log2_slots) {
+    Vector16 other, first, second;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      other.word[w] = device::as_bits(device::value_of_lane(1 << log2_slots, device::as_float(s.word[w])));
+      first.word[w] = own ? other.word[w] : s.word[w];
+      second.word[w] = own ? s.word[w] : other.word[w];
+    }
+    add(first);
+    add(second);
+  }
   // For the exchange.
   GEMMA_NORM_DEVICE void total(float (&numbers)[kNumbers]) {
     if constexpr (kItems<X> == 8) {
@@ -227,14 +239,17 @@ struct FinishOf {
   const W* weight;
   const X* gate = nullptr;
   const RowParams& p;
-  struct Weights {
+  struct SomeWeights {
     Vector16 v[kWeightVectors ? kWeightVectors : 1];
   };
+  struct Nothing {};
+  using Weights = std::conditional_t<V::kHasWeight, SomeWeights, Nothing>;
   // A vector's gates and then, once activate_gate() is called, their activations.
-  struct Gate {
+  struct SomeGate {
     Vector16 packed;
     float activation[kCount];
   };
+  using Gate = std::conditional_t<Formula::kGated, SomeGate, Nothing>;
 
   GEMMA_NORM_DEVICE FinishOf(const RowParams& p, const RowIndex& row, int start)
       : out(row.pointer<X>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {
@@ -270,8 +285,10 @@ struct FinishOf {
 
   // What waits for the load waits here.
   GEMMA_NORM_DEVICE void wait_for(const Weights& w) const {
+    if constexpr (V::kHasWeight) {
 #pragma unroll
-    for (int i = 0; i < kWeightVectors; ++i) device::wait_for_load(w.v[i]);
+      for (int i = 0; i < kWeightVectors; ++i) device::wait_for_load(w.v[i]);
+    }
   }
 
   template <bool kAligned, class Index, class End>

@@ -101,7 +101,7 @@ template <Scope kScope, int kThreads, int kUses = 1, int kNumbers>
 GEMMA_NORM_DEVICE void sum_over_row(float (&v)[kNumbers], const Launch& launch, int use = 0) {
   if constexpr (kScope == Scope::kWave) {
 #pragma unroll
-    for (int n = 0; n < kNumbers; ++n) v[n] = device::sum_over_lanes(v[n], 1 << launch.log2_group_threads);
+    for (int n = 0; n < kNumbers; ++n) v[n] = device::sum_over_lanes(v[n], 1 << launch.log2_slots);
   } else {
     sum_over_block<kThreads, kUses>(v, use);
     if constexpr (kScope == Scope::kCluster) sum_over_cluster<kUses>(v, use);

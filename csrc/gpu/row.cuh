@@ -18,7 +18,7 @@ constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
 // The part of a LaunchPlan that a kernel needs.
 struct Launch {
   int32_t slots;
-  int32_t log2_group_threads;  // kWave
+  int32_t log2_slots;  // kWave: of the power of two that slots are rounded up to
   int32_t vectors;
   bool whole_vectors;
   bool room_for_next = false;  // for as many blocks again

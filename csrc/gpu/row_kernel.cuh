@@ -23,18 +23,20 @@ constexpr Held kHeld = V::Form::kTwoRows ? Held::kTwoRows
 template <class V, int kRow>
 constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<V>)];
 
-// Which slot of which row a thread is.
-template <Scope kScope>
+// Which slot of which row a thread is. kPairs: there are two threads a slot, and this one owns its vector number `vector` alone.
+template <Scope kScope, bool kPairs = false>
 struct Place {
   int slot;
   int64_t row;
+  int vector = 0;
 
   GEMMA_NORM_DEVICE Place(const RowParams& p, const Launch& launch)
       : slot(device::thread_index()), row(p.first_row + device::block_index()) {
     if constexpr (kScope == Scope::kWave) {
-      const int log2 = launch.log2_group_threads;
+      const int log2 = launch.log2_slots + kPairs;
       row = p.first_row + device::block_index() * (device::block_threads() >> log2) + (slot >> log2);
-      slot &= (1 << log2) - 1;
+      if constexpr (kPairs) vector = slot >> launch.log2_slots & 1;
+      slot &= (1 << launch.log2_slots) - 1;
     }
     if constexpr (kScope == Scope::kCluster) {
       slot += device::cluster_rank() * device::block_threads();
@@ -45,11 +47,12 @@ struct Place {
 
 // Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
 // a power of two of lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
-// threads at most.
+// threads at most. kWave with one vector: two threads a slot.
 template <class V, Scope kScope, int kVectors, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<V, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
 normalize_rows(RowParams p, Launch launch) {
-  if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;  // such GPUs have no plan with clusters
+  constexpr bool kPairs = kScope == Scope::kWave && kVectors == 1;
+  if constexpr ((kScope == Scope::kCluster || kPairs) && !device::kTargetHasClusters) return;  // such GPUs have no plan with it
   using S = typename V::S;
   using Order =
       LoadOrder<kVectors, kThreads, kHeld<V>, sizeof(S), kWideWeights<V>, V::Form::Formula::kGated, V::kRoundEachStep, kAligned>;
@@ -57,11 +60,12 @@ normalize_rows(RowParams p, Launch launch) {
   using Finish = FinishOf<V>;
 
   open_exchanges<kScope, SquareSum<S>::kNumbers>();
-  const Place<kScope> place(p, launch);
+  const Place<kScope, kPairs> place(p, launch);
   // Threads without a part of a row still take part in the exchanges.
   const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
   const int step = item_step(launch);
-  const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, 0) : 0;  // all that follows is relative to it
+  // All that follows is relative to it.
+  const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, place.vector) : 0;
   const auto first = [&](int k) { return first_item<kAligned, S, int>(launch, kAligned ? 0 : place.slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
   const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);  // a block's row is uniform
@@ -107,7 +111,11 @@ normalize_rows(RowParams p, Launch launch) {
   SquareSum<S> squares;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    squares.add(s[k]);
+    if constexpr (kPairs) {
+      squares.add_pair(s[k], place.vector, launch.log2_slots);
+    } else {
+      squares.add(s[k]);
+    }
     if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
   }
   float sums[SquareSum<S>::kNumbers];

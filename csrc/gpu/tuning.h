@@ -28,7 +28,7 @@ enum class Held : int32_t {
 
 // A kernel. Its threads hold so many vectors each, its blocks have at most so many threads.
 struct KernelTuning {
-  int64_t row_vectors;  // rows of up to so many vectors; 0: only rows that are spread over a cluster (plan.h)
+  int64_t row_vectors;  // rows of up to so many vectors; 0: only few rows, which are spread over more threads (plan.h)
   Scope scope;
   int32_t vectors;
   int32_t max_block_threads;
@@ -44,6 +44,8 @@ struct KernelTuning {
 constexpr KernelTuning kKernels[] = {
     // "blocks of 128 for 64 threads, 2 vectors for 4; hidden 128, 256, 512"
     {64, Scope::kWave, 2, 128, {1536, 1024, 1024}},
+    // "few rows of up to 32 vectors: two threads a slot, a vector each"
+    {0, Scope::kWave, 1, 128, {1024, 1024, 1024}},
     {128, Scope::kWave, 4, 64, {1024, 1024, 512}},
     // "2 vectors a thread for 4, up to 4096"; "2 vectors a thread, six blocks of 256 for five"
     {512, Scope::kBlock, 2, 256, {1536, 1024, 1024}},
@@ -96,13 +98,13 @@ struct LoadOrder {
   static constexpr bool kHasRegisters = kMaxThreads < kMaxBlockThreads;
   // All of the second row at once; else in batches.
   static constexpr bool kWholeRows = kHasRegisters;
-  // The weights before the sum is known, so that they arrive meanwhile.
-  // Eight vectors of x, of gates and of weights at once would take more registers than there are.
-  static constexpr bool kEarlyWeights = kVectors == 2 || (kHasRegisters && !kWideWeights && !(kGated && kVectors == 8));
+  // The weights before the sum is known, so that they arrive meanwhile; not where eight vectors of x, of gates and of weights would
+  // be held at once, which take more registers than there are.
+  static constexpr bool kEarlyWeights = kVectors <= 2 || (kHasRegisters && !kWideWeights && !(kGated && kVectors == 8));
   // But after the second row: "weights asked for after the sum, 8 vectors, fused (not kept)".
   static constexpr bool kWeightsAfterRows = kHeld == Held::kTwoRows && kVectors == 8;
-  // The activations of the gates before the sum is known: a thread computes them while it waits, if it has
-  // registers for them. "activations of up to 4 vectors computed before the sum is known ..."
+  // The activations of the gates before the sum is known: a thread computes them while it waits, if it has registers for them.
+  // "activations of up to 4 vectors computed before the sum is known ..."
   static constexpr bool kEarlyGate = kVectors <= 4;
   // With a branch around each store, a vector is stored before the next is computed; else compilers compute all of them first. "a
   // vector stored before the next is computed", and not "the same with 2 vectors, or with 1024 threads (not kept)".
@@ -110,9 +112,8 @@ struct LoadOrder {
   // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice. So has a thread that
   // holds eight vectors of gates.
   static constexpr bool kKeepPacked = (!kHasRegisters || (kGated && kVectors == 8)) && kItemBytes == 2;
-  // Vectors whose weights are loaded together where it is not those of all, and so are their gates, if they were not before.
-  static constexpr int kBatchWeights = kHasRegisters ? 4 : kGated ? 1 : kRoundEachStep ? 2 : 4;
-  static constexpr int kBatch = kBatchWeights == 1 ? 1 : kBatchWeights / (kWideWeights ? 2 : 1);
+  // How many vectors' weights are loaded together where kEarlyWeights is false, and their gates with them where kWholeRows is too.
+  static constexpr int kBatch = !kHasRegisters && kGated ? 1 : (kHasRegisters || !kRoundEachStep ? 4 : 2) / (kWideWeights ? 2 : 1);
   // "the reciprocal root by Newton's steps", and not "the same with 8 vectors a thread (not kept: spills)".
   static constexpr bool kQuickRoot = kVectors <= 4;
 };
@@ -128,6 +129,9 @@ struct StreamOrder {
 // (not kept)"), by one where a row is small, since starting blocks takes time as well.
 constexpr int64_t kWorthSpreading = 24 * 1024;
 constexpr int blocks_a_processor(int64_t row_bytes) { return row_bytes < 2 * kWorthSpreading ? 1 : 2; }
+
+// Few small rows get two threads a slot: no more than so many blocks a multiprocessor ("the same for 8192 x 128 (not kept)").
+constexpr int kWorthSharing = 2;
 
 // Threads of a block of a cluster; more where a cluster has too few blocks for that.
 constexpr int32_t kClusterBlockThreads = 256;

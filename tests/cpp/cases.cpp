@@ -92,7 +92,8 @@ class VariantCases {
     for (const int32_t max_cluster : {1, kMaxCluster})
       for (const KernelRange& range : kernel_ranges(variant_, {32, int64_t{1} << 42, false, max_cluster}))
         if (max_cluster == 1 || kKernels[range.kernel].scope == Scope::kCluster) add_kernel(range);
-    for (const int64_t vectors : {512, 1024, 2048}) add_spread(vectors);  // 2, 4 and 8 of a slot
+    // One a thread, of two threads a slot; then 2, 4 and 8 a thread, over clusters.
+    for (const int64_t vectors : {32, 512, 1024, 2048}) add_spread(vectors);
     for (int i = 0; i < 7; ++i) {
       Case c = draw(pick(kHidden));
       while (c.hidden > kFewCasesHidden) c = draw(pick(kHidden));

@@ -82,7 +82,7 @@ TEST_P(Plans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
     using X = decltype(x);
-    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors};
+    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors, plan.whole_vectors};
     const int step = gpu::item_step(launch);
     owners.assign(hidden, 0);
     for (int k = 0; k < plan.vectors; ++k)
@@ -139,6 +139,7 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
       EXPECT_EQ(std::tie(plan.vectors, plan.slots, plan.whole_vectors), std::tie(one.vectors, one.slots, one.whole_vectors));
       for (const int64_t rows : {8, 264, 1000000}) {
         const LaunchPlan more = spread(plan, rows, bytes, device);
+        EXPECT_EQ(more.slot_threads * plan.group_threads, more.cluster == 1 ? more.group_threads : plan.group_threads);
         EXPECT_TRUE(more.cluster == one.cluster || more.cluster == plan.cluster);
         EXPECT_FALSE(rows > device.processors && more.cluster != plan.cluster) << "there is enough to do";
       }
@@ -217,11 +218,27 @@ TEST(Spread, StopsWhereItNoLongerPays) {
   EXPECT_EQ(4, most_rows(8192, 3, 16)) << "a slice of a GPU";
 }
 
+// Two threads a slot for up to two blocks a multiprocessor, where a wave has the threads.
+TEST(Spread, GivesSmallRowsTwoThreadsASlotWhereItPays) {
+  const auto most_rows = [](int64_t hidden, const DeviceFacts& device) {
+    const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, device);
+    int64_t rows = 0;
+    while (spread(plan, rows + 1, hidden * 6, device).slot_threads == 2) ++rows;
+    return rows;
+  };
+  const DeviceFacts hopper{32, kNoLimit, true, 8, 132};
+  EXPECT_EQ((std::vector<int64_t>{264 * 128 / 2, 264 * 128 / 8, 264 * 128 / 16, 264 * 128 / 32, 0, 0}),
+            (std::vector<int64_t>{most_rows(8, hopper), most_rows(64, hopper), most_rows(128, hopper), most_rows(256, hopper),
+                                  most_rows(264, hopper), most_rows(1000, hopper)}));
+  EXPECT_EQ(0, most_rows(128, {32, kNoLimit, false, 1, 132})) << "no clusters";
+}
+
 TEST(Plan, PrintsItself) {
   LaunchPlan plan{};
   plan.scope = Scope::kBlock;
   plan.vectors = 2;
   plan.slots = 250;
+  plan.slot_threads = 1;
   plan.group_threads = plan.block_threads = 256;
   plan.whole_vectors = true;
   EXPECT_EQ("block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread",
@@ -231,6 +248,10 @@ TEST(Plan, PrintsItself) {
   plan.group_threads = 16;
   plan.whole_vectors = false;
   EXPECT_EQ("wave: 13 of 16 threads a row, 16 rows a block, 2 x 4 interleaved elements a thread", describe(plan, DType::kFloat32));
+  plan.slot_threads = 2;
+  plan.group_threads = 32;
+  plan.whole_vectors = true;
+  EXPECT_EQ("wave: 26 of 32 threads a row, 8 rows a block, 1 x 4 consecutive elements a thread", describe(plan, DType::kFloat32));
 }
 
 TEST(Plan, IsPrintedOnceWhereAskedFor) {
@@ -242,10 +263,10 @@ TEST(Plan, IsPrintedOnceWhereAskedFor) {
   const DeviceFacts device{32, kNoLimit, true, 8, 132};
   const LaunchPlan plan = make_plan(params.hidden, params.dtypes[kX], device);
   testing::internal::CaptureStderr();
-  for (int i = 0; i < 2; ++i) print_plan(RmsNorm::kInfos[0], params, plan, true);
-  print_plan(RmsNorm::kInfos[0], params, plan, false);
+  for (int i = 0; i < 2; ++i) print_plan(RmsNorm::kInfos[0], params, params.dtypes[kX], plan, true);
+  print_plan(RmsNorm::kInfos[0], params, params.dtypes[kX], plan, false);
   params.dtypes[kWeight] = DType::kFloat32;  // another kernel
-  print_plan(RmsNorm::kInfos[0], params, plan, false);
+  print_plan(RmsNorm::kInfos[0], params, params.dtypes[kX], plan, false);
   const std::string call = "gemma_norm: rms_norm, hidden 4096, bfloat16, weight ",
                     how = ": block: 256 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread, ";
   EXPECT_EQ(call + "bfloat16" + how + "16 bytes an access\n" + call + "bfloat16" + how + "an element an access\n" + call +
@@ -265,7 +286,7 @@ TEST(Kernels, AreAllOfSomePlan) {
           kernels.insert(p.kernel);
           EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
           EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
-          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors == p.vectors) << "the shape's, not the kernel's";
+          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors) << "the shape's, not the kernel's";
           EXPECT_LT(0, kKernels[p.kernel].resident_threads[two_rows ? 2 : 0]);
         }
       }
