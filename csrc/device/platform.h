@@ -7,8 +7,8 @@
 //   shared_memory<T>()           a T in the block's shared memory, one of each type T in a kernel; at first its bytes are anything
 //   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
 //                                added as a balanced binary tree, neighbours first
-//   value_of_lane(distance, v)   v of the lane whose index is this one's ^ distance, in all lanes at once; only where there are clusters
-//   load_once(p) store_once(p, v)  a Vector16 or Vector8 that this kernel touches once: not worth a place in the caches
+//   value_of_lane(distance, v)   v of the lane whose index is this one's ^ distance, in all lanes at once; only where there are
+//   clusters load_once(p) store_once(p, v)  a Vector16 or Vector8 that this kernel touches once: not worth a place in the caches
 //   load(p)                        one that others will want too
 //   kLoadsBeforeStores             a load behind a store may have to wait for it: kernels load first what they can
 //   wait_for_load(v)               what waits for v's load waits here, not after a later store

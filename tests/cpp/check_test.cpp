@@ -1,64 +1,15 @@
-// What check() refuses, in which words, and what it makes of the calls that it lets through.
-#include "core/check.h"
-
+// What check() refuses, and in which words.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
-#include <optional>
-#include <random>
+#include <string>
 #include <vector>
 
-#include "gpu/row.cuh"
-#include "ops/ops.h"
+#include "test_call.h"
 
 namespace gemma_norm {
 namespace {
-
-struct Place {
-  int64_t first;  // address, in elements of two bytes
-  std::vector<int64_t> sizes, strides;
-  DType dtype = DType::kBFloat16;
-  const char* dtype_name = "bfloat16";
-
-  Tensor tensor() const {
-    return {reinterpret_cast<void*>(first * 2), sizes.data(), strides.data(),
-            static_cast<int32_t>(sizes.size()), dtype,        dtype_name};
-  }
-};
-
-// A call that is right, to be made wrong. Nothing is read or written at its addresses.
-struct TestCall {
-  Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
-  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum;
-  Options options;
-  OpInfo op{"op", "op", "", "", RmsNorm::kRules};
-
-  TestCall& add() {
-    op = OpInfo("op", "op", "", "", AddRmsNorm::kRules);
-    residual = Place{40000, {4, 8}, {8, 1}};
-    sum = Place{60000, {4, 8}, {8, 1}};
-    return *this;
-  }
-  TestCall& add_post() {
-    add().post = Place{50000, {4, 8}, {8, 1}};
-    return *this;
-  }
-  TestCall& gated() {
-    op = OpInfo("op", "op", "", "", GatedRmsNorm::kRules);
-    gate = Place{70000, {4, 8}, {8, 1}};
-    return *this;
-  }
-
-  Status check(RowParams* params, RowSlices* slices, Message* message) const {
-    const auto tensor = [](const std::optional<Place>& o) { return o ? o->tensor() : Tensor{}; };
-    const Tensor t[] = {x.tensor(), tensor(weight), tensor(residual), tensor(post), tensor(gate), out.tensor(), tensor(sum)};
-    const Call call{&op,
-                    {&t[kX], weight ? &t[kWeight] : nullptr, residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr,
-                     gate ? &t[kGate] : nullptr, &t[kOut], sum ? &t[kResidualOut] : nullptr},
-                    options};
-    return gemma_norm::check(call, params, slices, message);
-  }
-};
 
 // "" for a call that is let through, else the message.
 std::string answer(const TestCall& call) {
@@ -285,117 +236,6 @@ TEST(Check, HasOneOrder) {
                               "out must have", "residual_out must have", "eps must be",        "out is written"};
   ASSERT_EQ(std::size(want), told.size());
   for (size_t i = 0; i < told.size(); ++i) EXPECT_EQ(0u, told[i].find(std::string("op: ") + want[i])) << told[i];
-}
-
-// All rows, by the kernels' own arithmetic, are those of the tensors in their order, whatever collapses into whatever.
-TEST(Rows, AreThoseOfTheTensors) {
-  std::mt19937 random(3);
-  const auto upto = [&](int64_t most) { return static_cast<int64_t>(random() % (most + 1)); };
-  int sliced = 0, collapsed = 0;
-  for (int i = 0; i < 20000; ++i) {
-    TestCall call = TestCall().add_post();
-    std::vector<int64_t> sizes;
-    for (int64_t d = upto(6); d > 0; --d) sizes.push_back(1 + upto(2));
-    sizes.push_back(8);
-    const int style = static_cast<int>(upto(2));  // no gaps, one gap for all, or each operand its own
-    int64_t address = 30000;
-    for (Place* o : {&call.x, &call.out, &*call.residual, &*call.post, &*call.sum}) {
-      o->first = address;
-      o->sizes = sizes;
-      o->strides.assign(sizes.size(), 1);
-      int64_t extent = 8;
-      for (size_t d = sizes.size() - 1; d-- > 0; extent *= sizes[d])
-        o->strides[d] = extent += style == 0 ? 0 : style == 1 ? 8 : 8 * upto(1);
-      address += extent + 8;
-    }
-    RowParams params;
-    RowSlices slices;
-    Message message{};
-    ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-    ASSERT_LE(params.row_dims, kMaxRowDims);
-    sliced += slices.count > 1;
-    collapsed += slices.count == 1 && params.row_dims == 1 && sizes.size() > 2;
-
-    // In the tensors' order: slices are the outer dimensions, and their first is the innermost of those.
-    int64_t row = 0;
-    for (int64_t s = 0; s < slices.count; ++s) {
-      const RowParams slice = select_slice(params, slices, s);
-      for (int64_t r = 0; r < slice.rows; ++r, ++row) {
-        const gpu::RowIndex at(slice, r);
-        const auto expect_row = [&](const Place& o, Operand operand) {
-          int64_t rest = row, want = o.first;
-          for (size_t d = sizes.size() - 1; d-- > 0; rest /= sizes[d]) want += rest % sizes[d] * o.strides[d];
-          ASSERT_EQ(want * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0))) << "row " << row;
-        };
-        expect_row(call.x, kX);
-        expect_row(*call.residual, kResidual);
-        expect_row(*call.post, kPost);
-        expect_row(call.out, kOut);
-        expect_row(*call.sum, kResidualOut);
-      }
-    }
-    int64_t rows = 1;
-    for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
-    ASSERT_EQ(rows, row);
-  }
-  EXPECT_LT(100, sliced);
-  EXPECT_LT(100, collapsed);
-}
-
-// Groups of a row are rows, whose weights lie apart as they do.
-TEST(Rows, OfGroupsAreThoseOfTheTensors) {
-  for (const bool gaps : {false, true}) {
-    TestCall call = TestCall().gated();
-    call.options.group_size = 2;
-    for (Place* o : {&call.x, &*call.gate, &call.out})
-      o->sizes = {3, 2, 5, 8}, o->strides = gaps ? std::vector<int64_t>{1000, 200, 10, 1} : std::vector<int64_t>{80, 40, 8, 1};
-    RowParams params;
-    RowSlices slices;
-    Message message{};
-    ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-    EXPECT_EQ(2, params.hidden);
-    EXPECT_EQ(gaps, slices.count > 1);
-    int64_t row = 0;
-    for (int64_t s = 0; s < slices.count; ++s) {
-      const RowParams slice = select_slice(params, slices, s);
-      for (int64_t r = 0; r < slice.rows; ++r, ++row) {
-        const gpu::RowIndex at(slice, r);
-        const int64_t group = row % 4, outer = row / 4;
-        const auto& strides = call.x.strides;
-        const int64_t offset = outer / 10 * strides[0] + outer / 5 % 2 * strides[1] + outer % 5 * strides[2] + group * 2;
-        for (const auto& [place, operand] : {std::pair{&call.x, kX}, {&*call.gate, kGate}, {&call.out, kOut}})
-          ASSERT_EQ((place->first + offset) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0))) << row;
-        ASSERT_EQ((call.weight->first + group * 2) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, kWeight, 0))) << row;
-      }
-    }
-    EXPECT_EQ(3 * 2 * 5 * 4, row);
-  }
-}
-
-TEST(Rows, OfAnEmptyTensorAreNone) {
-  for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{0, 8}, {3, 0, 8}, {0, 3, 2, 5, 2, 8}, {2, 2, 2, 2, 0, 8}}) {
-    TestCall call;
-    call.x.sizes = call.out.sizes = sizes;
-    call.x.strides.assign(sizes.size(), 1);
-    call.out.strides = call.x.strides;
-    RowParams params;
-    RowSlices slices;
-    Message message{};
-    ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-    EXPECT_TRUE(slices.count == 0 || params.rows == 0);
-    EXPECT_EQ(0, slices.count);
-  }
-}
-
-// A row index past 2^32 takes the kernels' 64-bit division.
-TEST(Rows, BeyondThirtyTwoBitsAreReached) {
-  RowParams p{};
-  p.row_dims = 2;
-  p.sizes[0] = int64_t{1} << 40, p.sizes[1] = int64_t{1} << 33;
-  p.strides[kX][0] = int64_t{1} << 20, p.strides[kX][1] = 1;
-  const int64_t outer = 12345, inner = (int64_t{1} << 32) + 6789;
-  const gpu::RowIndex row(p, outer * p.sizes[1] + inner);
-  EXPECT_EQ((outer * p.strides[kX][0] + inner) * 2, reinterpret_cast<int64_t>(row.pointer<float16>(p, kX, 0)));
 }
 
 }  // namespace

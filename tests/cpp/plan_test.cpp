@@ -286,7 +286,8 @@ TEST(Kernels, AreAllOfSomePlan) {
           kernels.insert(p.kernel);
           EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
           EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
-          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors) << "the shape's, not the kernel's";
+          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
+              << "the shape's, not the kernel's";
           EXPECT_LT(0, kKernels[p.kernel].resident_threads[two_rows ? 2 : 0]);
         }
       }

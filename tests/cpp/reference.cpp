@@ -97,9 +97,7 @@ bool near(DType dtype, double float32_units, const Range& want, double got) {
   return want.has(got) || std::fabs(got - end) <= tolerance(dtype, float32_units, end);
 }
 
-double activation(double g, bool sigmoid) {
-  return (sigmoid ? 1 : g) / (1 + std::exp(-g));
-}
+double activation(double g, bool sigmoid) { return (sigmoid ? 1 : g) / (1 + std::exp(-g)); }
 
 Range activation_range(double g, bool sigmoid) {
   const double exact = activation(g, sigmoid);

@@ -22,7 +22,7 @@ import torch
 from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
 from gemma_norm.benchmark import arguments, environment, providers, report, results, timing
-from gemma_norm.benchmark.cases import ADD_RMS_NORM, EPS, OPS, RMS_NORM, Inputs, Point
+from gemma_norm.benchmark.cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, OPS, RMS_NORM, Inputs, Point
 from gemma_norm.benchmark.providers import PROVIDERS, Provider
 from gemma_norm.benchmark.results import Result
 from gemma_norm.benchmark.run import run
@@ -82,6 +82,24 @@ def test_every_provider_here_is_right(op: str, dtype: torch.dtype) -> None:
     assert {n: r.note for n, r in found.items()} == dict.fromkeys(names, "")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_gated_norm_here_is_right(dtype: torch.dtype) -> None:
+    names = ("ours", "copy_", "eager")
+    at = replace(point(GATED_RMS_NORM, 33, 576, dtype), suite="gated")
+    found = measure(at, *(PROVIDERS[n] for n in names), PROVIDERS["fla"])
+    assert {n: found[n].note for n in names} == dict.fromkeys(names, "")
+    assert [found[n].weight for n in names] == ["plain", "none", "plain"]
+    assert {found[n].bytes for n in names} == {(3 * 33 + 1) * 576 * dtype.itemsize} and found["fla"].note
+
+
+def test_a_gated_norm_without_its_gate_is_not_timed() -> None:
+    def no_gate(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
+        return lambda x, gate: reference.rms_norm(x, weight, EPS, gemma)
+
+    found = measure(point(GATED_RMS_NORM), Provider("wrong", no_gate, (GATED_RMS_NORM,), exact=True))
+    assert found["wrong"].p50_us == 0 and "units in the last place" in found["wrong"].note
+
+
 def unwritten(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Right but for one element, which has what poisoned memory holds. Whether small CPU allocations get such is chance."""
     y = torch.full_like(x, torch.nan)
@@ -137,7 +155,7 @@ def test_a_missing_operator_and_a_failure_while_timed_are_noted() -> None:
 
         return call
 
-    found = measure(point(), Provider("none", lambda *_: None), Provider("tires", tires), Provider("right", correct))
+    found = measure(point(), Provider("none", correct, ops=()), Provider("tires", tires), Provider("right", correct))
     assert "none has no rms_norm" in found["none"].note
     assert found["right"].p50_us > 0
     assert found["tires"].p50_us == 0 and "RuntimeError: tired" in found["tires"].note

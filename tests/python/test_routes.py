@@ -221,3 +221,30 @@ def test_schemas_may_grow_defaults(peers, monkeypatch):
     y, _ = module.forward_hip(x.clone(), x.clone())
     assert_right(y, x + x, module.weight)
     assert called == ["vllm"]
+
+
+@pytest.mark.parametrize("mode", ["no weight", "each step rounded", "float32 x, 16-bit weight", "float32 residual"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@torch.no_grad()
+def test_what_peers_compute_otherwise_is_never_theirs(peers, mode, backend):
+    peers("aiter flag", "vllm 4")
+    options = {"has_weight": mode != "no weight", "round_each_step": mode == "each step rounded"}
+    module = RMSNorm(64, dtype=BF16, backend=backend, **options)
+    if module.weight is not None:
+        module.weight.copy_(randn(64, dtype=BF16, seed=2))
+    x = randn(6, 64, dtype=F32 if "float32 x" in mode else BF16)
+    residual = randn(6, 64, dtype=F32 if mode == "float32 residual" else x.dtype, seed=1)
+    expected = reference.add_rms_norm(x, residual, module.weight, round_each_step=module.round_each_step)
+    y, s = module.forward_hip(x.clone(), residual.clone())
+    assert not called
+    assert_same_bits(s, expected[1])
+    assert_close_to(y, expected[0])
+    if mode != "float32 residual":
+        expected = reference.rms_norm(x, module.weight, round_each_step=module.round_each_step)
+        assert_close_to(module.forward_hip(x), expected)
+    assert not called
+
+
+def assert_close_to(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for where a sum that was added in another order tips a rounding."""
+    assert y.dtype == expected.dtype and reference.ulp_error(y, expected.double()) <= 4.0

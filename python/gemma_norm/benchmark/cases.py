@@ -9,6 +9,7 @@ from torch import Tensor
 
 RMS_NORM = "rms_norm"
 ADD_RMS_NORM = "fused_add_rms_norm"
+GATED_RMS_NORM = "gated_rms_norm"
 OPS = (RMS_NORM, ADD_RMS_NORM)
 EPS = 1e-6
 
@@ -45,7 +46,7 @@ class Point:
     @property
     def bytes(self) -> int:
         """The least traffic: each input and each output once."""
-        tensors = 2 if self.op == RMS_NORM else 4
+        tensors = {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3}[self.op]
         return (tensors * self.rows + 1) * self.hidden * self.dtype.itemsize
 
     def empty(self) -> Tensor:
@@ -63,7 +64,7 @@ class Point:
 
 
 class Inputs:
-    """The arguments of a point: ``sets`` copies of x (and residual), each in memory of its own, and one weight.
+    """The arguments of a point: ``sets`` copies of x (and residual, or gate), each in memory of its own, and one weight.
 
     The in-place operator adds to its residual in every call, so values grow, by one normalised row a call: they stay
     finite for the few hundred calls between two :meth:`restore`, which are not timed.
@@ -77,7 +78,11 @@ class Inputs:
 
         self.point = point
         count = 1 if point.op == RMS_NORM else 2
-        self.sets = [tuple(point.empty() for _ in range(count)) for _ in range(sets)]
+        if point.op == GATED_RMS_NORM:  # one behind the other, see the provider copy_
+            shape = (2, point.rows, point.hidden)
+            self.sets = [tuple(torch.empty(shape, dtype=point.dtype, device=point.device)) for _ in range(sets)]
+        else:
+            self.sets = [tuple(point.empty() for _ in range(count)) for _ in range(sets)]
         self.original = tuple(normal(*self.sets[0][0].shape) for _ in range(count))
         self.weight = normal(point.hidden).mul_(0.1)
         self.restore()

@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gemma_norm import reference
 
-from .cases import EPS, RMS_NORM, Inputs
+from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, Inputs
 from .providers import Call, Provider
 
 PEERS = 8.0
 """Times the bound of a single rounding: others round the weight and the normalised value too, or not the sum."""
+ACTIVATION = 4.0
+"""Float32 units in the last place for silu and the product with it."""
 MOST = {"cuda": 2**24, "cpu": 2**20}
 """Elements compared with the oracle; of larger tensors, evenly spaced rows. Every element is looked at for NaN."""
 
@@ -29,18 +32,26 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
     outputs = call(*inputs.sets[0])
     y, *sums = outputs if isinstance(outputs, tuple) else (outputs,)
     if provider.copies:
-        for got, source in zip((y, *sums), inputs.original, strict=True):
+        for got, source in zip((y, *sums), inputs.original, strict=False):
             _compare("the copy", got, source, 0.0)
         return
     x = inputs.original[0]
-    if inputs.point.op == RMS_NORM:
-        s = x
-        _compare("x, which is not to be written,", inputs.sets[0][0], x, 0.0)
+    bound = reference.max_ulp_error(x.dtype, x.shape[-1])
+    if inputs.point.op == ADD_RMS_NORM:
+        x = x + inputs.original[1]
+        _compare("the sum", sums[0], x, 0.0 if provider.exact else 1.0)
     else:
-        s = x + inputs.original[1]
-        _compare("the sum", sums[0], s, 0.0 if provider.exact else 1.0)
-    bound = reference.max_ulp_error(x.dtype, x.shape[-1]) * (1.0 if provider.exact else PEERS)
-    _compare("the result", y, s, bound, lambda rows: reference.oracle(rows, inputs.weight, EPS, gemma))
+        _compare("x, which is not to be written,", inputs.sets[0][0], x, 0.0)
+    exact = [x]
+    if inputs.point.op == GATED_RMS_NORM:
+        exact.append(inputs.original[1])
+        bound += ACTIVATION * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps
+
+    def oracle(s: Tensor, *gate: Tensor) -> Tensor:
+        y = reference.oracle(s, inputs.weight, EPS, gemma)
+        return y * functional.silu(gate[0].double()) if gate else y
+
+    _compare("the result", y, exact, bound * (1.0 if provider.exact else PEERS), oracle)
 
 
 def _poison(inputs: Inputs) -> None:
@@ -57,16 +68,19 @@ def _poison(inputs: Inputs) -> None:
 
 
 def _compare(
-    name: str, got: Tensor, source: Tensor, bound: float, exact: Callable[[Tensor], Tensor] = Tensor.double
+    name: str, got: Tensor, sources: Tensor | list[Tensor], bound: float, exact: Callable[..., Tensor] = Tensor.double
 ) -> None:
+    """``exact`` makes of rows of the sources what these rows of ``got`` should be, which is shaped like the first."""
+    sources = [sources] if isinstance(sources, Tensor) else sources
+    source = sources[0]
     if got.shape != source.shape or got.dtype != source.dtype:
         raise WrongResult(f"{name} is {got.dtype} {list(got.shape)}, not {source.dtype} {list(source.shape)}")
     if got.isnan().any():
         raise WrongResult(f"{name} has NaN: not all of it was written")
     hidden = got.shape[-1]
-    got, source = got.reshape(-1, hidden), source.reshape(-1, hidden)
+    got = got.reshape(-1, hidden)
     count = min(len(got), max(1, MOST[got.device.type] // hidden))
     rows = torch.linspace(0, len(got) - 1, count, dtype=torch.float64, device=got.device).round().long()
-    error = reference.ulp_error(got[rows], exact(source[rows]))
+    error = reference.ulp_error(got[rows], exact(*(s.reshape(-1, hidden)[rows] for s in sources)))
     if error > bound:
         raise WrongResult(f"{name} is {error:.3g} units in the last place off, allowed are {bound:.3g}")

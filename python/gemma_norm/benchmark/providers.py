@@ -1,6 +1,7 @@
 """Who is measured. A provider makes, for an operator and a weight, a function of x, or of x and residual.
 
 The function returns y, or (y, sum), in new tensors or, for the fused operator, in its arguments: as its users call it.
+The gated norm, whose weight is never zero-centred, is a function of x and gate.
 How each treats a zero-centred weight ("gemma"):
 
 ===================  ================================================================================
@@ -10,6 +11,7 @@ liger                ``offset=1.0, casting_mode="gemma"``, what its Gemma module
 quack                ``weight_offset=1.0``
 flashinfer           functions of their own, ``gemma_rmsnorm`` and ``gemma_fused_add_rmsnorm``
 sgl_kernel           likewise
+fla                  (flash-linear-attention) has the gated norm alone
 transformer_engine   ``zero_centered_gamma=True``; has no fused addition
 F.rms_norm           not at all: timed, and checked, with a plain weight, which is another operator
                      (a ``1 + w`` kept aside is a second tensor, rounded, and stale once w changes)
@@ -31,18 +33,20 @@ from torch.nn import functional
 
 import gemma_norm
 
-from .cases import ADD_RMS_NORM, EPS, RMS_NORM
+from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, OPS, RMS_NORM
 
 Outputs = Tensor | tuple[Tensor, ...]
 Call = Callable[..., Outputs]
-Make = Callable[[str, Tensor, bool], Call | None]
+Make = Callable[[str, Tensor, bool], Call]
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
     make: Make
-    """(op, weight, gemma) -> the function, or None where there is none."""
+    """(op, weight, gemma) -> the function."""
+    ops: tuple[str, ...] = OPS
+    """The operators that it has."""
     gemma: bool = True
     """Knows the zero-centred weight."""
     module: str = ""
@@ -65,6 +69,8 @@ def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
     norm, add_norm = gemma_norm.rms_norm, gemma_norm.fused_add_rms_norm
     if op == RMS_NORM:
         return lambda x: norm(x, weight, EPS, gemma)
+    if op == GATED_RMS_NORM:
+        return lambda x, gate: gemma_norm.gated_rms_norm(x, gate, weight, EPS)
     return _in_place(add_norm, weight, EPS, gemma)
 
 
@@ -87,7 +93,15 @@ def _ours_module(op: str, weight: Tensor, gemma: bool) -> Call:
 def _copy(op: str, weight: Tensor, gemma: bool) -> Call:
     if op == RMS_NORM:
         return lambda x: torch.empty_like(x).copy_(x)
+    if op == GATED_RMS_NORM:  # the bytes of three tensors: two read, one written
+        return lambda x, gate: torch.empty_like(both := _half_more(x, gate)).copy_(both)[: x.numel()].view_as(x)
     return lambda x, residual: (torch.empty_like(x).copy_(x), torch.empty_like(residual).copy_(residual))
+
+
+def _half_more(x: Tensor, gate: Tensor) -> Tensor:
+    """x and the first half of gate, which lies behind it."""
+    assert gate.data_ptr() == x.data_ptr() + x.nbytes
+    return x.as_strided((x.numel() + x.numel() // 2,), (1,))
 
 
 def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -101,7 +115,13 @@ def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
         s = x + residual
         return norm(s), s
 
-    return norm if op == RMS_NORM else add_norm
+    def gated_norm(x: Tensor, gate: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
+        return (weight * y.type_as(x) * functional.silu(gate.float())).type_as(x)
+
+    calls: dict[str, Call] = {RMS_NORM: norm, ADD_RMS_NORM: add_norm, GATED_RMS_NORM: gated_norm}
+    return calls[op]
 
 
 def _torch_compile(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -175,14 +195,17 @@ def _aiter(op: str, weight: Tensor, gemma: bool) -> Call:
     return add_norm
 
 
-def _transformer_engine(op: str, weight: Tensor, gemma: bool) -> Call | None:
-    if op == ADD_RMS_NORM:
-        return None
+def _transformer_engine(op: str, weight: Tensor, gemma: bool) -> Call:
     te = importlib.import_module("transformer_engine.pytorch")
     module = te.RMSNorm(weight.numel(), eps=EPS, zero_centered_gamma=gemma).to(weight.device, weight.dtype)
     module.weight.copy_(weight)
     call: Call = module
     return call
+
+
+def _fla(op: str, weight: Tensor, gemma: bool) -> Call:
+    norm = importlib.import_module("fla.modules.norm.fused_norm_gate").rms_norm_gated
+    return lambda x, gate: norm(x, gate, weight, None, eps=EPS)
 
 
 def _in_place(function: Callable[..., Any], *options: Any) -> Call:
@@ -193,23 +216,31 @@ def _in_place(function: Callable[..., Any], *options: Any) -> Call:
     return call
 
 
+ALL = (*OPS, GATED_RMS_NORM)
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("ours", _ours, exact=True),
+        Provider("ours", _ours, ALL, exact=True),
         Provider("ours:torch.ops", _ours_op, exact=True, suites=("host",)),
         Provider("ours:module", _ours_module, exact=True, suites=("host",)),
-        Provider("copy_", _copy, copies=True),
-        Provider("eager", _eager),
+        Provider("copy_", _copy, ALL, copies=True),
+        Provider("eager", _eager, ALL),
         Provider("F.rms_norm", _torch_rms_norm, gemma=False),
-        Provider("torch.compile", _torch_compile),
+        Provider("torch.compile", _torch_compile, ALL),
         Provider("liger", _liger, module="liger_kernel.ops", needs=("LigerRMSNormFunction",)),
         Provider("quack", _quack, module="quack", needs=("rmsnorm",)),
         Provider("flashinfer", _flashinfer_names("flashinfer"), module="flashinfer", needs=("gemma_rmsnorm",)),
         Provider("sgl_kernel", _flashinfer_names("sgl_kernel"), module="sgl_kernel", needs=("gemma_rmsnorm",)),
         Provider("vllm", _vllm, gemma=False, module="vllm._custom_ops", needs=("rms_norm",)),
+        Provider("fla", _fla, (GATED_RMS_NORM,), module="fla.modules.norm.fused_norm_gate", needs=("rms_norm_gated",)),
         Provider("aiter", _aiter, gemma=False, module="aiter", needs=("rmsnorm2d_fwd_with_add",)),
-        Provider("transformer_engine", _transformer_engine, module="transformer_engine.pytorch", needs=("RMSNorm",)),
+        Provider(
+            "transformer_engine",
+            _transformer_engine,
+            (RMS_NORM,),
+            module="transformer_engine.pytorch",
+            needs=("RMSNorm",),
+        ),
     )
 }
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from . import results
-from .cases import Inputs, Point
+from .cases import GATED_RMS_NORM, Inputs, Point
 from .check import check
-from .providers import Call, Provider
+from .providers import Provider
 from .results import Result
 from .timing import Effort, GraphTimed, Timed, Timing, WallTimed, interleave, sets_for
 
@@ -28,13 +28,18 @@ def run(points: Sequence[Point], providers: Sequence[Provider], effort: Effort, 
     try:
         for point in points:
             torch.set_num_threads(point.threads or threads)
+            zero_centred = gemma and point.op != GATED_RMS_NORM
             fit = [p for p in providers if not p.suites or point.suite in p.suites]
             with torch.no_grad():
-                outcomes = _measure(point, fit, effort, gemma)
+                outcomes = _measure(point, fit, effort, zero_centred)
             copy = next((outcomes[p.name] for p in fit if p.copies), None)
             yield [
                 results.make(
-                    point, p.name, _weight(p, gemma), outcomes[p.name], copy if isinstance(copy, Timing) else None
+                    point,
+                    p.name,
+                    _weight(p, zero_centred),
+                    outcomes[p.name],
+                    copy if isinstance(copy, Timing) else None,
                 )
                 for p in fit
             ]
@@ -65,9 +70,9 @@ def _measure(point: Point, providers: Sequence[Provider], effort: Effort, gemma:
 
 def _prepare(provider: Provider, inputs: Inputs, effort: Effort, gemma: bool) -> Timed:
     point = inputs.point
-    call: Call | None = provider.make(point.op, inputs.weight, gemma)
-    if call is None:
+    if point.op not in provider.ops:
         raise Unsupported(f"{provider.name} has no {point.op}")
+    call = provider.make(point.op, inputs.weight, gemma)
     check(provider, call, inputs, gemma)
     graphs = point.device == "cuda" and point.suite != "host"
     return GraphTimed(call, inputs, effort) if graphs else WallTimed(call, inputs, effort)

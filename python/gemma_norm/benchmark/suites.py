@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from .cases import ADD_RMS_NORM, OPS, RMS_NORM, Heads, Point
+from .cases import ADD_RMS_NORM, GATED_RMS_NORM, OPS, RMS_NORM, Heads, Point
 
 LARGE = 64 * 2**20  # bytes of one tensor of the cold suites
 FORWARD_HIDDEN = (64, 128, 256, 512, 1024, 2048, 2880, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072)
@@ -20,6 +20,13 @@ QK_HEADS = {
     256: (Heads("q", 16, 0, 512, 9216), Heads("k", 2, 8192, 256, 9216)),  # Qwen3-Next: each head's q, then its gate
 }
 QK_TOKENS = (1, 16, 256, 8192)
+GATED_ROWS = {  # 32 heads, or all of a token
+    128: (32, 128, 512, 2048, 65536),
+    256: (32, 128, 512, 2048, 65536),
+    2048: (1, 16, 64, 16384),
+    4096: (1, 16, 64, 8192),
+    8192: (1, 16, 64, 4096),
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,17 @@ def qk(choice: Choice) -> Iterator[Point]:
             yield Point("qk", RMS_NORM, rows, size, dtype, "cuda", cache, heads=heads)
 
 
+def gated(choice: Choice) -> Iterator[Point]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = (0,) if device == "cuda" else sorted({1, torch.get_num_threads()})
+    hidden_sizes = choice.pick(choice.hidden, tuple(GATED_ROWS), (128,))
+    for dtype, h, t in product(choice.dtypes or (torch.bfloat16,), hidden_sizes, threads):
+        rows = GATED_ROWS.get(h, (1, 64, 8192))
+        for r in choice.pick(choice.rows, rows, (rows[0], rows[-1])):
+            cache = "cold" if device == "cuda" and r * h * dtype.itemsize > 4 * 2**20 else "hot"
+            yield Point("gated", GATED_RMS_NORM, r, h, dtype, device, cache, t)
+
+
 def host(choice: Choice) -> Iterator[Point]:
     """So little work that the GPU keeps up: what is left is the host's time. On the CPU it is the whole call."""
     gpu = torch.cuda.is_available()
@@ -99,6 +117,7 @@ SUITES = {
     "qk": Suite(
         qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs", hidden=tuple(QK_HEADS)
     ),
+    "gated": Suite(gated, "norm times silu(gate), on a GPU in CUDA graphs", needs_gpu=False),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
 }

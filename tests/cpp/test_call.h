@@ -1,0 +1,58 @@
+// A call that check() lets through, for tests to change.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "core/check.h"
+#include "ops/ops.h"
+
+namespace gemma_norm {
+
+struct Place {
+  int64_t first;  // address, in elements of two bytes
+  std::vector<int64_t> sizes, strides;
+  DType dtype = DType::kBFloat16;
+  const char* dtype_name = "bfloat16";
+
+  Tensor tensor() const {
+    return {reinterpret_cast<void*>(first * 2), sizes.data(), strides.data(),
+            static_cast<int32_t>(sizes.size()), dtype,        dtype_name};
+  }
+};
+
+// A call that is right, to be made wrong. Nothing is read or written at its addresses.
+struct TestCall {
+  Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
+  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum;
+  Options options;
+  OpInfo op{"op", "op", "", "", RmsNorm::kRules};
+
+  TestCall& add() {
+    op = OpInfo("op", "op", "", "", AddRmsNorm::kRules);
+    residual = Place{40000, {4, 8}, {8, 1}};
+    sum = Place{60000, {4, 8}, {8, 1}};
+    return *this;
+  }
+  TestCall& add_post() {
+    add().post = Place{50000, {4, 8}, {8, 1}};
+    return *this;
+  }
+  TestCall& gated() {
+    op = OpInfo("op", "op", "", "", GatedRmsNorm::kRules);
+    gate = Place{70000, {4, 8}, {8, 1}};
+    return *this;
+  }
+
+  Status check(RowParams* params, RowSlices* slices, Message* message) const {
+    const auto tensor = [](const std::optional<Place>& o) { return o ? o->tensor() : Tensor{}; };
+    const Tensor t[] = {x.tensor(), tensor(weight), tensor(residual), tensor(post), tensor(gate), out.tensor(), tensor(sum)};
+    const Call call{&op,
+                    {&t[kX], weight ? &t[kWeight] : nullptr, residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr,
+                     gate ? &t[kGate] : nullptr, &t[kOut], sum ? &t[kResidualOut] : nullptr},
+                    options};
+    return gemma_norm::check(call, params, slices, message);
+  }
+};
+
+}  // namespace gemma_norm
