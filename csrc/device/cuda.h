@@ -253,6 +253,8 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 
 namespace gemma_norm::device {
 
+using Arithmetic = Scalar;
+
 template <bool kQuick>
 GEMMA_NORM_DEVICE float reciprocal_root(float v) {
   if constexpr (kQuick) return newton_reciprocal_root(v);

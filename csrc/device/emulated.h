@@ -191,6 +191,8 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream, const DeviceFact
 
 namespace gemma_norm::device {
 
+using Arithmetic = Scalar;
+
 template <bool kQuick>
 float reciprocal_root(float v) {
   return newton_reciprocal_root(v);

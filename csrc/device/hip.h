@@ -205,6 +205,28 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 
 namespace gemma_norm::device {
 
+// CDNA computes two floats at once. Left to compilers, they would take single ones: the clamp and the approximation, which are
+// instructions of one float, keep them from seeing the pairs between.
+struct Pair {
+  static constexpr int kCount = 2;
+  static GEMMA_NORM_DEVICE Float2 load(const float* f) { return {f[0], f[1]}; }
+  static GEMMA_NORM_DEVICE void store(Float2 v, float* f) { f[0] = v.x, f[1] = v.y; }
+
+  static GEMMA_NORM_DEVICE Float2 all(float f) { return {f, f}; }
+  static GEMMA_NORM_DEVICE Float2 fma(Float2 a, Float2 b, Float2 c) {
+    return {device::fma(a.x, b.x, c.x), device::fma(a.y, b.y, c.y)};
+  }
+  static GEMMA_NORM_DEVICE Float2 clamp(Float2 g, float low, float high) {
+    return {device::clamp(g.x, low, high), device::clamp(g.y, low, high)};
+  }
+  static GEMMA_NORM_DEVICE Float2 one_unless_nan(Float2 g) { return {Scalar::one_unless_nan(g.x), Scalar::one_unless_nan(g.y)}; }
+  static GEMMA_NORM_DEVICE Float2 power_of_two(Float2 n) { return {Scalar::power_of_two(n.x), Scalar::power_of_two(n.y)}; }
+  static GEMMA_NORM_DEVICE Float2 reciprocal(Float2 d) {
+    return refine_reciprocal<Pair>(d, Float2{approximate_reciprocal(d.x), approximate_reciprocal(d.y)});
+  }
+};
+using Arithmetic = Pair;
+
 template <bool kQuick>
 GEMMA_NORM_DEVICE float reciprocal_root(float v) {
   return newton_reciprocal_root(v);

@@ -7,8 +7,8 @@
 //   shared_memory<T>()           a T in the block's shared memory, one of each type T in a kernel; at first its bytes are anything
 //   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
 //                                added as a balanced binary tree, neighbours first
-//   value_of_lane(distance, v)   v of the lane whose index is this one's ^ distance, in all lanes at once; only where there are
-//   clusters load_once(p) store_once(p, v)  a Vector16 or Vector8 that this kernel touches once: not worth a place in the caches
+//   value_of_lane(distance, v)   v of the lane whose index is this one's ^ distance, in all lanes at once; where there are clusters
+//   load_once(p) store_once(p, v)  a Vector16 or Vector8 that this kernel touches once: not worth a place in the caches
 //   load(p)                        one that others will want too
 //   kLoadsBeforeStores             a load behind a store may have to wait for it: kernels load first what they can
 //   wait_for_load(v)               what waits for v's load waits here, not after a later store
@@ -17,7 +17,7 @@
 //   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even
 //   reciprocal_root<kQuick>(v)     1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal; kQuick: for kernels
 //                                  with registers to spare
-//   Scalar                         a float's arithmetic, for exponential.h
+//   Arithmetic                     what exponential.h computes with: of Arithmetic::kCount floats at once, load(f) and store(v, f)
 //   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
 //   keep_nan(v)                    v; a NaN as one that pack<bfloat16> keeps: needed where its lower 16 bits may not be 0
 //   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;

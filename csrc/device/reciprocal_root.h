@@ -1,21 +1,20 @@
 // 1 / d and 1 / sqrt(v) from the hardware's approximations by Newton's steps: with the bits of an IEEE division and an IEEE square
-// root, at half their cost. Needs GEMMA_NORM_DEVICE, fma(), approximate_reciprocal() and approximate_rsqrt().
+// root, at half their cost. Needs GEMMA_NORM_DEVICE, fma() and approximate_rsqrt().
 #pragma once
 
 namespace gemma_norm::device {
 
 // 1 / d rounded to nearest even, for d from 2^-120 to 2^120, given r, which is at most a unit in the last place off it.
-// tests/cpp/reciprocal_root_test.cpp tries every mantissa.
-GEMMA_NORM_DEVICE float refine_reciprocal(float d, float r) {
+// tests/cpp/reciprocal_root_test.cpp tries every mantissa. V is a float or a vector, M its arithmetic, as in exponential.h.
+template <class M, class V>
+GEMMA_NORM_DEVICE V refine_reciprocal(V d, V r) {
   // Started from above: from below, the reciprocal of a number whose mantissa is all ones would stay half a unit too small.
-  r = r * 0x1.000002p0f;
-  float error = fma(-d, r, 1.0f);
-  r = fma(r, fma(error, error, error), r);
-  error = fma(-d, r, 1.0f);
-  return fma(r, error, r);
+  r = r * M::all(0x1.000002p0f);
+  V error = M::fma(-d, r, M::all(1.0f));
+  r = M::fma(r, M::fma(error, error, error), r);
+  error = M::fma(-d, r, M::all(1.0f));
+  return M::fma(r, error, r);
 }
-
-GEMMA_NORM_DEVICE float newton_reciprocal(float d) { return refine_reciprocal(d, approximate_reciprocal(d)); }
 
 // The root rounded to nearest even, and its reciprocal again, of v from 2^-96 (below it a residual could be subnormal) to the
 // largest float, given r, which is at most 3 units in the last place off 1 / sqrt(v). tests/cpp/reciprocal_root_test.cpp tries

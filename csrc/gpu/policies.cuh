@@ -10,15 +10,19 @@
 namespace gemma_norm::gpu {
 
 // The activations of a vector of gates.
+template <formulas::Activation kActivation, int kCount>
+GEMMA_NORM_DEVICE void activate(float (&gates)[kCount]) {
+  using M = device::Arithmetic;
+#pragma unroll
+  for (int i = 0; i < kCount; i += M::kCount) M::store(formulas::activation<M, kActivation>(M::load(gates + i)), gates + i);
+}
 template <class X, int kCount>
 GEMMA_NORM_DEVICE void activate(Vector16 gate, bool sigmoid, float (&a)[kCount]) {
   unpack_items<X>(gate, a);
   if (sigmoid) {
-#pragma unroll
-    for (float& f : a) f = formulas::activation<device::Scalar, formulas::Activation::kSigmoid>(f);
+    activate<formulas::Activation::kSigmoid>(a);
   } else {
-#pragma unroll
-    for (float& f : a) f = formulas::activation<device::Scalar, formulas::Activation::kSilu>(f);
+    activate<formulas::Activation::kSilu>(a);
   }
 }
 

@@ -13,14 +13,14 @@ TEST(Reciprocal, IsRightForEveryMantissaAndEveryErrorOfTheApproximation) {
   for (uint32_t bits = as_bits(1.0f); bits < as_bits(2.0f); ++bits) {
     const float d = as_float(bits), expected = 1 / d;
     for (int error = -1; error <= 1; ++error)
-      ASSERT_EQ(expected, refine_reciprocal(d, as_float(as_bits(expected) + error))) << std::hexfloat << d << ", " << error;
+      ASSERT_EQ(expected, refine_reciprocal<Scalar>(d, as_float(as_bits(expected) + error))) << std::hexfloat << d << ", " << error;
   }
 }
 
 TEST(Reciprocal, IsRightForEveryExponentThatItIsFor) {
   for (uint32_t bits = as_bits(0x1p-120f); bits <= as_bits(0x1p120f); bits += 4093) {
     const float d = as_float(bits);
-    ASSERT_EQ(1 / d, newton_reciprocal(d)) << std::hexfloat << d;
+    ASSERT_EQ(1 / d, Scalar::reciprocal(d)) << std::hexfloat << d;
   }
 }
 
