@@ -213,6 +213,30 @@ TEST(CpuKernels, TreatManyRowsLikeFewInEveryMode) {
   }
 }
 
+// The layout of docs/contract.md: a row of every shape, of floats, whose last bits tell in which order squares were added. These
+// numbers change only with that order or with a rounding, hence with what users get: say so in the CHANGELOG.
+TEST(GpuKernels, AddInTheOrderOfTheContract) {
+  constexpr std::pair<int64_t, uint64_t> kWant[] = {{200, 0x6009453df7485202},   {500, 0xf06cad80ad667f2d},
+                                                    {2000, 0x582abdd31999e1ea},  {4000, 0xaa733441b264fb03},
+                                                    {32000, 0x2e4a6e2e90b08a53}, {140000, 0xbd324100be10d4e8}};
+  for (const auto& [hidden, want] : kWant) {
+    const Case c{DType::kFloat32,       DType::kFloat32,   Operands::kPlain, false, hidden,
+                 {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal,  1e-6,  2};
+    const Tensors inputs = make_inputs(c);
+    for (const char* const name : {"emulated32", "emulated64", "cuda"}) {
+      Target& target = find_target(name);
+      if (!target.missing().empty()) continue;
+      if (hidden > 32768 && name == std::string("cuda")) continue;  // a GPU with clusters has another order there
+      std::string error;
+      const Tensors outputs = run_case(target, c, inputs, &error);
+      ASSERT_EQ("", error);
+      uint64_t hash = kHashOfNothing;
+      add_to_hash(DType::kFloat32, outputs[kOut], &hash);
+      EXPECT_EQ(want, hash) << "0x" << std::hex << hash << std::dec << ": " << name << ", hidden " << hidden;
+    }
+  }
+}
+
 // Too many rows to be spread over clusters, and a few of them, which are.
 class Spreading : public Kernels {};
 

@@ -212,4 +212,11 @@ std::string check_repeated(Target& target, const Case& c, int64_t times) {
   return error;
 }
 
+void add_to_hash(DType dtype, const Packed& elements, uint64_t* hash) {
+  for (size_t i = 0; i < elements.size(); i += size_of(dtype)) {
+    const uint32_t bits = bits_at(dtype, &elements[i]);
+    *hash = (*hash ^ (std::isnan(element(dtype, bits)) ? 0xffffffff : bits)) * 0x100000001b3;
+  }
+}
+
 }  // namespace gemma_norm

@@ -20,4 +20,8 @@ std::string check_case(Target& target, const Case& c);
 // "" if the case's rows, written `times` times one after another into one call, come out the same each time.
 std::string check_repeated(Target& target, const Case& c, int64_t times);
 
+// FNV-1a, of more and more elements. A NaN is any NaN.
+constexpr uint64_t kHashOfNothing = 0xcbf29ce484222325;
+void add_to_hash(DType dtype, const Packed& elements, uint64_t* hash);
+
 }  // namespace gemma_norm
