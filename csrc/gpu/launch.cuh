@@ -56,7 +56,7 @@ constexpr Kernel make_kernel() {
 struct VariantKernels {
   const Kernel* of_rows[2];  // [aligned]
   DType row_dtype;           // of s
-  bool two_rows;
+  Held held;
 };
 
 template <class V, bool kAligned, size_t... kRows>
@@ -73,7 +73,7 @@ VariantKernels find_kernels(const RowParams& p) {
     constexpr auto kRows = std::make_index_sequence<kKernelCount>();
     found = {{kernel_table<V, false>(kRows), kernel_table<V, true>(kRows)},
              V::Form::kFloat32Rows ? DType::kFloat32 : p.dtypes[kX],
-             V::Form::kTwoRows};
+             kHeld<V>};
   });
   return found;
 }
@@ -113,7 +113,7 @@ Status run(const Call& call, device::Stream stream, Message* message) {
   device::Error error = device::facts(&facts, reinterpret_cast<const void*>(any_kernel));
   if (error == device::kSuccess) {
     const VariantKernels kernels = find_kernels<Op>(params);
-    const LaunchPlan plan = make_plan(params.hidden, kernels.row_dtype, facts, kernels.two_rows);
+    const LaunchPlan plan = make_plan(params.hidden, kernels.row_dtype, facts, kernels.held);
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
       error = launch_rows(*call.op, kernels, slices.count == 1 ? params : select_slice(params, slices, i), plan, facts, stream);
   }

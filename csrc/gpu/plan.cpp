@@ -24,17 +24,18 @@ void use_cluster(LaunchPlan* plan, int32_t threads) {
 
 }  // namespace
 
-LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, bool two_rows) {
+LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Held held) {
   const int64_t items = kVectorBytes / size_of(dtype);
   const int64_t row_vectors = divide_up(hidden, items);
   const bool has_clusters = device.max_cluster == kMaxCluster;
   const Shape* const shape = find_shape(row_vectors, has_clusters);
   const KernelTuning* const kernel = std::find_if(std::begin(kKernels), std::end(kKernels), [&](const KernelTuning& k) {
     return (shape ? row_vectors <= k.row_vectors : k.scope == Scope::kStream) && (has_clusters || k.scope != Scope::kCluster) &&
-           (two_rows || k.resident_threads[0]);
+           k.resident_threads[static_cast<int>(held)];
   });
   LaunchPlan plan{};
   plan.kernel = static_cast<int32_t>(kernel - kKernels);
+  plan.held = held;
   plan.scope = kernel->scope;
   plan.max_block_threads = kernel->max_block_threads;
   plan.cluster = 1;
@@ -64,6 +65,7 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
     wide.slot_threads = 2;
     wide.group_threads *= 2;
     wide.kernel = find_kernel(Scope::kWave, 1, plan.max_block_threads);
+    if (!kKernels[wide.kernel].resident_threads[static_cast<int>(plan.held)]) return plan;
     const bool pays = divide_up(rows, wide.rows_per_block()) <= int64_t{kWorthSharing} * device.processors;
     return pays ? wide : plan;
   }

@@ -15,6 +15,7 @@ namespace gemma_norm {
 
 struct LaunchPlan {
   int32_t kernel;             // of kKernels
+  Held held;                  // by its threads
   Scope scope;                // the kernel's
   int32_t vectors;            // that a slot owns (kStream: of which one is held at a time)
   int32_t slots;              // that own part of a row
@@ -27,11 +28,12 @@ struct LaunchPlan {
   int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }  // of each block, or cluster
 };
 
-LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, bool two_rows = false);
+LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Held held = Held::kRow);
 
 // The plan for this many rows, of `row_bytes` to read and write each. Where they leave most of the GPU idle, a row's threads are
-// spread over the blocks of a cluster, or a small row gets two threads a slot, one for each of its vectors: the same slots, which
-// own the same elements, in the same tree. The same bits, therefore. On GPUs with clusters alone: it was measured on those.
+// spread over the blocks of a cluster, or a small row with gates gets two threads a slot, one for each of its vectors: the same
+// slots, which own the same elements, in the same tree. The same bits, therefore. On GPUs with clusters alone: it was measured on
+// those.
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device);
 
 // The most blocks (kCluster: clusters) that one launch may have.

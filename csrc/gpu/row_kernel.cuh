@@ -17,9 +17,10 @@ namespace gemma_norm::gpu {
 template <class V>
 constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
-constexpr Held kHeld = V::Form::kTwoRows ? Held::kTwoRows
-                       : kWideWeights<V> ? Held::kRowWideWeights
-                                         : Held::kRow;
+constexpr Held kHeld = V::Form::kGated     ? Held::kRowAndGates
+                       : V::Form::kTwoRows ? Held::kTwoRows
+                       : kWideWeights<V>   ? Held::kRowWideWeights
+                                           : Held::kRow;
 template <class V, int kRow>
 constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<V>)];
 

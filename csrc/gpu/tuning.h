@@ -24,6 +24,7 @@ enum class Held : int32_t {
   kRow,             // one row, and weights as wide as its elements
   kRowWideWeights,  // one row, and weights twice as wide
   kTwoRows,         // two rows, such as x and residual
+  kRowAndGates,     // a row and its gates, whose activations take many operations
 };
 
 // A kernel. Its threads hold so many vectors each, its blocks have at most so many threads.
@@ -36,37 +37,37 @@ struct KernelTuning {
   // has 65536 / resident_threads registers (an NVIDIA multiprocessor has 65536). 0: no such kernel. For many rows these keep 48 to
   // 96 KB of rows in flight on a multiprocessor, by three blocks or more, which saturates memory: with fewer blocks, all load and
   // then all store.
-  int32_t resident_threads[3];
+  int32_t resident_threads[4];
 };
 
 // The first that fits is taken. On GPUs without clusters, and for rows that are not spread, the kernels with clusters are passed
 // over.
 constexpr KernelTuning kKernels[] = {
     // "blocks of 128 for 64 threads, 2 vectors for 4; hidden 128, 256, 512"
-    {64, Scope::kWave, 2, 128, {1536, 1024, 1024}},
-    // "few rows of up to 32 vectors: two threads a slot, a vector each"
-    {0, Scope::kWave, 1, 128, {1024, 1024, 1024}},
-    {128, Scope::kWave, 4, 64, {1024, 1024, 512}},
+    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024}},
+    // "few gated rows of up to 32 vectors: two threads a slot, a vector each"
+    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024}},
+    {128, Scope::kWave, 4, 64, {1024, 1024, 512, 512}},
     // "2 vectors a thread for 4, up to 4096"; "2 vectors a thread, six blocks of 256 for five"
-    {512, Scope::kBlock, 2, 256, {1536, 1024, 1024}},
+    {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024}},
     // "4 vectors, fused, two blocks of 256 for three; five (not kept)"
-    {1024, Scope::kBlock, 4, 256, {1024, 1024, 512}},
+    {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512}},
     // "8 vectors, four blocks of 192 for three"
-    {1536, Scope::kBlock, 8, 192, {768, 576, 384}},
+    {1536, Scope::kBlock, 8, 192, {768, 576, 384, 384}},
     // "8 vectors, three blocks of 256 for two"
-    {2048, Scope::kBlock, 8, 256, {768, 512, 512}},
+    {2048, Scope::kBlock, 8, 256, {768, 512, 512, 512}},
     // "the same, three blocks a multiprocessor for two (80 registers for 90)"
-    {16384, Scope::kCluster, 8, 256, {768, 512, 512}},
+    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512}},
     // Two rows do not fit into the 64 registers that a thread of the next kernel has and would be loaded in batches. With at most
     // 512 threads there are 128 registers, and both are loaded at once.
-    {4096, Scope::kBlock, 8, 512, {0, 0, 512}},
-    {8192, Scope::kBlock, 8, 1024, {1024, 1024, 1024}},
+    {4096, Scope::kBlock, 8, 512, {0, 0, 512, 512}},
+    {8192, Scope::kBlock, 8, 1024, {1024, 1024, 1024, 1024}},
     // "8 vectors by 1024 threads for a cluster of 8 x 256, 512 x 65536"
-    {65536, Scope::kCluster, 8, 1024, {1024, 1024, 1024}},
+    {65536, Scope::kCluster, 8, 1024, {1024, 1024, 1024, 1024}},
     // "few rows by clusters of eight blocks of one warp (32768: of two)"
-    {0, Scope::kCluster, 2, 256, {1536, 1024, 1024}},
-    {0, Scope::kCluster, 4, 256, {1024, 1024, 512}},
-    {INT64_MAX, Scope::kStream, 1, kStreamSlots, {512, 512, 512}},
+    {0, Scope::kCluster, 2, 256, {1536, 1024, 1024, 1024}},
+    {0, Scope::kCluster, 4, 256, {1024, 1024, 512, 512}},
+    {INT64_MAX, Scope::kStream, 1, kStreamSlots, {512, 512, 512, 512}},
 };
 constexpr int kKernelCount = sizeof kKernels / sizeof kKernels[0];
 
@@ -102,7 +103,7 @@ struct LoadOrder {
   // be held at once, which take more registers than there are.
   static constexpr bool kEarlyWeights = kVectors <= 2 || (kHasRegisters && !kWideWeights && !(kGated && kVectors == 8));
   // But after the second row: "weights asked for after the sum, 8 vectors, fused (not kept)".
-  static constexpr bool kWeightsAfterRows = kHeld == Held::kTwoRows && kVectors == 8;
+  static constexpr bool kWeightsAfterRows = kHeld >= Held::kTwoRows && kVectors == 8;
   // The activations of the gates before the sum is known: a thread computes them while it waits, if it has registers for them.
   // "activations of up to 4 vectors computed before the sum is known ..."
   static constexpr bool kEarlyGate = kVectors <= 4;
@@ -130,7 +131,8 @@ struct StreamOrder {
 constexpr int64_t kWorthSpreading = 24 * 1024;
 constexpr int blocks_a_processor(int64_t row_bytes) { return row_bytes < 2 * kWorthSpreading ? 1 : 2; }
 
-// Few small rows get two threads a slot: no more than so many blocks a multiprocessor ("the same for 8192 x 128 (not kept)").
+// Few small rows with gates get two threads a slot: no more than so many blocks a multiprocessor ("the same for 8192 x 128 (not
+// kept)"). Without gates there is too little to share ("the same without gates (not kept)").
 constexpr int kWorthSharing = 2;
 
 // Threads of a block of a cluster; more where a cluster has too few blocks for that.

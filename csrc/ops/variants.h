@@ -14,7 +14,8 @@ template <class Source_, class Formula_>
 struct Form {
   using Source = Source_;
   using Formula = Formula_;
-  static constexpr bool kTwoRows = Source::kTwoRows || Formula::kGated;
+  static constexpr bool kTwoRows = Source::kTwoRows;
+  static constexpr bool kGated = Formula::kGated || std::is_same_v<Source, GatedSource>;
   static constexpr bool kFloat32Rows = false;  // s is float32, whatever x is
   static constexpr bool kTakesFloat32 = true;  // x may be float32
   static constexpr bool kWeightIsOptional = true;

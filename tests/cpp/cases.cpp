@@ -70,7 +70,7 @@ std::vector<KernelRange> kernel_ranges(const Case& c, const DeviceFacts& device)
   const int64_t items = kVectorBytes / size_of(c.row_dtype());
   std::vector<KernelRange> ranges;
   for (int64_t vectors = 1; vectors <= 66000; ++vectors) {
-    const LaunchPlan plan = make_plan(vectors * items, c.row_dtype(), device, c.two_rows());
+    const LaunchPlan plan = make_plan(vectors * items, c.row_dtype(), device, c.held());
     if (ranges.empty() || plan.kernel != ranges.back().kernel) ranges.push_back({plan.kernel, vectors, vectors});
     ranges.back().last = vectors;
   }
@@ -191,7 +191,11 @@ DType Case::dtype_of(Operand operand) const {
 
 DType Case::row_dtype() const { return float32_residual || !norm_before_gate ? DType::kFloat32 : dtype; }
 
-bool Case::two_rows() const { return has_residual(operands) || is_gated(operands); }
+Held Case::held() const {
+  if (is_gated(operands)) return Held::kRowAndGates;
+  if (has_residual(operands)) return Held::kTwoRows;
+  return weight_dtype != DType::kOther && size_of(weight_dtype) > size_of(row_dtype()) ? Held::kRowWideWeights : Held::kRow;
+}
 
 Options Case::options() const { return {eps, gemma, round_each_step, sigmoid, norm_before_gate, group_size}; }
 

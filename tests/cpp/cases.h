@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu/tuning.h"
 #include "ops/ops.h"
 
 namespace gemma_norm {
@@ -71,7 +72,7 @@ struct Case {
   int64_t normed() const { return group_size == kWholeRow ? hidden : group_size; }  // elements that share an rstd
   DType dtype_of(Operand operand) const;
   DType row_dtype() const;  // of s, which is what plans are made by
-  bool two_rows() const;    // does a GPU's thread hold two?
+  Held held() const;        // by a GPU's thread
   Options options() const;
   const OpInfo& op() const;
 };

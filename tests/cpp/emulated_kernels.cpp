@@ -30,7 +30,7 @@ std::set<KernelOfPlan> kernels_of_plans(const Case& variant, int64_t most_hidden
   for (const int32_t max_cluster : {1, kMaxCluster})
     for (int64_t hidden = items; hidden <= most_hidden; hidden += items) {
       const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
-      const LaunchPlan whole = make_plan(hidden, variant.row_dtype(), facts, variant.two_rows());
+      const LaunchPlan whole = make_plan(hidden, variant.row_dtype(), facts, variant.held());
       all.insert({false, whole.kernel});
       for (const int64_t rows : {1, 1000000}) all.insert({true, spread(whole, rows, hidden * item_bytes, facts).kernel});
     }

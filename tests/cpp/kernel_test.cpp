@@ -51,7 +51,7 @@ void for_all_cases(const Check& check) {
   }
 }
 
-LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(c.normed(), c.row_dtype(), device, c.two_rows()); }
+LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(c.normed(), c.row_dtype(), device, c.held()); }
 
 // Is the row held by one block where a GPU has no clusters of blocks? And where it has, may it be spread over one?
 bool takes_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope == Scope::kBlock; }

@@ -132,8 +132,9 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
   DeviceFacts device = GetParam();
   device.processors = 132;
   std::set<int32_t> vectors;
-  for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
+  for_all([&](const LaunchPlan& ungated, int64_t hidden, DType dtype) {
     for (const int tensors : {3, 5, 6}) {
+      const LaunchPlan plan = tensors == 3 ? make_plan(hidden, dtype, GetParam(), Held::kRowAndGates) : ungated;
       const int64_t bytes = tensors * hidden * size_of(dtype);
       const LaunchPlan one = spread(plan, 1, bytes, device);
       EXPECT_EQ(std::tie(plan.vectors, plan.slots, plan.whole_vectors), std::tie(one.vectors, one.slots, one.whole_vectors));
@@ -219,9 +220,9 @@ TEST(Spread, StopsWhereItNoLongerPays) {
 }
 
 // Two threads a slot for up to two blocks a multiprocessor, where a wave has the threads.
-TEST(Spread, GivesSmallRowsTwoThreadsASlotWhereItPays) {
-  const auto most_rows = [](int64_t hidden, const DeviceFacts& device) {
-    const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, device);
+TEST(Spread, GivesSmallGatedRowsTwoThreadsASlotWhereItPays) {
+  const auto most_rows = [](int64_t hidden, const DeviceFacts& device, Held held = Held::kRowAndGates) {
+    const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, device, held);
     int64_t rows = 0;
     while (spread(plan, rows + 1, hidden * 6, device).slot_threads == 2) ++rows;
     return rows;
@@ -231,6 +232,7 @@ TEST(Spread, GivesSmallRowsTwoThreadsASlotWhereItPays) {
             (std::vector<int64_t>{most_rows(8, hopper), most_rows(64, hopper), most_rows(128, hopper), most_rows(256, hopper),
                                   most_rows(264, hopper), most_rows(1000, hopper)}));
   EXPECT_EQ(0, most_rows(128, {32, kNoLimit, false, 1, 132})) << "no clusters";
+  EXPECT_EQ(0, most_rows(128, hopper, Held::kTwoRows)) << "no gates";
 }
 
 TEST(Plan, PrintsItself) {
@@ -274,21 +276,21 @@ TEST(Plan, IsPrintedOnceWhereAskedFor) {
             testing::internal::GetCapturedStderr());
 }
 
-// Each row of tuning.h's table is some plan's, for one row or two.
+// Each row of tuning.h's table is some plan's, whatever a thread holds.
 TEST(Kernels, AreAllOfSomePlan) {
   std::set<int32_t> kernels;
   for (const int32_t max_cluster : {1, 8})
-    for (const bool two_rows : {false, true})
+    for (const Held held : {Held::kRow, Held::kRowWideWeights, Held::kTwoRows, Held::kRowAndGates})
       for (const int64_t hidden : hidden_sizes()) {
         const DeviceFacts device{32, kNoLimit, true, max_cluster, 132};
-        const LaunchPlan plan = make_plan(hidden, DType::kFloat32, device, two_rows);
+        const LaunchPlan plan = make_plan(hidden, DType::kFloat32, device, held);
         for (const LaunchPlan& p : {plan, spread(plan, 1, hidden * 20, device)}) {
           kernels.insert(p.kernel);
           EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
           EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
           EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
               << "the shape's, not the kernel's";
-          EXPECT_LT(0, kKernels[p.kernel].resident_threads[two_rows ? 2 : 0]);
+          EXPECT_LT(0, kKernels[p.kernel].resident_threads[static_cast<int>(held)]);
         }
       }
   EXPECT_EQ(kKernelCount, static_cast<int>(kernels.size()));

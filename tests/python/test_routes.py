@@ -108,7 +108,7 @@ def test_plain_pytorch_keeps_a_float32_weight_and_compiles():
             assert_same_bits(s, randn(rows, 64, dtype=BF16) + randn(rows, 64, dtype=BF16, seed=1))
             assert_right(y, s, module.weight, gemma=True)
             assert_right(forward(s), s, module.weight, gemma=True)
-    with pytest.raises(Exception, match="residual.* must have x's shape"):
+    with pytest.raises(Exception, match=r"residual.* must have x's shape"):
         compiled(randn(2, 64, dtype=BF16), randn(3, 64, dtype=BF16))
 
 
