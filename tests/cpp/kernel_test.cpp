@@ -53,14 +53,16 @@ void for_all_cases(const Check& check) {
 
 LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(c.normed(), c.row_dtype(), device, c.held()); }
 
-// Is the row held by one block where a GPU has no clusters of blocks? And where it has, may it be spread over one?
-bool takes_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope == Scope::kBlock; }
-bool may_take_cluster(const Case& c) {
+// Does one block hold the row, or some, where a GPU has no clusters of blocks? And where it has, may the row be spread over one, or
+// over two threads a slot?
+bool is_held_by_a_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope != Scope::kStream; }
+bool may_be_spread(const Case& c) {
   const DeviceFacts device{32, int64_t{1} << 42, true, kMaxCluster, 132};
   int64_t most_bytes = 0;
   for (const OperandRule& rule : c.op()) most_bytes += c.normed() * size_of(c.dtype_of(rule.operand));
   const int64_t rows = c.row_count() * (c.hidden / c.normed());
-  return spread(plan_of(c, device), rows, most_bytes, device).scope == Scope::kCluster;
+  const LaunchPlan plan = spread(plan_of(c, device), rows, most_bytes, device);
+  return plan.scope == Scope::kCluster || plan.slot_threads > 1;
 }
 
 bool every_case(const Case&) { return true; }
@@ -92,7 +94,7 @@ class Kernels : public testing::TestWithParam<const char*> {
 
 TEST_P(Kernels, AreRightInEveryCase) {
   const bool only_clusters = target().name() == "emulated_clusters";
-  for_all_cases([&](const Case& c) { return only_clusters && !may_take_cluster(c) ? "" : check_case(target(), c); });
+  for_all_cases([&](const Case& c) { return only_clusters && !may_be_spread(c) ? "" : check_case(target(), c); });
 }
 
 TEST_P(Kernels, DoNothingWithNoRows) {
@@ -133,16 +135,16 @@ TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
   expect_same_bits({&find_target("emulated32"), &find_target("emulated64")});
 }
 
-TEST(EmulatedKernels, HaveTheSameBitsInAClusterAsInABlock) {
+TEST(EmulatedKernels, HaveTheSameBitsSpreadAsInABlock) {
   expect_same_bits({&find_target("emulated32"), &find_target("emulated_clusters")},
-                   [](const Case& c) { return may_take_cluster(c) && takes_block(c); });
+                   [](const Case& c) { return may_be_spread(c) && is_held_by_a_block(c); });
 }
 
 TEST(EmulatedKernels, AreAllReachedByTheCases) {
   for_all_cases([&](const Case& c) {
     std::string error;
     for (const char* name : {"emulated32", "emulated_clusters"})
-      if (name == std::string("emulated32") || may_take_cluster(c)) run_case(find_target(name), c, make_inputs(c), &error);
+      if (name == std::string("emulated32") || may_be_spread(c)) run_case(find_target(name), c, make_inputs(c), &error);
     return error;
   });
   const std::set<const void*> reachable = reachable_kernels(600000), &launched = device::launched_kernels();
