@@ -49,7 +49,7 @@ enum class Activation { kSigmoid, kSilu };
 // sigmoid is subnormal, it is off by up to 1.5 * 2^-149 instead, and silu by |g| times that.
 template <class M, Activation kActivation, class V>
 GEMMA_NORM_ANYWHERE V activation(const V& g) {
-  // Beyond these bounds 1 + exp(-g) rounds to 1, and its reciprocal to 0.
+  // The clamp changes no result: above 43, 1 + exp(-g) rounds to 1; below -125, its reciprocal rounds to 0.
   const Exponential<V> e = exponential<M>(M::clamp(g, -125, 43));
   const V sigmoid = M::reciprocal(M::fma(e.fraction, e.power, M::all(0x1p-64f))) * M::all(0x1p-64f);
   return sigmoid * (kActivation == Activation::kSilu ? g : M::one_unless_nan(g));

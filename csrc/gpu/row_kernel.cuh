@@ -53,7 +53,7 @@ template <class V, Scope kScope, int kVectors, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<V, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
 normalize_rows(RowParams p, Launch launch) {
   constexpr bool kPairs = kScope == Scope::kWave && kVectors == 1;
-  if constexpr ((kScope == Scope::kCluster || kPairs) && !device::kTargetHasClusters) return;  // such GPUs have no plan with it
+  if constexpr ((kScope == Scope::kCluster || kPairs) && !device::kTargetHasClusters) return;  // no plan of such a GPU has these
   using S = typename V::S;
   using Order =
       LoadOrder<kVectors, kThreads, kHeld<V>, sizeof(S), kWideWeights<V>, V::Form::Formula::kGated, V::kRoundEachStep, kAligned>;

@@ -113,7 +113,7 @@ struct LoadOrder {
   // A block of 1024 threads has registers for s in 16 bits, not for s in 32 bits too: it is unpacked twice. So has a thread that
   // holds eight vectors of gates.
   static constexpr bool kKeepPacked = (!kHasRegisters || (kGated && kVectors == 8)) && kItemBytes == 2;
-  // How many vectors' weights are loaded together where kEarlyWeights is false, and their gates with them where kWholeRows is too.
+  // Where kEarlyWeights is false, the weights of so many vectors are loaded together; where kWholeRows is false, their gates too.
   static constexpr int kBatch = !kHasRegisters && kGated ? 1 : (kHasRegisters || !kRoundEachStep ? 4 : 2) / (kWideWeights ? 2 : 1);
   // "the reciprocal root by Newton's steps", and not "the same with 8 vectors a thread (not kept: spills)".
   static constexpr bool kQuickRoot = kVectors <= 4;
