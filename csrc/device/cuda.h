@@ -193,7 +193,7 @@ using Error = cudaError_t;
 constexpr Error kSuccess = cudaSuccess;
 inline const char* error_text(Error e) {
   if (e != cudaErrorNoKernelImageForDevice) return cudaGetErrorString(e);
-  return "this library has no code for this GPU: gemma_norm.backends() names both, TORCH_CUDA_ARCH_LIST is what to build for";
+  return "this library has no code for this GPU: gemma_norm.libraries() names both, TORCH_CUDA_ARCH_LIST is what to build for";
 }
 
 // Of the current device, asked for once. `kernel` is any of this library's.

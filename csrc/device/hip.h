@@ -172,7 +172,7 @@ using Error = hipError_t;
 constexpr Error kSuccess = hipSuccess;
 inline const char* error_text(Error e) {
   if (e != hipErrorNoBinaryForGpu && e != hipErrorInvalidDeviceFunction) return hipGetErrorString(e);
-  return "this library has no code for this GPU: gemma_norm.backends() names both, PYTORCH_ROCM_ARCH is what to build for";
+  return "this library has no code for this GPU: gemma_norm.libraries() names both, PYTORCH_ROCM_ARCH is what to build for";
 }
 
 // Of the current device, asked for once.

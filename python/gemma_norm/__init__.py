@@ -2,7 +2,7 @@
 
 Importing this package loads the native libraries and defines ``torch.ops.gemma_norm``. See :func:`rms_norm`,
 :func:`fused_add_rms_norm`, :func:`add_rms_norm`, the modules :class:`RMSNorm` and :class:`GemmaRMSNorm`, and
-:func:`backends`. ``python -m gemma_norm`` checks and times an installation.
+:func:`libraries`. ``python -m gemma_norm`` checks and times an installation.
 """
 
 from . import _library
@@ -11,22 +11,22 @@ _library.load()
 
 from . import reference  # noqa: E402
 from ._build_info import VERSION as __version__  # noqa: E402
-from ._library import Backend, backends  # noqa: E402
+from ._library import Library, libraries  # noqa: E402
 from ._ops.gated_rms_norm import gated_rms_norm  # noqa: E402
 from ._ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
 from .gated_module import GatedRMSNorm  # noqa: E402
 from .module import GemmaRMSNorm, RMSNorm  # noqa: E402
 
 __all__ = [
-    "Backend",
     "GatedRMSNorm",
     "GemmaRMSNorm",
+    "Library",
     "RMSNorm",
     "__version__",
     "add_rms_norm",
-    "backends",
     "fused_add_rms_norm",
     "gated_rms_norm",
+    "libraries",
     "reference",
     "rms_norm",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, _checkup, _load, _speed, backends
+from . import __version__, _checkup, _load, _speed, libraries
 from ._checks import DTYPES, dtype_name
 from ._screen import Parser, Screen, end_cleanly
 
@@ -40,16 +40,16 @@ def show_installation(screen: Screen) -> bool:
     rows = [["library", "", "compiler", "GPU architectures"]]
     notes: dict[str, Callable[[str], str]] = {}
     healthy = True
-    for backend in backends().values():
-        state = screen.good("loaded") if backend.loaded else screen.dim("not loaded" if backend.built else "not built")
-        rows.append([backend.name, state, backend.compiler, " ".join(backend.architectures)])
-        if backend.built and backend.reason:
-            notes[backend.reason] = screen.dim
-        works = bool(backend.served_devices) or not backend.unsupported_devices
-        notes |= dict.fromkeys(backend.unsupported_devices, screen.dim if works else screen.bad)
+    for library in libraries().values():
+        state = screen.good("loaded") if library.loaded else screen.dim("not loaded" if library.built else "not built")
+        rows.append([library.name, state, library.compiler, " ".join(library.architectures)])
+        if library.built and library.reason:
+            notes[library.reason] = screen.dim
+        works = bool(library.served_devices) or not library.unsupported_devices
+        notes |= dict.fromkeys(library.unsupported_devices, screen.dim if works else screen.bad)
         healthy = healthy and works
-        if backend.loaded:
-            notes[f"{backend.name}: {backend.path}"] = screen.dim
+        if library.loaded:
+            notes[f"{library.name}: {library.path}"] = screen.dim
     screen.table(rows, left=4)
     for note, paint in notes.items():
         screen.note(note, paint)

@@ -22,7 +22,7 @@ except ImportError as error:
 BUILD = cast("dict[str, dict[str, Any]]", _build_info.BUILD)
 MINIMUM_TORCH = (2, 10)
 LIBRARY_DIR = Path(__file__).parent / "lib"
-BACKENDS = ("cpu", "cuda", "hip")
+LIBRARIES = ("cpu", "cuda", "hip")
 _torch: Any = torch  # not all of it is typed
 
 # The AMD processors on which code for a generic one runs: LLVM's "User Guide for AMDGPU Backend" (AMDGPUUsage), table
@@ -39,8 +39,8 @@ GENERIC_PROCESSORS = {
 
 
 @dataclass(frozen=True)
-class Backend:
-    """What is known about one native library; see :func:`backends`."""
+class Library:
+    """What is known about one native library; see :func:`libraries`."""
 
     name: str
     built: bool
@@ -60,26 +60,26 @@ class Backend:
     """
 
 
-def backends() -> dict[str, Backend]:
+def libraries() -> dict[str, Library]:
     """Describe the native libraries ``cpu``, ``cuda`` and ``hip``: built, loaded, where, for which GPUs, why not.
 
     Calling it may initialise CUDA, since it asks each GPU for its architecture.
     """
-    return {name: _describe(name) for name in BACKENDS}
+    return {name: _describe(name) for name in LIBRARIES}
 
 
 def library_path(name: str) -> Path:
     return LIBRARY_DIR / f"libgemma_norm_{name}.so"
 
 
-def gpu_backend() -> str | None:
+def gpu_library() -> str | None:
     """The library that serves this PyTorch's GPUs; both kinds are device type "cuda" to PyTorch."""
     return "hip" if torch.version.hip else "cuda" if torch.version.cuda else None
 
 
 def why_not_native(device_type: str) -> str:
     """Why tensors of ``device_type`` have no native kernel."""
-    name = gpu_backend() if device_type == "cuda" else device_type if device_type in BACKENDS else None
+    name = gpu_library() if device_type == "cuda" else device_type if device_type in LIBRARIES else None
     return _reason(name) if name else "gemma_norm has no kernels for such devices"
 
 
@@ -124,7 +124,7 @@ def _nvidia_code_runs(architecture: str, device: str) -> bool:
 
 def unserved_gpus() -> dict[int, str]:
     """The GPUs that the loaded library has no machine code for: why, in a sentence, by index. May initialise CUDA."""
-    name = gpu_backend()
+    name = gpu_library()
     if name not in _loaded or not torch.cuda.is_available():
         return {}
     architectures = tuple(BUILD[name].get("architectures", ()))
@@ -146,7 +146,7 @@ def load() -> None:
         raise ImportError(f"gemma_norm {VERSION} needs PyTorch {minimum} or newer, got {torch.__version__}")
     if "cpu" not in BUILD:
         raise ImportError("gemma_norm: the cpu library was not built, and it defines the operators; rebuild with it")
-    for name in ("cpu", gpu_backend()):
+    for name in ("cpu", gpu_library()):
         if name in BUILD and name not in _loaded:
             _load(name)
 
@@ -245,15 +245,15 @@ def _torch_flavour() -> str:
     return f"a CUDA {torch.version.cuda} build" if torch.version.cuda else "a CPU build"
 
 
-def _describe(name: str) -> Backend:
+def _describe(name: str) -> Library:
     info = BUILD.get(name, {})
     served: tuple[str, ...] = ("cpu",) if name == "cpu" and name in _loaded else ()
     unserved = {}
-    if name in _loaded and name == gpu_backend():
+    if name in _loaded and name == gpu_library():
         unserved = unserved_gpus()
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         served = tuple(f"cuda:{index}" for index in range(count) if index not in unserved)
-    return Backend(
+    return Library(
         name=name,
         built=name in BUILD,
         loaded=name in _loaded,

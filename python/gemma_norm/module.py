@@ -44,8 +44,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean of squares. A number: None, which ``torch.nn.RMSNorm`` takes for the dtype's epsilon, is
             refused.
         device, dtype: of the weight, which may be float32 with 16-bit inputs and is read anew in every call.
-        backend: what :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`: "auto" or, to force one,
-            "native", "aiter", "vllm" or "torch". Other devices have one backend.
+        provider: what :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`: "auto" or, to force one,
+            "native", "aiter", "vllm" or "torch". Other devices have one provider.
         inplace: whether :meth:`forward` may overwrite x and residual, under the conditions stated there. False: never.
         elementwise_affine, has_weight: what ``torch.nn.RMSNorm`` and vLLM call having a weight. If either is False,
             ``weight`` is None, and nothing is multiplied.
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        backend: str = "auto",
+        provider: str = "auto",
         inplace: bool = True,
         elementwise_affine: bool = True,
         has_weight: bool = True,
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self._check(hidden_size, eps, round_each_step, elementwise_affine=elementwise_affine, has_weight=has_weight)
-        self.backend = routing.checked(backend)
+        self.provider = routing.checked(provider)
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
         self.inplace = inplace
@@ -184,7 +184,7 @@ class RMSNorm(nn.Module):
     ) -> Output:
         """Our HIP kernels, or those of another package where ours are absent, see :mod:`gemma_norm.routing`."""
         # Not while compiling: a graph would be bound to what the set holds now.
-        if self.backend in routing.served_by_ours and not _is_compiling():
+        if self.provider in routing.served_by_ours and not _is_compiling():
             return self._forward_op(x, residual, post_residual_addition)
         return routing.forward(self, x, residual, post_residual_addition)
 

@@ -2,7 +2,7 @@
 
 The choice is made for each GPU by itself, since our library may have code for one and not for another.
 
-A module's ``backend``, or else the environment variable GEMMA_NORM_BACKEND, forces "native", "aiter", "vllm" or
+A module's ``provider``, or else the environment variable GEMMA_NORM_PROVIDER, forces "native", "aiter", "vllm" or
 "torch"; RuntimeError says why it cannot be had. The variable is read when a kind of call first occurs, and no more once
 ours serves. "auto" takes the first that need not round the weight: no peer for a float32 weight with 16-bit x, nor one
 that would have to be given ``1 + weight`` in 16 bits. aiter has a ``gemma_norm`` flag since its #3872, for any hidden
@@ -32,7 +32,7 @@ from ._registry import OPERATORS
 if TYPE_CHECKING:
     from .module import Output, RMSNorm
 
-BACKENDS = ("auto", "native", "aiter", "vllm", "torch")
+PROVIDERS = ("auto", "native", "aiter", "vllm", "torch")
 _torch: Any = torch  # not all of it is typed
 
 
@@ -62,7 +62,7 @@ class Peer:
 
 PLAIN = Peer(reference.rms_norm, reference.add_rms_norm, gemma_up_to=2**63)  # takes weights of any dtype
 _found = {"torch": PLAIN}
-# The backends, as modules name them, for which our HIP library was chosen, whatever the call: on every GPU of this
+# The providers, as modules name them, for which our HIP library was chosen, whatever the call: on every GPU of this
 # machine, and on the GPU of that index. The first is all that forward_hip looks at where no GPU is without code.
 served_by_ours: set[str] = set()
 served_on_gpu: set[tuple[str, int]] = set()
@@ -70,7 +70,7 @@ served_on_gpu: set[tuple[str, int]] = set()
 
 def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | None) -> Output:
     gpu = x.get_device()
-    if not torch.compiler.is_compiling() and (module.backend, gpu) in served_on_gpu:
+    if not torch.compiler.is_compiling() and (module.provider, gpu) in served_on_gpu:
         return module._forward_op(x, residual, post)
     weight, eps, gemma, recording = module.weight, module.variance_epsilon, module.gemma, torch.is_grad_enabled()
     hidden = module.hidden_size
@@ -86,7 +86,7 @@ def forward(module: RMSNorm, x: Tensor, residual: Tensor | None, post: Tensor | 
     if x.numel() >= 2**31:  # a branch, and no bool(): while compiling, a symbolic size must give a constant
         huge = True
     # As while gradients are recorded: by our operators or, on a GPU that they have no code for, by plain PyTorch.
-    name = choose(module.backend, recording or ours_alone, x.dtype, weight_dtype, hidden, gemma, huge, gpu)
+    name = choose(module.provider, recording or ours_alone, x.dtype, weight_dtype, hidden, gemma, huge, gpu)
     if not name or x.numel() == 0 or (residual is None and post is not None):
         return module._forward_op(x, residual, post)
     if recording or ours_alone or weight is None:
@@ -128,7 +128,7 @@ def _can_be_overwritten(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _choose(
-    backend: str,
+    provider: str,
     recording: bool,
     x: torch.dtype,
     weight: torch.dtype,
@@ -138,26 +138,26 @@ def _choose(
     gpu: int = 0,  # the index of x's
 ) -> str:
     """Who serves such a call, "" being torch.ops.gemma_norm. Logged once, with the reasons."""
-    wanted = checked(os.environ.get("GEMMA_NORM_BACKEND") or "auto") if backend == "auto" else backend
-    auto, hip, unserved = wanted == "auto", _library.backends()["hip"], _library.unserved_gpus()
+    wanted = checked(os.environ.get("GEMMA_NORM_PROVIDER") or "auto") if provider == "auto" else provider
+    auto, hip, unserved = wanted == "auto", _library.libraries()["hip"], _library.unserved_gpus()
     missing = hip.reason or unserved.get(gpu, "")
     if wanted == "torch":
         _say(logging.INFO, "plain PyTorch: asked for")
         return "torch"
     if not missing and wanted in ("auto", "native"):
         _say(logging.INFO, "our HIP library: it is loaded")
-        served_on_gpu.add((backend, gpu))
+        served_on_gpu.add((provider, gpu))
         if not unserved:
-            served_by_ours.add(backend)
+            served_by_ours.add(provider)
         return ""
     if wanted == "native":
-        raise RuntimeError(f"gemma_norm: backend 'native' was asked for and cannot be had: {missing}")
+        raise RuntimeError(f"gemma_norm: provider 'native' was asked for and cannot be had: {missing}")
     reasons = [f"native: {missing}"]
     for name in (wanted,) if not auto else () if recording else PEERS:
         peer = PEERS[name]()
         fatal, why = (True, peer) if isinstance(peer, str) else peer.objection(x, weight, hidden, gemma, huge)
         if fatal and not auto:
-            raise RuntimeError(f"gemma_norm: backend '{name}' was asked for and cannot be had: {why}")
+            raise RuntimeError(f"gemma_norm: provider '{name}' was asked for and cannot be had: {why}")
         if not (isinstance(peer, str) or recording or (auto and why)):
             because = "; ".join(reasons) if auto else "asked for" + (why and f", and breaks the contract: {why}")
             _say(logging.WARNING if why else logging.INFO, f"{name}: {because}")
@@ -186,8 +186,8 @@ def _say(level: int, message: str) -> None:
 
 
 def checked(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"gemma_norm: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name not in PROVIDERS:
+        raise ValueError(f"gemma_norm: provider must be one of {', '.join(PROVIDERS)}, got {name!r}")
     return name
 
 

@@ -125,8 +125,8 @@ def hip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def say(reason: str = "", unserved: dict[int, str] | None = None) -> None:
         forget()
-        found = {"hip": _library.Backend("hip", True, not reason, Path(), "", (), reason, (), ())}
-        monkeypatch.setattr(_library, "backends", lambda: found)
+        found = {"hip": _library.Library("hip", True, not reason, Path(), "", (), reason, (), ())}
+        monkeypatch.setattr(_library, "libraries", lambda: found)
         monkeypatch.setattr(_library, "unserved_gpus", lambda: unserved or {})
 
     return say
@@ -140,7 +140,7 @@ def peers(
     hip("no HIP library here")
     monkeypatch.setitem(sys.modules, "aiter", None)
     monkeypatch.setitem(sys.modules, "vllm._custom_ops", None)
-    monkeypatch.delenv("GEMMA_NORM_BACKEND", raising=False)
+    monkeypatch.delenv("GEMMA_NORM_PROVIDER", raising=False)
     caplog.set_level(logging.INFO, "gemma_norm")
     libraries = []
 
@@ -165,7 +165,7 @@ def peers(
     forget()
 
 
-def make(kind: type[RMSNorm], hidden: int, dtype: torch.dtype = torch.bfloat16, backend: str = "auto") -> RMSNorm:
-    module = kind(hidden, dtype=dtype, backend=backend).requires_grad_(False).eval()
+def make(kind: type[RMSNorm], hidden: int, dtype: torch.dtype = torch.bfloat16, provider: str = "auto") -> RMSNorm:
+    module = kind(hidden, dtype=dtype, provider=provider).requires_grad_(False).eval()
     module.weight.add_(randn(hidden, seed=9).to(dtype) / 20)
     return module

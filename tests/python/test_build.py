@@ -73,7 +73,7 @@ LOAD = f"""{ROCM}
 import json, logging, os
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 import gemma_norm
-print(json.dumps({{name: [b.loaded, b.reason] for name, b in gemma_norm.backends().items()}}), flush=True)
+print(json.dumps({{name: [b.loaded, b.reason] for name, b in gemma_norm.libraries().items()}}), flush=True)
 x, weight = torch.ones(5, 2048), torch.zeros(2048)
 with torch.no_grad():  # the operator's own CUDA kernel, under the name that ROCm goes by, with tensors of the CPU
     gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -160,9 +160,9 @@ def test_a_rocm_pytorch_loads_and_calls_the_hip_library(tree, site):
     assert made.returncode == 0, made.stderr
     done = run(sys.executable, "-c", LOAD, cwd=tree, PYTHONPATH=str(site), LD_PRELOAD=str(tree / "runtime.so"))
     assert done.returncode == 0, done.stderr
-    backends, *calls = done.stdout.splitlines()
+    libraries, *calls = done.stdout.splitlines()
     rocm = f"this PyTorch ({torch.__version__}) is a ROCm 7.0.0 build"
-    assert json.loads(backends) == {"cpu": [True, ""], "cuda": [False, rocm], "hip": [True, ""]}
+    assert json.loads(libraries) == {"cpu": [True, ""], "cuda": [False, rocm], "hip": [True, ""]}
     # The tensors' device (a CPU tensor's index is -1) is made current, the kernel launched in PyTorch's stream.
     assert calls[:4] == ["device -1", "grid 5 1 1 stream 0x5eed"] * 2
     assert "rms_norm: " in calls[4] and "no code for this GPU" in calls[4] and len(calls) == 5

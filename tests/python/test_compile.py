@@ -173,7 +173,7 @@ def test_compiled_module(device, kind):
 @pytest.mark.parametrize("method", ["forward", "forward_hip"])
 def test_compiled_modules_take_any_memory(device, method, what):
     """Also plain PyTorch, which forward_hip may choose, and which would overwrite one tensor by way of the other."""
-    module = gemma_norm.RMSNorm(64, device=device, backend="torch").eval()
+    module = gemma_norm.RMSNorm(64, device=device, provider="torch").eval()
     buffer, row = randn(9, 64, device=device), randn(1, 64, device=device, seed=1)
     x, residual = {
         "one tensor as both": (buffer[:7], buffer[:7]),

@@ -1,4 +1,4 @@
-"""Loading the native libraries: what backends() says, and that nothing missing or broken is passed over."""
+"""Loading the native libraries: what libraries() says, and that nothing missing or broken is passed over."""
 
 from __future__ import annotations
 
@@ -251,19 +251,19 @@ def test_the_gpu_library_that_this_pytorch_needs_must_load(monkeypatch, tmp_path
 
 
 def test_backends_here():
-    backends = gemma_norm.backends()
-    assert list(backends) == ["cpu", "cuda", "hip"]
-    cpu = backends["cpu"]
+    libraries = gemma_norm.libraries()
+    assert list(libraries) == ["cpu", "cuda", "hip"]
+    cpu = libraries["cpu"]
     assert cpu.built and cpu.loaded and cpu.path.is_file() and cpu.compiler and not cpu.reason
     gpu = "hip" if torch.version.hip else "cuda" if torch.version.cuda else None
     for name in ("cuda", "hip"):
-        backend = backends[name]
-        assert backend.loaded == (backend.built and name == gpu)
-        assert backend.loaded or backend.reason
-        assert not backend.built or (backend.path.is_file() and backend.compiler and backend.architectures)
-        assert backend.unsupported_devices == ()
+        library = libraries[name]
+        assert library.loaded == (library.built and name == gpu)
+        assert library.loaded or library.reason
+        assert not library.built or (library.path.is_file() and library.compiler and library.architectures)
+        assert library.unsupported_devices == ()
     assert cpu.served_devices == ("cpu",)
-    assert not gpu or len(backends[gpu].served_devices) == torch.cuda.device_count() * backends[gpu].loaded
+    assert not gpu or len(libraries[gpu].served_devices) == torch.cuda.device_count() * libraries[gpu].loaded
 
 
 def test_backends_says_why_not(monkeypatch):
@@ -272,10 +272,10 @@ def test_backends_says_why_not(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     for cuda, expected in ((None, "is a CPU build"), ("13.0", "is a CUDA 13.0 build")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        backends = gemma_norm.backends()
-        assert expected in backends["cuda"].reason and torch.__version__ in backends["cuda"].reason
-        assert backends["cuda"].architectures == ("sm_90",) and backends["cuda"].compiler == "nvcc 13.0"
-        assert not backends["hip"].built and "the hip library was not built" in backends["hip"].reason
+        libraries = gemma_norm.libraries()
+        assert expected in libraries["cuda"].reason and torch.__version__ in libraries["cuda"].reason
+        assert libraries["cuda"].architectures == ("sm_90",) and libraries["cuda"].compiler == "nvcc 13.0"
+        assert not libraries["hip"].built and "the hip library was not built" in libraries["hip"].reason
 
 
 @pytest.fixture
@@ -313,17 +313,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 )
 def test_a_gpu_that_the_library_has_no_code_for(machine, flavour, properties, architectures, expected):
     machine(flavour, architectures, properties)
-    backend = gemma_norm.backends()[flavour]
-    assert backend.unsupported_devices == ((f"cuda:0 (Stand-in) {expected}",) if expected else ())
-    assert backend.served_devices == (() if expected else ("cuda:0",))
+    library = gemma_norm.libraries()[flavour]
+    assert library.unsupported_devices == ((f"cuda:0 (Stand-in) {expected}",) if expected else ())
+    assert library.served_devices == (() if expected else ("cuda:0",))
 
 
 def test_a_gpu_without_code_beside_one_with(machine):
     machine("hip", ["gfx1100"], {"gcnArchName": "gfx1036"}, {"gcnArchName": "gfx1100"})
     assert list(_library.unserved_gpus()) == [0]
-    backend = gemma_norm.backends()["hip"]
-    assert backend.served_devices == ("cuda:1",)
-    assert backend.unsupported_devices == ("cuda:0 (Stand-in) is gfx1036, the hip library has code for gfx1100",)
+    library = gemma_norm.libraries()["hip"]
+    assert library.served_devices == ("cuda:1",)
+    assert library.unsupported_devices == ("cuda:0 (Stand-in) is gfx1036, the hip library has code for gfx1100",)
 
 
 NVIDIA = [

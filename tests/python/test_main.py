@@ -27,7 +27,7 @@ def test_as_a_command():
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stderr == "" and "\x1b" not in process.stdout
     assert f"gemma_norm {gemma_norm.__version__}   PyTorch {torch.__version__}" in process.stdout
-    assert str(gemma_norm.backends()["cpu"].path) in process.stdout
+    assert str(gemma_norm.libraries()["cpu"].path) in process.stdout
     rows = [line.split() for line in process.stdout.splitlines()]
     for device in DEVICES:
         for op in ("rms_norm", "fused_add_rms_norm", "add_rms_norm"):
@@ -177,13 +177,13 @@ def test_an_operator_that_fails_is_reported(monkeypatch, capsys):
 
 @pytest.mark.parametrize("served, failed", [((), 1), (("cuda:1",), 0)])
 def test_a_gpu_without_code_is_reported_and_a_fault_if_there_is_no_other(monkeypatch, capsys, served, failed):
-    backends = gemma_norm.backends()
+    libraries = gemma_norm.libraries()
     broken = {
-        **vars(backends["cpu"]),
+        **vars(libraries["cpu"]),
         "served_devices": served,
         "unsupported_devices": ("cuda:0 (X) is sm_80, the cuda library has code for sm_90",),
     }
-    monkeypatch.setattr(command, "backends", lambda: {**backends, "cuda": gemma_norm.Backend(**broken)})
+    monkeypatch.setattr(command, "libraries", lambda: {**libraries, "cuda": gemma_norm.Library(**broken)})
     assert command.main(["--skip-speed"]) == failed
     assert "is sm_80, the cuda library has code for sm_90" in capsys.readouterr().out
 

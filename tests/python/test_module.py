@@ -365,7 +365,7 @@ def test_subclass_may_reroute(kind):
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, .*, got 0"),
         ({"hidden_size": True}, "hidden_size must be an integer of at least 1, .*, got True"),
         ({"hidden_size": (4, 8)}, r"hidden_size must be an integer of at least 1, .*, got \(4, 8\)"),
-        ({"backend": "cudnn"}, "backend must be one of"),
+        ({"provider": "cudnn"}, "provider must be one of"),
     ],
 )
 def test_bad_arguments_of_the_constructor(kind, arguments, message):

@@ -170,7 +170,7 @@ def test_a_rounded_weight_is_used_by_force_alone(peers, caplog, install):
     module = make(GemmaRMSNorm, hidden, F32 if flag or "vllm" in install else BF16)
     assert_right(module.forward_hip(x.clone(), residual.clone())[0], x + residual, module.weight, gemma=True)
     assert not called and f"{'the float32' if flag else '1 +'} weight would be rounded to bfloat16" in caplog.text
-    module.backend = install.split()[0]
+    module.provider = install.split()[0]
     for _ in range(2):
         y, s = module.forward_hip(x.clone(), residual.clone())
         rounded = module.weight.to(BF16) if flag else (1 + module.weight.float()).to(BF16)
@@ -181,21 +181,21 @@ def test_a_rounded_weight_is_used_by_force_alone(peers, caplog, install):
     reason = (
         "the float32 weight" if flag else f"no gemma_norm flag{' beyond hidden 8192' * (hidden == 8200)}: 1 + weight"
     )
-    said = f"{module.backend}: asked for, and breaks the contract: {reason} would be rounded to bfloat16"
+    said = f"{module.provider}: asked for, and breaks the contract: {reason} would be rounded to bfloat16"
     assert [r.levelname for r in caplog.records if r.message.endswith(f"forward_hip uses {said}")] == ["WARNING"]
 
 
-@pytest.mark.parametrize("backend", ["auto", "aiter", "vllm", "torch"])
-def test_gradients_are_recorded_by_our_own(peers, monkeypatch, caplog, backend):
+@pytest.mark.parametrize("provider", ["auto", "aiter", "vllm", "torch"])
+def test_gradients_are_recorded_by_our_own(peers, monkeypatch, caplog, provider):
     peers("aiter flag", "vllm 4")
-    if backend == "auto":
+    if provider == "auto":
         monkeypatch.setattr(routing, "PEERS", dict.fromkeys(routing.PEERS))  # not even looked for
-    module = make(RMSNorm, 64, F16, backend).requires_grad_()
+    module = make(RMSNorm, 64, F16, provider).requires_grad_()
     y, s = module.forward_hip(x := randn(3, 64, dtype=F16), x)
     y.float().sum().backward()
     assert s is not x and bool((module.weight.grad != 0).all()) and not called
     assert_same_bits(x, randn(3, 64, dtype=F16))
-    used = "plain PyTorch: asked for" if backend == "torch" else "ours, for peers record no gradient"
+    used = "plain PyTorch: asked for" if provider == "torch" else "ours, for peers record no gradient"
     assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", f"gemma_norm: forward_hip uses {used}")]
 
 
@@ -203,13 +203,13 @@ def test_gradients_are_recorded_by_our_own(peers, monkeypatch, caplog, backend):
 def test_rows_beyond_32_bit_offsets(peers, monkeypatch):
     """Meta tensors have sizes alone."""
     peers("vllm 4")
-    module = RMSNorm(64, device="meta", dtype=BF16, backend="vllm")
+    module = RMSNorm(64, device="meta", dtype=BF16, provider="vllm")
     x = torch.empty(2**25, 64, device="meta", dtype=BF16)
     monkeypatch.setattr(reference, "rms_norm", lambda x, *others: x)
     with pytest.raises(RuntimeError, match="'vllm' was asked for and cannot be had: 32-bit offsets, and x has 2\\^31"):
         module.forward_hip(x)
     assert module.forward_hip(x[1:]).shape == (2**25 - 1, 64) and called == ["vllm"]
-    module.backend = "auto"
+    module.provider = "auto"
     module.forward_hip(x)
     assert called == ["vllm"]
 
@@ -224,12 +224,12 @@ def test_schemas_may_grow_defaults(peers, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["no weight", "each step rounded", "float32 x, 16-bit weight", "float32 residual"])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("provider", ["auto", "torch"])
 @torch.no_grad()
-def test_what_peers_compute_otherwise_is_never_theirs(peers, mode, backend):
+def test_what_peers_compute_otherwise_is_never_theirs(peers, mode, provider):
     peers("aiter flag", "vllm 4")
     options = {"has_weight": mode != "no weight", "round_each_step": mode == "each step rounded"}
-    module = RMSNorm(64, dtype=BF16, backend=backend, **options)
+    module = RMSNorm(64, dtype=BF16, provider=provider, **options)
     if module.weight is not None:
         module.weight.copy_(randn(64, dtype=BF16, seed=2))
     x = randn(6, 64, dtype=F32 if "float32 x" in mode else BF16)

@@ -57,17 +57,17 @@ def test_the_order_and_what_is_said_once(peers, monkeypatch, caplog):
 
 @torch.no_grad()
 @pytest.mark.parametrize("by", ["module", "environment", "both"])
-@pytest.mark.parametrize("backend", ["aiter", "vllm", "torch", "auto", ""])
-def test_what_is_asked_for_is_used(peers, monkeypatch, caplog, backend, by):
+@pytest.mark.parametrize("provider", ["aiter", "vllm", "torch", "auto", ""])
+def test_what_is_asked_for_is_used(peers, monkeypatch, caplog, provider, by):
     peers("aiter flag", "vllm 6")
     if by != "module":
-        monkeypatch.setenv("GEMMA_NORM_BACKEND", backend if by == "environment" else "native")
-    module = make(RMSNorm, 64, backend=backend or "auto" if by != "environment" else "auto")
-    if by == "both" and backend in ("auto", ""):
-        with pytest.raises(RuntimeError, match="backend 'native' was asked for"):
+        monkeypatch.setenv("GEMMA_NORM_PROVIDER", provider if by == "environment" else "native")
+    module = make(RMSNorm, 64, provider=provider or "auto" if by != "environment" else "auto")
+    if by == "both" and provider in ("auto", ""):
+        with pytest.raises(RuntimeError, match="provider 'native' was asked for"):
             module.forward_hip(randn(2, 64, dtype=BF16))
         return
-    used = {"auto": "aiter", "": "aiter"}.get(backend, backend)
+    used = {"auto": "aiter", "": "aiter"}.get(provider, provider)
     for residual in (None, randn(2, 64, dtype=BF16, seed=1)):
         x = randn(2, 64, dtype=BF16)
         s = x if residual is None else x + residual
@@ -75,14 +75,14 @@ def test_what_is_asked_for_is_used(peers, monkeypatch, caplog, backend, by):
         assert_right(y if residual is None else y[0], s, module.weight)
     assert called == [used] * 2 * (used != "torch")
     (message,) = caplog.messages
-    named = {"aiter": "aiter: asked for", "vllm": "vllm: asked for", "torch": "plain PyTorch: asked for"}.get(backend)
+    named = {"aiter": "aiter: asked for", "vllm": "vllm: asked for", "torch": "plain PyTorch: asked for"}.get(provider)
     assert message == f"gemma_norm: forward_hip uses {named or 'aiter: native: no HIP library here'}"
     assert caplog.records[0].levelno == logging.INFO
 
 
-def test_an_unknown_backend_in_the_environment(monkeypatch):
-    monkeypatch.setenv("GEMMA_NORM_BACKEND", "hip")
-    with pytest.raises(ValueError, match="backend must be one of auto, native, aiter, vllm, torch, got 'hip'"):
+def test_an_unknown_provider_in_the_environment(monkeypatch):
+    monkeypatch.setenv("GEMMA_NORM_PROVIDER", "hip")
+    with pytest.raises(ValueError, match="provider must be one of auto, native, aiter, vllm, torch, got 'hip'"):
         RMSNorm(8).forward_hip(randn(2, 8))
 
 
@@ -92,43 +92,43 @@ def test_what_is_absent_cannot_be_forced(peers, monkeypatch, recording):
     absent = {"native": "no HIP library here", "aiter": "ModuleNotFound", "vllm": "ModuleNotFound"}
     with torch.set_grad_enabled(recording):
         for name, why in absent.items():
-            message = f"backend '{name}' was asked for and cannot be had: .*({why})"
+            message = f"provider '{name}' was asked for and cannot be had: .*({why})"
             with pytest.raises(RuntimeError, match=message):
-                make(RMSNorm, 100, backend=name).forward_hip(x)
-            monkeypatch.setenv("GEMMA_NORM_BACKEND", name)
+                make(RMSNorm, 100, provider=name).forward_hip(x)
+            monkeypatch.setenv("GEMMA_NORM_PROVIDER", name)
             forget()
             with pytest.raises(RuntimeError, match=message):
                 make(RMSNorm, 100).forward_hip(x)
-            make(RMSNorm, 100, backend="torch").forward_hip(x)  # the module's own word counts more
+            make(RMSNorm, 100, provider="torch").forward_hip(x)  # the module's own word counts more
         peers("aiter flag", "fused_add_rms_norm(Tensor! input, Tensor! residual, float epsilon) -> ()")
         forget()
         for name, why in {"aiter": "no multiple of 8", "vllm": "unknown schemas: .*residual, float eps"}.items():
             with pytest.raises(RuntimeError, match=why):
-                make(RMSNorm, 100, backend=name).forward_hip(x)
+                make(RMSNorm, 100, provider=name).forward_hip(x)
     assert not called
-    with pytest.raises(ValueError, match="backend must be one of auto, native, aiter, vllm, torch, got 'hip'"):
-        RMSNorm(8, backend="hip")
+    with pytest.raises(ValueError, match="provider must be one of auto, native, aiter, vllm, torch, got 'hip'"):
+        RMSNorm(8, provider="hip")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["auto", "native"])
-def test_our_library_comes_first_if_it_has_code_for_the_gpu(peers, hip, monkeypatch, caplog, backend):
+@pytest.mark.parametrize("provider", ["auto", "native"])
+def test_our_library_comes_first_if_it_has_code_for_the_gpu(peers, hip, monkeypatch, caplog, provider):
     peers("aiter flag", "vllm 4")
-    x, module = randn(3, 64, dtype=BF16), make(RMSNorm, 64, backend=backend)
+    x, module = randn(3, 64, dtype=BF16), make(RMSNorm, 64, provider=provider)
     hip()
     with torch.enable_grad():
         module.forward_hip(x)
     assert_right(module.forward_hip(x), x, module.weight)
     assert not called and caplog.messages == ["gemma_norm: forward_hip uses our HIP library: it is loaded"]
-    module.backend = "vllm"
+    module.provider = "vllm"
     assert_right(module.forward_hip(x), x, module.weight)
     assert called == ["vllm"]
     with torch.enable_grad(), monkeypatch.context() as patch:
         patch.setattr(RMSNorm, "forward_native", None)
         module.forward_hip(x)
-    module.backend = backend
+    module.provider = provider
     hip(unserved={-1: "it is gfx942", 1: "cuda:1 is gfx1030"})
-    if backend == "native":
+    if provider == "native":
         with pytest.raises(RuntimeError, match=r"'native' was asked for and cannot be had: it is gfx942$"):
             module.forward_hip(x)
         return
@@ -156,7 +156,7 @@ def test_our_library_is_chosen_once(hip, monkeypatch):
         assert_right(module.forward_hip(x), x, module.weight, gemma=True)
     assert set(choose.calls) == {("auto", False, BF16, BF16, 64, True, False, -1)}
     assert len(choose.calls) == counter.frame_count == 2  # for any number of rows since the second
-    module.backend = "torch"
+    module.provider = "torch"
     assert_right(module.forward_hip(x), x, module.weight, gemma=True)
     assert len(choose.calls) == 3
 
@@ -177,7 +177,7 @@ def test_each_gpu_is_asked_about_by_itself(hip, monkeypatch, caplog):
     assert [call[-1] for call in choose.calls] == [0, 1, 1]  # once for the GPU that ours serves
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert "plain PyTorch, which is slow: native: cuda:1 is gfx1036; " in caplog.messages[1]
-    module.backend = "native"
+    module.provider = "native"
     with pytest.raises(RuntimeError, match=r"'native' was asked for and cannot be had: cuda:1 is gfx1036$"):
         module.forward_hip(x)
     gpus.pop(0)
@@ -225,9 +225,9 @@ def test_unknown_signatures_are_not_tried(peers, monkeypatch, caplog, name, func
         monkeypatch.setattr(sys.modules["aiter"], name, function)
     x, module = randn(2, 64, dtype=BF16), make(RMSNorm, 64)
     assert_right(module.forward_hip(x), x, module.weight)
-    backend, what = ("aiter", "parameters") if function else ("vllm", "schemas")
-    assert not called and f"{backend}: unknown {what}: " in caplog.text
-    module.backend = backend
+    provider, what = ("aiter", "parameters") if function else ("vllm", "schemas")
+    assert not called and f"{provider}: unknown {what}: " in caplog.text
+    module.provider = provider
     with pytest.raises(RuntimeError, match=f"cannot be had: unknown {what}: "):
         module.forward_hip(x)
 
