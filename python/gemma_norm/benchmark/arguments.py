@@ -102,7 +102,7 @@ def _parser() -> Parser:
     p.add_argument("--quick", action="store_true", help="fewer points, fewer samples")
     p.add_argument("--csv", type=_output_file, metavar="FILE", help="write the results, anew after every point")
     p.add_argument("--json", type=_output_file, metavar="FILE", help="write the results")
-    p.add_argument("--plot", type=_plot_folder, metavar="DIR", help="write a PNG and an SVG a suite (needs matplotlib)")
+    p.add_argument("--plot", type=_plot_folder, metavar="DIR", help="write a PNG a suite and dtype (needs matplotlib)")
     p.add_argument("--compare", type=_run, metavar="OLD.csv", help="show what moved beyond noise since")
     load = "measure nothing, use an earlier run: all of it, or the suites, dtypes and providers named"
     p.add_argument("--load", type=_run, metavar="FILE.csv", help=load)
