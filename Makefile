@@ -17,7 +17,7 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report lint format clean
+.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report docs lint format clean
 .PHONY: system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ benchmark: $(VENV)/installed  ## beside copy_, eager, torch.compile and the peer
 
 report: $(VENV)/test-installed  ## tests and benchmark of this machine in one file, report.txt
 	( $(BIN)/python -m gemma_norm; $(BIN)/python -m pytest -q tests/python; $(BIN)/python -m gemma_norm.benchmark ) 2>&1 | tee report.txt
+
+docs: $(VENV)/installed  ## docs/api.md, from the docstrings
+	$(BIN)/python docs/make_api.py
 
 lint: $(VENV)/installed  ## ruff, clang-format, mypy
 	$(PIP) 'gemma-norm[dev]'
