@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from peer_packages import hip as hip  # fixtures, for every test
-from peer_packages import peers as peers
+from fake_peers import hip as hip  # fixtures, for every test
+from fake_peers import peers as peers
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.load_profile("default")
