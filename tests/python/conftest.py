@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import gemma_norm
+from benchmark_support import earlier as earlier
 from fake_peers import hip as hip  # fixtures, for every test
 from fake_peers import peers as peers
 
@@ -33,6 +35,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(params=[False, True], ids=["plain", "gemma"])
 def gemma(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=[gemma_norm.RMSNorm, gemma_norm.GemmaRMSNorm], ids=lambda kind: kind.__name__)
+def kind(request: pytest.FixtureRequest) -> type[gemma_norm.RMSNorm]:
     return request.param
 
 

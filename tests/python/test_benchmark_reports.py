@@ -1,0 +1,141 @@
+"""What the benchmark shows: tables, comparisons, plots, progress, and the end of a run that is stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark_support import HERE, TINY, correct, point
+from gemma_norm.benchmark import __main__ as command
+from gemma_norm.benchmark import providers, report, results
+from gemma_norm.benchmark.cases import ADD_RMS_NORM
+from gemma_norm.benchmark.providers import PROVIDERS
+from gemma_norm.benchmark.suites import SUITES, Choice
+from gemma_norm.benchmark.timing import Timing
+from support import on_a_terminal, shown
+
+
+def test_compare_tells_noise_from_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def file(name: str, *medians: float) -> str:
+        timings = [Timing(m * 0.9, m, m * 1.1) for m in medians]
+        made = [results.make(point(rows=i + 1), "ours", "gemma", t, None) for i, t in enumerate(timings)]
+        results.write_csv(tmp_path / name, {"gpu": "a, b: c"}, made)
+        return str(tmp_path / name)
+
+    old, new = file("old.csv", 10, 10, 10, 10), file("new.csv", 10.5, 20, 5)
+    moved, pairs = results.compare(results.read_csv(Path(old))[1], results.read_csv(Path(new))[1])
+    assert [(m.new.rows, m.factor) for m in moved] == [(2, 2.0), (3, 0.5)] and pairs == 3
+    assert command.main(["--load", new, "--compare", old]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 3 figures moved" in out and "gpu  a, b: c" in out
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    made = []
+    points = [p for name in ("decode", "host") for p in SUITES[name].points(Choice(quick=True))]
+    for p, provider in product(points, ("ours", "ours:module", "copy_", "liger")):
+        made.append(results.make(p, provider, "gemma", Timing(1, 2, 3), Timing(1, 2, 3)))
+    results.write_csv(tmp_path / "r.csv", {"gpu": "some"}, made)
+    assert command.main(["--load", str(tmp_path / "r.csv"), "--plot", str(tmp_path / "plots")]) == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert set(written) == {f"{name}-bfloat16.{kind}" for name in ("decode", "host") for kind in ("png", "svg")}
+    assert all(data.startswith((b"\x89PNG", b"<?xml")) for data in written.values())
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_table_in_a_narrow_terminal(
+    columns: int, earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "columns", lambda stream: columns)
+    assert command.main(["--load", "ok.csv", "--compare", "ok.csv"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns, text
+    assert all(word in text for word in ("ours", "eager", "of copy_", "next best", "0 of 2 figures moved"))
+
+
+def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
+    """130, what was measured until then, no traceback, no progress line left over."""
+    csv = tmp_path / "new.csv"
+    command_line = [
+        "-m",
+        "gemma_norm.benchmark",
+        *TINY,
+        *HERE,
+        "--rows",
+        "512",
+        "--hidden",
+        "64,5120",
+        "--csv",
+        str(csv),
+    ]
+    status, text = on_a_terminal(*command_line, columns=60, interrupt_at="1/8")
+    assert status == 130
+    assert "Traceback" not in text and "KeyboardInterrupt" not in text
+    (stopped,) = [line for line in shown(text) if "points" in line]
+    assert re.fullmatch(r"stopped after [1-7] of 8 points: interrupted", stopped)
+    assert "median us a call" in text and results.read_csv(csv)[1]
+
+
+def test_a_reader_that_stops(earlier: Path) -> None:
+    """As ``| head -1`` does. The files are written all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "gemma_norm.benchmark", "--load", "ok.csv", "--json", "new.json"]
+    process = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert process.returncode == 141 and process.stderr == ""
+    assert json.loads(Path("new.json").read_text())["environment"] == {"cpu": "some"}
+
+
+def test_absent_peers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(PROVIDERS, "liger", replace(PROVIDERS["liger"], module="no_such_module"))
+    monkeypatch.setitem(PROVIDERS, "aiter", replace(PROVIDERS["aiter"], module="json"))
+    assert command.main([*TINY, "--rows", "1", "--providers", "ours,liger,aiter"]) == 0
+    out = capsys.readouterr().out
+    assert "No module named 'no_such_module'" in out
+    assert "the installed json has no rmsnorm2d_fwd_with_add" in out
+
+
+def test_an_interrupted_run_keeps_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
+        if op == ADD_RMS_NORM:
+            raise KeyboardInterrupt
+        return correct(op, weight, gemma)
+
+    monkeypatch.setitem(PROVIDERS, "eager", replace(PROVIDERS["eager"], make=interrupt))
+    assert command.main([*TINY, "--rows", "1", "--providers", "eager"]) == 130
+    screen = capsys.readouterr()
+    assert "interrupted" in screen.err and "rms_norm" in screen.out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for stream in (io.StringIO(), Terminal()):
+        progress = report.Progress(40, stream)
+        for i in range(40):
+            progress.show(f"point {i}")
+            progress.advance()
+        progress.close()
+        text = stream.getvalue()
+        if stream.isatty():
+            assert text.endswith("\r\x1b[K") and "[############............] 20/40" in text and "\n" not in text
+        else:
+            assert text.splitlines() == [f"{i}/40 point {i}" for i in range(0, 40, 4)]

@@ -1,0 +1,125 @@
+"""RMSNorm and GemmaRMSNorm under torch.fx, torch.jit and quantisation."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gemma_norm
+from gemma_norm.module import Output
+from module_support import inputs, make
+from support import assert_same_bits, randn
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("both", ["x and a residual", "one tensor as both"])
+def test_a_traced_module_writes_nothing(kind, both):
+    """torch.jit.trace ends the process where an operator's exception is caught, so none may be tried."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = make(kind, 128).eval()
+
+        def forward(self, x: Tensor, residual: Tensor) -> Output:
+            return self.norm(x, x if both == "one tensor as both" else residual)
+
+    layer, (x, residual, _) = Layer(), inputs("cpu")
+    kept = x.clone(), residual.clone()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x, residual))
+        y, s = traced(x, residual)
+    assert_same_bits(x, kept[0])
+    assert_same_bits(residual, kept[1])
+    want = gemma_norm.add_rms_norm(
+        x, x if both == "one tensor as both" else residual, layer.norm.weight.detach(), 1e-5, kind.gemma
+    )
+    assert_same_bits(y, want[0])
+    assert_same_bits(s, want[1])
+
+
+class Model(nn.Module):
+    """Both signatures of a module, and a function."""
+
+    def __init__(self, norm: gemma_norm.RMSNorm) -> None:
+        super().__init__()
+        self.norm, self.linear = norm, nn.Linear(norm.hidden_size, norm.hidden_size)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y, residual = self.norm(self.linear(self.norm(x)), residual)
+        return y + gemma_norm.rms_norm(residual, self.norm.weight)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_torch_fx_traces_it_as_one_node_a_norm(kind, mode):
+    model = Model(make(kind, 16)).train(mode == "train")
+    traced = torch.fx.symbolic_trace(model)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function" and "norm" in node.name]
+    assert called == [gemma_norm.rms_norm, gemma_norm.add_rms_norm, gemma_norm.rms_norm]
+    x, residual = randn(3, 16), randn(3, 16, seed=1)
+    traced(x, residual).sum().backward()
+    got, model.norm.weight.grad = model.norm.weight.grad, None
+    want = model(x, residual)
+    want.sum().backward()
+    assert_same_bits(got, model.norm.weight.grad)
+    with torch.no_grad():
+        assert_same_bits(traced(x, residual), want.detach())
+
+
+def test_torch_fx_sees_the_function_whichever_argument_is_traced(kind):
+    """Each of them may be a constant of the graph while others are its inputs."""
+    constant, weight = torch.ones(3, 16), torch.ones(16)
+    for traced_argument in range(2):
+
+        def call(t: Tensor, traced_argument: int = traced_argument) -> Tensor:
+            arguments = [constant, constant]
+            arguments[traced_argument] = t
+            y, s = gemma_norm.add_rms_norm(*arguments, weight, gemma=kind.gemma)
+            return y + s
+
+        graph = torch.fx.symbolic_trace(call, concrete_args={"traced_argument": traced_argument}).graph
+        assert gemma_norm.add_rms_norm in [node.target for node in graph.nodes]
+
+
+def test_torch_fx_keeps_what_only_writes():
+    def call(x: Tensor, residual: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+        gemma_norm.fused_add_rms_norm(x, residual, weight)
+        gemma_norm.rms_norm(residual, weight, out=out)
+        return x
+
+    traced = torch.fx.symbolic_trace(call)
+    traced.graph.eliminate_dead_code()
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [gemma_norm.fused_add_rms_norm, gemma_norm.rms_norm]
+
+
+def test_fx_quantisation_prepares_it(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import prepare_fx
+
+        model = nn.Sequential(make(kind, 16), nn.Linear(16, 16)).eval()
+        prepared = prepare_fx(model, get_default_qconfig_mapping(), (randn(2, 16),))
+        torch.testing.assert_close(prepared(randn(2, 16)), model(randn(2, 16)))
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_torch_script(kind):
+    """A norm without a residual: the native operator in inference, differentiable else."""
+    model = nn.Sequential(make(kind, 16), nn.Linear(16, 16))
+    scripted = torch.jit.script(model)
+    assert list(scripted.state_dict()) == list(model.state_dict())
+    x = randn(3, 16).requires_grad_()
+    for m in (model, scripted):
+        x.grad = model[0].weight.grad = None
+        m(x).square().sum().backward()
+        if m is model:
+            want = x.grad, model[0].weight.grad
+        else:
+            torch.testing.assert_close((x.grad, model[0].weight.grad), want)
+    with torch.no_grad():
+        assert_same_bits(scripted[0](x), model[0](x))

@@ -1,0 +1,108 @@
+"""What writes, or records no derivative, under torch.func's transforms and with dual tensors: mostly refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import vmap
+
+import gemma_norm
+from support import assert_same_bits
+from transforms_support import HIDDEN, OPS, TRANSFORMS, tensors
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_vmap_of_a_module_in_inference_writes_nothing(device, context):
+    """There the module may write in place, but not inside a transform."""
+    x, residual, _, _ = tensors(device, torch.float32)
+    module = gemma_norm.RMSNorm(HIDDEN, device=device).eval()
+    kept = x.clone(), residual.clone()
+    with context():
+        y, s = vmap(module)(x, residual)
+    assert_same_bits(x, kept[0])
+    assert_same_bits(residual, kept[1])
+    want = gemma_norm.add_rms_norm(x, residual, module.weight.detach())
+    torch.testing.assert_close((y, s), want)
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+@pytest.mark.parametrize("where", ["native", "meta"])
+def test_operators_that_record_no_derivative_refuse_dual_tensors(where, argument):
+    """fused_add_rms_norm would keep the old tangents, and the others would drop them."""
+    device = "meta" if where == "meta" else "cpu"
+    names = ["x", "residual", "weight"]
+    with forward_ad.dual_level():
+        call = [t.to(device) for t in tensors("cpu", torch.float32)[:3]]
+        kept = [t.clone() for t in call]
+        call[argument] = forward_ad.make_dual(call[argument], call[argument].clone())
+        for op in (OPS.fused_add_rms_norm, OPS.add_rms_norm, gemma_norm.fused_add_rms_norm):
+            with pytest.raises(
+                RuntimeError, match=f"add_rms_norm: {names[argument]} must not have a tangent, got a dual"
+            ):
+                op(*call)
+        if argument != 1:
+            for op in (OPS.rms_norm, lambda x, w: gemma_norm.rms_norm(x, w, out=torch.empty_like(x))):
+                with pytest.raises(RuntimeError, match=f"rms_norm: {names[argument]} must not have a tangent, got a"):
+                    op(call[0], call[2])
+        for t, before in zip(call, kept, strict=True):
+            assert where == "meta" or torch.equal(t, before)
+
+
+def test_a_dual_level_changes_nothing_for_tensors_without_a_tangent(device):
+    x, residual, weight, _ = tensors(device, torch.float32)
+    want = gemma_norm.add_rms_norm(x, residual, weight)
+    with forward_ad.dual_level():
+        for a, b in zip(gemma_norm.add_rms_norm(x, residual, weight), want, strict=True):
+            assert_same_bits(a, b)
+        OPS.fused_add_rms_norm(x, residual, weight)
+    assert_same_bits(x, want[0])
+
+
+def test_the_native_library_sees_tangents():
+    """By a symbol outside of PyTorch's stable ABI. This fails, rather than tangents in silence, if PyTorch drops it."""
+    x, _, weight, _ = tensors("cpu", torch.float32)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="must not have a tangent"):
+        OPS.rms_norm.default(forward_ad.make_dual(x, x.clone()), weight)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("op", ["torch.ops fused_add_rms_norm", "fused_add_rms_norm", "torch.ops out", "out"])
+def test_writing_inside_a_transform_is_refused(device, op, transform):
+    """A kernel gets the tensor inside the transform's wrapper: the derivative would be that of something else."""
+    _, residual, weight, _ = tensors(device, torch.float32)
+
+    def call(t: Tensor) -> Tensor:
+        y, s = t * 1, (residual * 1 if transform != "vmap" else residual[0] * 1)
+        if "out" in op:
+            function = OPS.rms_norm if "ops" in op else gemma_norm.rms_norm
+            return function(y, weight, out=torch.empty_like(y))
+        (OPS.fused_add_rms_norm if "ops" in op else gemma_norm.fused_add_rms_norm)(y, s, weight)
+        return y
+
+    name, advice = ("rms_norm", "rms_norm without out") if "out" in op else ("fused_add_rms_norm", "add_rms_norm")
+    with pytest.raises(RuntimeError, match=rf"{name}: .* inside a torch\.func transform.* call gemma_norm\.{advice}"):
+        TRANSFORMS[transform](call)(tensors(device, torch.float32)[0])
+
+
+def test_functionalize_replaces_what_writes(device):
+    x, residual, weight, _ = tensors(device, torch.float32)
+
+    def program(x: Tensor, residual: Tensor) -> Tensor:
+        OPS.fused_add_rms_norm(x, residual, weight)
+        return gemma_norm.rms_norm(x, weight, out=torch.empty_like(x)) + residual
+
+    mine, theirs = (x.clone(), residual.clone()), (x.clone(), residual.clone())
+    torch.testing.assert_close(torch.func.functionalize(program)(*mine), program(*theirs))
+    torch.testing.assert_close(mine, theirs)
+    with pytest.raises(RuntimeError, match=r"inside a torch\.func transform"):
+        vmap(torch.func.functionalize(program))(x, residual)
+
+
+def test_bad_arguments_inside_a_transform_are_named(device):
+    x, residual, weight, _ = tensors(device, torch.float32)
+    with pytest.raises(RuntimeError, match=r"^rms_norm: weight must have shape \[8\], got \[7\]"):
+        vmap(lambda t: gemma_norm.rms_norm(t, weight[:7]))(x)
+    with pytest.raises(RuntimeError, match=r"^add_rms_norm: residual must have x's shape \[8\], got \[2\]"):
+        vmap(lambda t: gemma_norm.add_rms_norm(t, residual[0, :2], weight))(x)
