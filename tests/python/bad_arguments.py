@@ -5,40 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, ones
 
-Arguments = dict[str, Any]
-
-ADD_OPS = ("fused_add_rms_norm", "add_rms_norm")
-IN_PLACE = ("fused_add_rms_norm",)
-OUT = ("rms_norm.out",)
-OPS = ("rms_norm", "rms_norm.out", *ADD_OPS)
-SHAPE = (4, 6, 16)
-
-
-def good(op: str) -> Arguments:
-    """Tensors are made on torch's default device."""
-    arguments: Arguments = {"x": ones(SHAPE), "weight": 2 * ones(16), "eps": 1e-6}
-    if op in ADD_OPS:
-        arguments |= {"residual": ones(SHAPE), "post_residual_addition": ones(SHAPE)}
-    if op in OUT:
-        arguments["out"] = ones(SHAPE)
-    return arguments
+from operators import OPERATORS, RMS_NORM, RMS_NORM_OUT, SHAPE, Arguments, Operator, that_write, with_tensor
 
 
 @dataclass(frozen=True)
 class Bad:
     name: str
-    message: str
-    """After "op: ", the beginning."""
-    replace: Callable[[], Arguments]
-    ops: tuple[str, ...] = OPS
+    message: str  # all of it, after the operator's name
+    replace: Callable[[], Arguments]  # makes the arguments that take the place of good ones
+    ops: tuple[Operator, ...] = OPERATORS  # for which that is an error
 
 
-def like_x(name: str, ops: tuple[str, ...], dtype: str = "must have x's dtype float32, got") -> list[Bad]:
+def like_x(name: str, dtype: str = "must have x's dtype float32, got") -> list[Bad]:
+    """What is wrong with a tensor that must have x's shape."""
+    ops = with_tensor(name)
     shape = f"{name} must have x's shape [4, 6, 16], got"
     strided = f"{name} must have a contiguous last dimension (stride 1), got stride 24"
     dtype = f"{name} {dtype}"
@@ -62,10 +46,12 @@ def eps(value: float) -> Bad:
     return Bad(f"eps: {value}", f"eps must be finite in float32 and at least 0, got {value:g}", lambda: {"eps": value})
 
 
-def none(name: str, ops: tuple[str, ...] = OPS) -> Bad:
-    return Bad(f"{name}: None", f"{name} must be a tensor, got None", lambda: {name: None}, ops)
+def none(name: str) -> Bad:
+    return Bad(f"{name}: None", f"{name} must be a tensor, got None", lambda: {name: None}, with_tensor(name))
 
 
+WITH_GEMMA = tuple(op for op in OPERATORS if op.gemma)
+WITHOUT_GEMMA = tuple(op for op in OPERATORS if not op.gemma)
 ROWS = "must have a contiguous last dimension (stride 1), got stride"
 CONTIGUOUS = "weight must be contiguous (stride 1), got stride"
 WEIGHT = "weight must have shape [16], got"
@@ -74,8 +60,8 @@ BAD = [
     *map(x_dtype, (torch.complex64, torch.complex128, torch.complex32, torch.uint16, torch.uint32, torch.uint64)),
     *map(x_dtype, (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e8m0fnu)),
     none("x"),
-    none("residual", ADD_OPS),
-    none("out", OUT),
+    none("residual"),
+    none("out"),
     Bad("x: 0-dim", "x must have at least one dimension, got shape []", lambda: {"x": ones(())}),
     Bad("hidden 0", "x must have a last dimension of at least 1, got shape [4, 0]", lambda: {"x": ones(4, 0)}),
     Bad("x: strided", f"x {ROWS} 24", lambda: {"x": ones(16, 4, 6).movedim(0, -1)}),
@@ -96,28 +82,32 @@ BAD = [
         "gemma without a weight",
         "gemma must be False without a weight, got True",
         lambda: {"weight": None, "gemma": True},
+        WITH_GEMMA,
     ),
+    Bad("no weight", "weight must be a tensor, got None", lambda: {"weight": None}, WITHOUT_GEMMA),
     Bad(
         "gemma with each step rounded",
         "round_each_step must be False with gemma=True, got True",
         lambda: {"gemma": True, "round_each_step": True},
+        WITH_GEMMA,
     ),
     Bad(
         "a float32 weight with each step rounded",
         "weight must have x's dtype float16 with round_each_step=True, got float32",
         lambda: {"x": ones(SHAPE).half(), "round_each_step": True},
-        ("rms_norm",),
+        (RMS_NORM,),
     ),
     Bad(
         "weight: the other 16-bit type",
         "weight must have dtype float16 (x's) or float32, got bfloat16",
         lambda: {"x": ones(SHAPE).half(), "weight": ones(16).bfloat16()},
-        ("rms_norm",),
+        (RMS_NORM,),
     ),
     *map(eps, (-1e-6, -math.inf, math.nan, math.inf, 1e300)),
-    *like_x("residual", ADD_OPS, "must have dtype float32, got"),
-    *like_x("post_residual_addition", ADD_OPS, "must have residual's dtype float32, got"),
-    *like_x("out", OUT),
+    *like_x("residual", "must have dtype float32, got"),
+    *like_x("post_residual_addition", "must have residual's dtype float32, got"),
+    *like_x("gate"),
+    *like_x("out"),
 ]
 
 
@@ -148,6 +138,7 @@ def same(first: str, second: str) -> Callable[[], Arguments]:
     return lambda: dict.fromkeys((first, second), ones(SHAPE))
 
 
+IN_PLACE, OUT = that_write("x"), that_write("out")
 BOTH_WRITTEN = "residual must not overlap x, which is also written, got overlapping memory"
 ITSELF = "is written and must not overlap itself, got a tensor with shared elements"
 EXACTLY = "memory exactly or not overlap it, got a partial overlap"
@@ -168,7 +159,7 @@ BAD_MEMORY = [
         shifted("x", "post_residual_addition", 16),
         IN_PLACE,
     ),
-    Bad("out is x transposed", f"out must be x's {EXACTLY}", transposed, OUT),
+    Bad("out is x transposed", f"out must be x's {EXACTLY}", transposed, (RMS_NORM_OUT,)),
     Bad("weight within x", f"x {IN_WEIGHT}", weight_within("x"), IN_PLACE),
     Bad("weight within out", f"out {IN_WEIGHT}", weight_within("out"), OUT),
     Bad("x expanded", f"x {ITSELF}", lambda: {"x": ones(4, 1, 16).expand(SHAPE)}, IN_PLACE),

@@ -14,22 +14,19 @@ import torch
 from torch import Tensor, ones
 
 import gemma_norm
-from bad_arguments import ADD_OPS, BAD, BAD_MEMORY, OPS, SHAPE, Arguments, Bad, good, not_dense
-from gemma_norm._registry import OPERATORS
+from bad_arguments import BAD, BAD_MEMORY, Bad, not_dense
+from operators import (
+    ADD_RMS_NORM,
+    FUSED_ADD_RMS_NORM,
+    GATED_RMS_NORM,
+    OPERATORS,
+    RMS_NORM,
+    SHAPE,
+    Arguments,
+    call,
+    with_tensor,
+)
 from support import warnings_are
-
-PLAIN = {name: op.plain for name, op in OPERATORS.items()}
-
-
-def native(op: str) -> Callable[..., Any]:
-    packet, _, overload = op.partition(".")
-    return getattr(getattr(torch.ops.gemma_norm, packet), overload or "default")
-
-
-def call(kernel: Callable[..., Any], arguments: Arguments) -> Any:
-    arguments = dict(arguments)
-    first = [arguments.pop(name) for name in ("x", "residual", "weight") if name in arguments]
-    return kernel(*first, **arguments)
 
 
 def message(kernel: Callable[..., Any], arguments: Arguments) -> str:
@@ -47,93 +44,88 @@ def parameters(cases: list[Bad]) -> list[Any]:
     return [pytest.param(op, bad, id=f"{op}-{bad.name}") for bad in cases for op in bad.ops]
 
 
-@pytest.mark.parametrize("op", OPS)
+every_operator = pytest.mark.parametrize("op", OPERATORS, ids=str)
+
+
+@every_operator
 def test_the_good_arguments_are_good(device, op):
     with torch.device(device):
-        call(native(op), good(op))
+        call(op.native, op.good())
         with warnings_are("ignore"):
-            call(PLAIN[op], good(op))
+            call(op.plain, op.good())
     with torch.device("meta"):
-        call(native(op), good(op))
+        call(op.native, op.good())
 
 
 @pytest.mark.parametrize(("op", "bad"), parameters(BAD))
 def test_bad_arguments(device, op, bad):
     with torch.device(device):
-        expected = f"{op.partition('.')[0]}: {bad.message}"
-        assert message(native(op), good(op) | bad.replace()) == expected
-        assert message(PLAIN[op], good(op) | bad.replace()) == expected
+        expected = op.prefix + bad.message
+        assert message(op.native, op.good() | bad.replace()) == expected
+        assert message(op.plain, op.good() | bad.replace()) == expected
     with torch.device("meta"):
-        assert message(native(op), good(op) | bad.replace()) == expected
+        assert message(op.native, op.good() | bad.replace()) == expected
 
 
 @pytest.mark.parametrize(("op", "bad"), parameters(BAD_MEMORY))
 def test_bad_memory(device, op, bad):
     with torch.device(device):
-        got = message(native(op), good(op) | bad.replace())
-        assert got == f"{op.partition('.')[0]}: {bad.message}"
-        assert message(PLAIN[op], good(op) | bad.replace()) == got
+        got = message(op.native, op.good() | bad.replace())
+        assert got == op.prefix + bad.message
+        assert message(op.plain, op.good() | bad.replace()) == got
 
 
 @pytest.mark.parametrize("what", not_dense())
-@pytest.mark.parametrize("argument", ["x", "weight", "residual", "post_residual_addition", "out"])
+@pytest.mark.parametrize("argument", ["x", "weight", "residual", "post_residual_addition", "gate", "out"])
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_not_dense(what, argument):
     """They reach dispatch keys of their own (SparseCPU, QuantizedCPU, ...), for none of which there is a kernel."""
     bad = not_dense()[what]()
-    for op in OPS:
-        arguments = good(op)
-        if argument in arguments:
-            got = message_of_bad(op, arguments | {argument: bad})
-            assert got == f"{op.partition('.')[0]}: {argument} must be a dense tensor, got {what}"
+    for op in with_tensor(argument):
+        with pytest.raises(RuntimeError) as caught:
+            call(op.native, op.good() | {argument: bad})
+        assert str(caught.value) == f"{op.prefix}{argument} must be a dense tensor, got {what}"
 
 
-def message_of_bad(op: str, arguments: Arguments) -> str:
-    with pytest.raises(RuntimeError) as caught:
-        call(native(op), arguments)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("op", OPS)
+@every_operator
 @pytest.mark.parametrize("kind", ["meta", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_devices_must_match(op, kind):
-    """Without a GPU to mix in, a meta tensor is the other device: it reaches the fake implementation."""
+    """On a machine without a GPU the other device is meta, whose tensors reach the fake implementation."""
     device = "cuda:0" if kind == "cuda" else "meta"
-    for argument in [name for name, value in good(op).items() if isinstance(value, Tensor) and name != "x"]:
-        expected = f"{op.partition('.')[0]}: {argument} must be on x's device"
-        arguments = good(op)
+    for argument in op.tensors[1:]:
+        expected = f"{op.prefix}{argument} must be on x's device"
+        arguments = op.good()
         arguments[argument] = arguments[argument].to(kind)
-        assert message(native(op), arguments) == f"{expected} cpu, got {device}"
+        assert message(op.native, arguments) == f"{expected} cpu, got {device}"
         with torch.device(kind):
-            arguments = good(op)
+            arguments = op.good()
         arguments[argument] = ones(arguments[argument].shape)
-        assert message(native(op), arguments) == f"{expected} {device}, got cpu"
+        assert message(op.native, arguments) == f"{expected} {device}, got cpu"
 
 
-@pytest.mark.parametrize("op", OPS)
+@every_operator
 @pytest.mark.parametrize("where", ["native", "plain", "meta"])
 def test_gradients_are_not_lost_in_silence(op, where):
     """The operators record none, so a tensor that requires one is refused, naming the function that records it."""
     with torch.device("meta" if where == "meta" else "cpu"):
-        for name in [name for name, value in good(op).items() if isinstance(value, Tensor)]:
-            arguments = good(op)
+        for name in op.tensors:
+            arguments = op.good()
             arguments[name].requires_grad_()
-            kernel = PLAIN[op] if where == "plain" else native(op)
+            kernel = op.plain if where == "plain" else op.native
             got = message(kernel, arguments)
-            assert got.startswith(f"{op.partition('.')[0]}: {name} must not require grad while grad mode is enabled")
-            call_instead = "add_rms_norm" if op in ADD_OPS else "rms_norm without out" if "out" in op else "rms_norm"
-            assert f"call gemma_norm.{call_instead}, which is differentiable" in got
+            assert got.startswith(f"{op.prefix}{name} must not require grad while grad mode is enabled")
+            assert f"call gemma_norm.{op.call_instead}, which is differentiable" in got
             with torch.no_grad(), warnings_are("ignore"):
                 call(kernel, arguments)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM], ids=str)
 def test_memory_that_is_short_is_reported_in_pytorchs_words(device, op):
     """Programs that try again with a smaller batch look for these words."""
     x, weight = ones(1, 16, device=device).expand(2**44, 16), ones(16, device=device)
-    arguments = (x, weight) if op == "rms_norm" else (x, x, weight)
+    arguments = (x, weight) if op is RMS_NORM else (x, x, weight)
     with pytest.raises(RuntimeError) as mine:
-        native(op)(*arguments)
+        op.native(*arguments)
     with pytest.raises(RuntimeError) as torchs:
         torch.empty(x.shape, device=device)
     words = (
@@ -142,7 +134,7 @@ def test_memory_that_is_short_is_reported_in_pytorchs_words(device, op):
     assert words in str(torchs.value)
     assert words in str(mine.value)
     with pytest.raises(type(torchs.value)):
-        getattr(gemma_norm, op)(*arguments)
+        getattr(gemma_norm, op.name)(*arguments)
 
 
 def test_memory_that_is_short_has_pytorchs_own_type(monkeypatch):
@@ -153,34 +145,32 @@ def test_memory_that_is_short_has_pytorchs_own_type(monkeypatch):
 
     monkeypatch.setattr(gemma_norm._ops.rms_norm, "_rms_norm", short)
     monkeypatch.setattr(gemma_norm._ops.rms_norm, "_add_rms_norm", short)
-    for call in (gemma_norm.rms_norm, lambda x, w: gemma_norm.add_rms_norm(x, x, w)):
+    for function in (gemma_norm.rms_norm, lambda x, w: gemma_norm.add_rms_norm(x, x, w)):
         with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\.$"):
-            call(ones(SHAPE), ones(16))
+            function(ones(SHAPE), ones(16))
 
 
 @pytest.mark.parametrize("name", ["x", "residual"])
 def test_a_lazily_negated_tensor_is_not_overwritten(name):
-    arguments = good("fused_add_rms_norm")
+    arguments = FUSED_ADD_RMS_NORM.good()
     arguments[name] = arguments[name]._neg_view()
     expected = f"{name} is written and must not be negated lazily, got a tensor with its negative bit set"
-    assert message(native("fused_add_rms_norm"), arguments).startswith(f"fused_add_rms_norm: {expected}")
+    assert message(FUSED_ADD_RMS_NORM.native, arguments).startswith(f"fused_add_rms_norm: {expected}")
     assert all(t._version == 0 for t in arguments.values() if isinstance(t, Tensor))
 
 
-@pytest.mark.parametrize("op", OPS)
+@every_operator
 def test_lazily_negated_tensors_that_are_read_count_as_negated(op):
-    for name in [name for name in good(op) if name == "weight" or op not in ("fused_add_rms_norm", "rms_norm.out")]:
-        if name == "eps":
-            continue
-        lazy, negated = good(op), good(op)
+    for name in set(op.tensors) - set(op.written):
+        lazy, negated = op.good(), op.good()
         lazy[name], negated[name] = lazy[name]._neg_view(), -negated[name]
-        got, want = call(native(op), lazy), call(native(op), negated)
-        if op == "fused_add_rms_norm":
+        got, want = call(op.native, lazy), call(op.native, negated)
+        if op is FUSED_ADD_RMS_NORM:
             got, want = (lazy["x"], lazy["residual"]), (negated["x"], negated["residual"])
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "fused_add_rms_norm"])
+@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, FUSED_ADD_RMS_NORM], ids=str)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
@@ -197,19 +187,19 @@ def test_lazily_negated_tensors_that_are_read_count_as_negated(op):
     ],
 )
 def test_what_is_of_the_wrong_type_is_named(op, context, argument, value, message):
-    """Without the text of the binding layer, which speaks of overloads and schemas."""
-    arguments = good(op)
+    """The message does not have the text of PyTorch's binding layer, which speaks of overloads and schemas."""
+    arguments = op.good()
     if argument in arguments or argument in ("gemma", "round_each_step"):
         with context(), pytest.raises(RuntimeError, match=f"^{op}: {message}$"):
-            call(getattr(gemma_norm, op), arguments | {argument: value})
+            call(getattr(gemma_norm, op.name), arguments | {argument: value})
 
 
-@pytest.mark.parametrize("op", OPS)
+@every_operator
 def test_more_dimensions_than_pytorch_itself_counts_on(op):
     x = ones([1] * 64 + [16])
-    for kernel in (native(op), PLAIN[op]):
-        got = message(kernel, good(op) | {name: x for name in good(op) if name not in ("weight", "eps")})
-        assert got == f"{op.partition('.')[0]}: x must have at most 64 dimensions, got 65"
+    for kernel in (op.native, op.plain):
+        got = message(kernel, op.good() | {name: x for name in ("x", *op.like_x)})
+        assert got == f"{op.prefix}x must have at most 64 dimensions, got 65"
 
 
 def test_nothing_but_none_is_an_error_that_names_the_first():
