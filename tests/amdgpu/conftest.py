@@ -1,12 +1,30 @@
+"""Options, reports, and an early start of the compilations that tests/amdgpu needs."""
+
 from __future__ import annotations
 
 import pytest
+import toolchain
 
 REPORT = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-cases", action="store_true", help="every case on every emulated AMD GPU, not one in five")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to compile for all targets while earlier tests run, most of which use one processor of several.
+
+    With pytest-xdist the processors are busy as it is, and each of its processes would compile.
+    """
+    is_worker = hasattr(session.config, "workerinput")
+    needed = any("code" in getattr(item, "fixturenames", ()) for item in session.items)
+    if needed and not is_worker and not session.config.option.collectonly:
+        toolchain.all_assemblies()
+
+
+def pytest_unconfigure() -> None:
+    toolchain.compile_no_more()
 
 
 @pytest.fixture

@@ -50,11 +50,10 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 @pytest.fixture
 def code(target: Target) -> list[Kernel]:
-    paths = toolchain.all_assemblies()[target.arch]
-    if isinstance(paths, toolchain.Missing):
-        pytest.skip(f"{target.arch} needs {paths}")
-    if isinstance(paths, Exception):
-        raise paths
+    try:
+        paths = toolchain.all_assemblies()[target.arch].result()
+    except toolchain.Missing as missing:
+        pytest.skip(f"{target.arch} needs {missing}")
     return [kernel for path in paths for kernel in kernels(path)]
 
 

@@ -13,7 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -132,7 +133,7 @@ def build(name: str, command: list[str], inputs: str) -> Path:
     out = BUILD / key / name
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name("partial-" + out.name)
+        partial = out.with_name(f"partial-{os.getpid()}-{threading.get_ident()}-{out.name}")
         environment = {**os.environ, "HIP_PLATFORM": "amd"}
         done = subprocess.run([*command, "-o", str(partial)], env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -149,17 +150,17 @@ def assemblies(arch: str) -> list[Path]:
 
 
 @cache
-def all_assemblies() -> dict[str, list[Path] | Exception]:
-    """Of every target, two at a time; an exception where there is none."""
+def all_assemblies() -> dict[str, Future[list[Path]]]:
+    """Of every target, two at a time. Returns at once: a future has the paths, or raises what went wrong."""
+    pool = ThreadPoolExecutor(2)
+    return {arch: pool.submit(assemblies, arch) for arch in TARGETS}
 
-    def attempt(arch: str) -> list[Path] | Exception:
-        try:
-            return assemblies(arch)
-        except Exception as error:
-            return error
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(attempt, TARGETS), strict=False))
+def compile_no_more() -> None:
+    """Drops the compilations of all_assemblies() that have not begun: else Python would finish them before it exits."""
+    if all_assemblies.cache_info().currsize:
+        for future in all_assemblies().values():
+            future.cancel()
 
 
 def shared_library(name: str, command: list[str], sources: list[Path], inputs: str) -> Path:
@@ -179,19 +180,20 @@ def hip_library(compiler: str, arches: list[str]) -> Path:
 
 def cases_library() -> Path:
     """The C++ tests' cases and the kernels compiled for the host, for cases.cpp."""
-    parts = ["cases", "operand", "reference", "runner", "host_target", "emulated_kernels", "emulated_machine"]
-    tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts]
+    parts = ["cases", "all_cases", "operand", "reference", "runner", "host_target"]
+    tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts] + sorted((ROOT / "tests/cpp").glob("emulated_*.cpp"))
+    tests = [source for source in tests if source.stem not in ("emulated_module", "emulated_machine_test")]
     inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()
     here = Path(__file__).with_name("cases.cpp")
     return shared_library("cases", [], [here, *tests, *HOST], inputs + here.read_text())
 
 
 def code_object(arch: str) -> Path:
-    """What the loader takes, out of `assembly`: for a GPU that no compiler here can put into a library."""
+    """What the loader takes, made of the assembly, for a GPU that no compiler here can put into a library."""
     need("ld.lld-19", install="apt-get install lld-19")
     zig_clang = [sys.executable, "-m", "ziglang", "clang"]
     assemble = [*zig_clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c"]
-    sources = assemblies(arch)
+    sources = all_assemblies()[arch].result()
     text = "".join(source.read_text() for source in sources)
     objects = [build(f"{source.stem}.o", [*assemble, str(source)], text) for source in sources]
     return build(f"{arch}.hsaco", ["ld.lld-19", "-shared", *map(str, objects)], text)

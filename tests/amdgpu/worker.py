@@ -17,7 +17,8 @@ def main(arch: str, library: str, code_object: str, cases_library: str, shard: s
     hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
     cases = ctypes.CDLL(cases_library)
     cases.describe_case.restype = cases.check_case.restype = ctypes.c_char_p
-    hipemu.backwards = lambda: bool(cases.last_seed() & 1)
+    cases.runs_backwards.restype = ctypes.c_bool
+    hipemu.backwards = cases.runs_backwards
     entry = ctypes.cast(hip.gemma_norm_hip, ctypes.c_void_p)
     first, step = map(int, shard.split("/"))
     for index in range(first * int(stride), cases.case_count(), step * int(stride)):

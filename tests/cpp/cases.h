@@ -1,4 +1,4 @@
-// The calls that every device's kernels are tried on. Knows nothing of GoogleTest or of any device.
+// The calls on which every device's kernels are tried. Knows neither GoogleTest nor any device.
 #pragma once
 
 #include <string>
@@ -9,49 +9,72 @@
 
 namespace gemma_norm {
 
-// Which operands there are, and whose memory the results take.
+// Which operands a call has, and whose memory its results take.
 enum class Operands {
   kPlain,    // out = norm(x)
   kInPlace,  // x = norm(x)
   kAdd,      // residual_out = x + residual, out = norm(residual_out)
   kAddPost,  // the same with post_residual_addition
-  kFused,    // the sum to residual's memory, its norm to x's
+  kFused,    // the sum goes to residual's memory, its norm to x's
   kFusedPost,
-  kFusedCrossed,  // the sum to x's memory, its norm to residual's
-  kGated,         // out = the norm of x, gated
-  kGatedIntoX,    // the same to x's memory
-  kGatedIntoGate,
+  kFusedCrossed,   // the sum goes to x's memory, its norm to residual's
+  kGated,          // out = the norm of x, gated
+  kGatedIntoX,     // the same, out being x's memory
+  kGatedIntoGate,  // the same, out being the gate's memory
 };
-inline bool has_residual(Operands o) { return o >= Operands::kAdd && o <= Operands::kFusedCrossed; }
-inline bool is_gated(Operands o) { return o >= Operands::kGated; }
-inline bool has_post(Operands o) { return o == Operands::kAddPost || o == Operands::kFusedPost; }
 
-// What x and the weight were before there were modes. The cases of these pairs come first and stay as they are.
+// What there is to know of each of Operands.
+struct OperandsInfo {
+  const char* name;
+  const OpInfo* op;
+  bool residual, post;        // are among the operands
+  Operand out, residual_out;  // whose memory the outputs take: an input's, or their own
+};
+const OperandsInfo& info(Operands operands);
+
+inline bool has_residual(Operands o) { return info(o).residual; }
+inline bool is_gated(Operands o) { return info(o).op == &GatedRmsNorm::kInfos[0]; }
+
+// The dtypes of x and of the weight in Gemma's and Qwen's models, for which there are the most cases.
 constexpr DType kDTypePairs[][2] = {{DType::kFloat32, DType::kFloat32},
                                     {DType::kFloat16, DType::kFloat16},
                                     {DType::kFloat16, DType::kFloat32},
                                     {DType::kBFloat16, DType::kBFloat16},
                                     {DType::kBFloat16, DType::kFloat32}};
 
-// How the rows lie in memory. Every operand has its own padding.
+// How the rows lie in memory. Every operand has gaps of its own size.
 struct Rows {
   const char* name;
-  std::vector<int64_t> sizes;  // the leading dimensions
-  std::vector<int> order;      // of the leading dimensions in memory, outermost first; those not named have stride 0 in inputs
-  int padding;                 // the number of dimensions, from the innermost, that have a gap before the next index
+  std::vector<int64_t> sizes;  // of the leading dimensions
+  std::vector<int> order;      // of the leading dimensions in memory, outermost first; an input has stride 0 in those not named
+  int padding;                 // how many dimensions, counted from the innermost, have a gap before their next index
 };
 
 enum class Alignment {
   kWhole,      // every base and every stride is a multiple of 64 bytes, gaps included
-  kOffBase,    // some operands' bases are an odd number of elements off, not all the same
-  kOffStride,  // gaps are no multiple of anything
+  kOffBase,    // the bases of some operands are off by an odd number of elements (Placement), which differs between them
+  kOffStride,  // the gaps are one element longer than a multiple of 64 bytes
   kAtEnd,      // every operand ends where its guard page begins, whatever alignment that gives
+};
+
+// Where one operand lies in its memory.
+struct Placement {
+  int odd_elements = 0;        // before the first element, where Alignment is kOffBase
+  bool guarded_after = false;  // the guard page follows the operand, else it precedes it
+};
+
+// What a target may do in one way or another, without a change to any bit of the result.
+struct Variation {
+  bool few_threads = false;  // an emulated GPU takes so few threads at once that most calls need several launches
+  bool processors = false;   // an emulated GPU has multiprocessors to fill, so that few rows are spread over more threads
+  uint32_t order = 0;        // of an emulated GPU's blocks, waves and lanes: 0 is first to last, else random by this seed
+  uint32_t pieces = 0;       // of the rows, on CPUs: 0 is all at once, else pieces in a random order by this seed
 };
 
 enum class Values { kNormal, kWide, kSubnormal, kHuge, kZeros, kNan, kInfinity, kSpecialWeight };
 
 struct Case {
-  DType dtype, weight_dtype;  // the weight's is kOther where there is none
+  DType dtype, weight_dtype;  // weight_dtype is kOther where there is no weight
   Operands operands;
   bool gemma;
   int64_t hidden;
@@ -59,39 +82,49 @@ struct Case {
   Alignment alignment;
   Values values;
   double eps;
-  uint32_t seed;  // of the values, and of all that a device may vary without changing the result
+  uint32_t seed;  // of the values
+
+  Variation variation;
+  Placement placements[kOperands];
 
   bool round_each_step = false;
-  bool float32_residual = false;  // and post and residual_out
-  // Of the gated norm.
-  bool gate = false;  // there is one
+  bool float32_residual = false;  // so are post and residual_out
+  // Options of the gated norm.
+  bool gate = false;  // there is a gate
   bool sigmoid = false, norm_before_gate = true;
   int64_t group_size = kWholeRow;
 
   int64_t row_count() const;
   int64_t normed() const { return group_size == kWholeRow ? hidden : group_size; }  // elements that share an rstd
+  bool has(Operand operand) const;
   DType dtype_of(Operand operand) const;
-  DType row_dtype() const;  // of s, which is what plans are made by
-  Held held() const;        // by a GPU's thread
+  DType row_dtype() const;  // of s, by which plans are made
+  Held held() const;        // what a GPU's thread holds
   Options options() const;
-  const OpInfo& op() const;
+  const OpInfo& op() const { return *info(operands).op; }
 };
 
 // "bfloat16 x, float32 weight, fused, gemma, [3, 2, 2048] slice, ...".
 std::string describe(const Case& c);
 
-// Every one of kDTypePairs, operands and gemma at every hidden size where the plan changes and those models use; the rest at
-// random. Then the same for what has come since, at one hidden size for each kernel and some more.
+// So many contiguous, aligned rows of normal values, for tests to change.
+Case simple_case(DType dtype, DType weight_dtype, Operands operands, int64_t rows, int64_t hidden);
+
+// Every case that kernels are tried on. First, for each of kDTypePairs: all operands, with gemma and without, at every hidden
+// size at which the plan changes or that those models use; what else there is to choose is random. Then, for each further
+// variant, cases at one hidden size for each of its kernels, and some more.
 std::vector<Case> all_cases();
 
-// So many rows as one contiguous, aligned block, nothing in place: what `c` must equal bit for bit. Of the same operator where that
-// is gated; else the plain norm of the sum, or, where the sum is float32 and x is not, the norm of the sum and an x of -0.
+// So many rows of `c` as one contiguous, aligned block, with nothing in place. The result must equal that of `c` bit for bit.
+// The operator is the same if it is gated. Else it is the plain norm, given the sum for x; or, where the sum is float32 and x is
+// not, the norm of the sum plus an x of -0.
 Case plain_case(const Case& c, int64_t rows);
 
-// Every kind of call that has kernels of its own. weight_dtype, operands and what comes after `seed` say which; the rest is empty.
+// One case for each variant, that is each kind of call that has kernels of its own. The dtypes, operands and options say which;
+// what else a case has is left empty.
 std::vector<Case> all_variants();
 
-// The hidden sizes around which the plan for `dtype` takes another kernel, each with its neighbours.
+// The hidden sizes at which the plan for `dtype` takes another kernel, each with its neighbours.
 std::vector<int64_t> plan_edges(DType dtype);
 
 const char* dtype_name(DType dtype);

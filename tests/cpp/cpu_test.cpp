@@ -1,4 +1,4 @@
-// Every instruction set's conversions, number by number, and the bits that all of them have in common.
+// The CPU kernels of every instruction set: their conversions, number by number, and the bits that all of them have in common.
 #include <gtest/gtest.h>
 
 #include <cfloat>
@@ -27,12 +27,15 @@ Packed packed(DType dtype, const std::vector<double>& values) {
   return elements;
 }
 
+// A row without eps.
 Case one_row(DType dtype, DType weight_dtype, Operands operands, size_t hidden) {
-  const int64_t size = static_cast<int64_t>(hidden);
-  return {dtype, weight_dtype, operands, false, size, {"rows", {1}, {0}, 0}, Alignment::kWhole, Values::kNormal, 0, 1};
+  Case c = simple_case(dtype, weight_dtype, operands, 1, static_cast<int64_t>(hidden));
+  c.eps = 0;
+  return c;
 }
 
-// A row of ones has a root mean square of one, which makes its norm the weight. Their number must be a power of two.
+// The norm of a row of ones is the weight, since the root mean square of ones is 1. In float32 that is exact if their number is a
+// power of two.
 Tensors norm_of_ones(Target& target, DType dtype, DType weight_dtype, const Packed& weight) {
   const size_t hidden = weight.size() / size_of(weight_dtype);
   std::string error;
@@ -64,12 +67,12 @@ TEST(CpuKernels, ReadEveryNumber) {
     }
 }
 
-// Every number of the format, every tie between two, and the float32 next to it on either side.
+// Every number of the format, every tie between two of them, and the float32 on either side of each tie.
 TEST(CpuKernels, RoundToNearestEven) {
   for (const DType dtype : kHalves) {
     std::vector<float> values = {FLT_MAX, FLT_MIN, FLT_TRUE_MIN, INFINITY};
     for (uint32_t bits = 0; std::isfinite(element(dtype, bits)); ++bits) {
-      const double number = element(dtype, bits), tie = number + ulp(dtype, number) / 2;  // the last one's is with infinity
+      const double number = element(dtype, bits), tie = number + ulp(dtype, number) / 2;  // of the last number, with infinity
       for (const float f : {static_cast<float>(number), std::nextafter(static_cast<float>(tie), 0.0f), static_cast<float>(tie),
                             std::nextafter(static_cast<float>(tie), INFINITY)})
         values.push_back(f);
@@ -95,7 +98,7 @@ TEST(CpuKernels, RoundToNearestEven) {
   }
 }
 
-// Squares below the least normal float32, which AVX-512's product of bfloat16 pairs alone would take for zero.
+// Squares below the least normal float32. The AVX-512 instruction that multiplies pairs of bfloat16 would take them for zero.
 TEST(CpuKernels, AddUpSubnormalSquares) {
   constexpr DType kDType = DType::kBFloat16;
   constexpr size_t kHidden = 512;
@@ -121,7 +124,8 @@ TEST(CpuKernels, AddUpSubnormalSquares) {
   }
 }
 
-// Tensors of 16 bits hide a sum's last bits. Here each is near the tie of two numbers, on a side that the last bits decide.
+// Rounding to 16 bits hides the last bits of a sum. Here each result is near a tie of two numbers, on a side that the last bits
+// of the sum decide.
 TEST(CpuKernels, SumInTheSameOrder) {
   constexpr size_t kHidden = 5000;
   for (const DType dtype : kHalves)
@@ -151,8 +155,9 @@ TEST(CpuKernels, SumInTheSameOrder) {
     }
 }
 
-// No machine has the instructions of x86-64 and of AArch64 both: they are compared through these numbers. Those change only with
-// the order of a sum or with a rounding, hence with what users get: say so in the CHANGELOG.
+// No machine has the instructions of both x86-64 and AArch64, so that they are compared by way of these hashes. The hashes change
+// only with the order of a sum or with a rounding, that is, with the bits that users get. Whoever changes them says so in the
+// CHANGELOG.
 TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
   constexpr uint64_t kWant[] = {0x84b1dc53eca18504, 0x73e6cdfcc98e2dc9, 0xa4e7e2e83d9ade58, 0x84dc70f549d0acd1, 0x4744457582bd1cff};
   const std::vector<Target*> all = cpu_targets();
@@ -162,7 +167,10 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
     for (const int64_t hidden : {1, 31, 64, 100, 576, 4097, 20000})
       for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kAddPost})
         for (const Values values : {Values::kNormal, Values::kSubnormal, Values::kSpecialWeight}) {
-          const Case c{dtype, weight_dtype, operands, true, hidden, {"rows", {4}, {0}, 0}, Alignment::kWhole, values, 1e-6, 3};
+          Case c = simple_case(dtype, weight_dtype, operands, 4, hidden);
+          c.gemma = true;
+          c.values = values;
+          c.seed = 3;
           const Tensors inputs = make_inputs(c);
           for (size_t t = 0; t < all.size(); ++t) {
             std::string error;
@@ -178,7 +186,7 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
   }
 }
 
-// The same of what has come since: a number for each operator and kind.
+// The same for the modes and the gated norm.
 TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessorInEveryMode) {
   struct Mode {
     uint64_t want;
@@ -197,11 +205,12 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessorInEveryMode) {
       for (const int64_t hidden : {1, 64, 100, 576, 4097, 20000})
         for (const Values values : {Values::kNormal, Values::kSubnormal, Values::kSpecialWeight}) {
           if (dtype == DType::kFloat32 && mode.float32_residual) continue;
-          Case c{dtype, dtype, mode.operands, false, hidden, {"rows", {4}, {0}, 0}, Alignment::kWhole, values, 1e-6, 3};
+          Case c = simple_case(dtype, dtype, mode.operands, 4, hidden);
+          c.values = values;
+          c.seed = 3;
           c.round_each_step = mode.round_each_step;
           c.float32_residual = mode.float32_residual;
           c.norm_before_gate = mode.norm_before_gate;
-          c.gate = is_gated(c.operands);
           c.sigmoid = hidden == 100;
           if (c.gate && hidden == 576) c.group_size = 64;
           const Tensors inputs = make_inputs(c);

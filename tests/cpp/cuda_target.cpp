@@ -19,7 +19,7 @@ class CudaTarget : public Target {
     return std::string("needs an NVIDIA GPU and its driver, run it where nvidia-smi lists one: ") + cudaGetErrorString(error);
   }
 
-  // Exactly `bytes` and no more, so that compute-sanitizer sees an access beyond.
+  // Allocates exactly `bytes` after the alignment, so that compute-sanitizer notices an access beyond.
   void* allocate(size_t bytes, Guard guard) override {
     const size_t before = guard == Guard::kAfter ? (kLine - bytes % kLine) % kLine : 0;
     void* memory = nullptr;
@@ -34,7 +34,7 @@ class CudaTarget : public Target {
   void write(void* to, const void* from, size_t bytes) override { cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice); }
   void read(void* to, const void* from, size_t bytes) override { cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost); }
 
-  Status run(const Call& call, uint32_t, Message* message) override {
+  Status run(const Call& call, const Variation&, Message* message) override {
     const Status status = gemma_norm_cuda(&call, nullptr, message);
     if (status != Status::kOk) return status;
     const cudaError_t error = cudaDeviceSynchronize();

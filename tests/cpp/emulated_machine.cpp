@@ -21,7 +21,7 @@ enum class State {
   kReady,
   kExchanges,  // with other lanes of its wave
   kAtBarrier,  // of its block
-  kArrived,    // at the cluster's barrier, and goes on, but lets others go first: the order that shows most mistakes
+  kArrived,    // at the cluster's barrier. It goes on only after others, as that order shows most mistakes.
   kAtCluster,  // waits for the others to arrive there
   kDone,
   kFailed
@@ -31,7 +31,7 @@ struct Thread {
   std::unique_ptr<Fiber> fiber;
   State state;
   int distance;    // of the exchange it waits for
-  float value[2];  // offered to other lanes, in turn: the next exchange may begin before everyone has read this one's
+  float value[2];  // offered to other lanes, in turns: the next exchange may begin before all lanes have read this value
   int turn;
   int arrivals, waits;  // at the cluster's barrier
   bool waited_for_previous_kernel;
@@ -43,7 +43,7 @@ struct SharedVariable {
   size_t size;
 };
 std::vector<SharedVariable>& all_shared() {
-  static std::vector<SharedVariable> all;  // made by the first who asks: variables are added before main()
+  static std::vector<SharedVariable> all;  // Variables are added before main(), in any order of source files.
   return all;
 }
 
@@ -59,6 +59,7 @@ class Machine {
   EmulatedGpu gpu{32, int64_t{1} << 42, 1, 0};
   const std::vector<SharedVariable>& shared = all_shared();
   std::set<const void*> launched;
+  bool runs_kernels = true;
 
   Error run_grid(int64_t blocks, int threads, int cluster, const std::function<void()>& kernel) {
     kernel_ = &kernel;
@@ -71,6 +72,7 @@ class Machine {
     else if (cluster < 1 || cluster > gpu.max_cluster || blocks % cluster)
       fail("a cluster of " + std::to_string(cluster) + " blocks");
     if (!error_.empty()) return error_.c_str();
+    if (!runs_kernels) return kSuccess;
     here = {0, threads, gpu.wave_width, 0, 0, cluster, false};
     blocks_.resize(cluster);
     while (threads_.size() < static_cast<size_t>(threads * cluster)) {
@@ -80,13 +82,13 @@ class Machine {
     for (const int64_t first : order(blocks / cluster)) {
       run_cluster(first * cluster);
       if (error_.empty()) continue;
-      threads_.clear();  // their fibers stand in the middle of the kernel
+      threads_.clear();  // Their fibers are in the middle of the kernel.
       return error_.c_str();
     }
     return kSuccess;
   }
 
-  // What a fiber calls.
+  // The following are called by kernels, on a fiber.
   void wait(State state) {
     Thread& thread = current();
     thread.state = state;
@@ -139,7 +141,7 @@ class Machine {
     return all;
   }
 
-  // Of the `threads` (0: a block's) from `begin`.
+  // How many of the `threads` from `begin` on (0: those of a block) have this state.
   int count(State state, int begin, int threads = 0) const {
     const auto first = threads_.begin() + begin;
     return static_cast<int>(
@@ -158,7 +160,7 @@ class Machine {
          std::to_string(count(State::kDone, begin, threads)) + " have returned");
   }
 
-  // One block after another, each as far as it gets.
+  // Runs one block after another, each until it waits for others.
   void run_cluster(int64_t first) {
     const int all = here.block_threads * here.cluster_blocks;
     for (Block& block : blocks_) {
@@ -191,7 +193,7 @@ class Machine {
            std::all_of(threads_.begin(), threads_.begin() + all, [=](const Thread& t) { return t.arrivals >= arrivals; });
   }
 
-  // Until the block is done or needs others of its cluster.
+  // Runs a block until it is done or waits for other blocks of its cluster.
   void run_block() {
     const int threads = here.block_threads, begin = here.cluster_rank * threads;
     Block& block = blocks_[here.cluster_rank];
@@ -213,7 +215,7 @@ class Machine {
     for (size_t i = 0; i < shared.size(); ++i) std::memcpy(block.shared[i].data(), shared[i].data, shared[i].size);
   }
 
-  // Until no lane has anything to do without threads of other waves.
+  // Runs a wave until each of its lanes is done or waits for other waves.
   void run_wave(int begin) {
     const int width = gpu.wave_width;
     for (;;) {
@@ -248,6 +250,7 @@ Machine machine;
 void set_machine(const EmulatedGpu& gpu) { machine.gpu = gpu; }
 void add_shared_variable(void* data, size_t size) { all_shared().push_back({data, size}); }
 const std::set<const void*>& launched_kernels() { return machine.launched; }
+void run_kernels(bool run) { machine.runs_kernels = run; }
 
 void block_barrier() { machine.wait(State::kAtBarrier); }
 float value_of_lane(int distance, float v) { return machine.value_of_lane(distance, v); }

@@ -1,4 +1,4 @@
-// The emulated device keeps its promises, and says so when a kernel does not keep its own.
+// The emulated device does what it promises, and reports a kernel that does what no GPU promises to get right.
 #include "emulated_machine.h"
 
 #include <gtest/gtest.h>
@@ -40,7 +40,7 @@ TEST_P(EmulatedMachine, RunsEveryThreadOfEveryBlockOnce) {
 }
 
 TEST_P(EmulatedMachine, SumsOverLanesNeighboursFirst) {
-  // Magnitudes far apart: another order rounds to another sum.
+  // The magnitudes are far apart, so that another order of additions rounds to another sum.
   const auto value = [](int thread) { return std::ldexp(1.0f + thread, thread * 7 % 23); };
   for (int lanes = 1; lanes <= GetParam().wave_width; lanes *= 2) {
     std::vector<float> sums(128);
@@ -160,7 +160,8 @@ INSTANTIATE_TEST_SUITE_P(, EmulatedMachine,
                            return "wave" + std::to_string(info.param.wave_width) + (info.param.order ? "shuffled" : "");
                          });
 
-// Conversions, against arithmetic that knows nothing of bits: every value of the format, and every point where rounding turns.
+// The device's conversions agree with those of formats.h, which computes with numbers and not with bits: for every number of the
+// format, and around every boundary at which rounding changes.
 TEST(EmulatedConversions, RoundToNearestEven) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     const bool half = dtype == DType::kFloat16;

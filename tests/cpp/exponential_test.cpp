@@ -1,4 +1,4 @@
-// The exponential and the activations of gates, by a float's arithmetic, beside double's.
+// The exponential and the activations of gates, which are computed in float32, agree with those computed in double.
 #include "device/exponential.h"
 
 #include <gtest/gtest.h>
@@ -19,13 +19,13 @@ using device::as_float;
 using device::Scalar;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// As csrc/device/exponential.h promises, in units in the last place.
+// What csrc/device/exponential.h promises, in units in the last place.
 constexpr double kExponentialBound = 0.9, kSigmoidBound = 2.5, kSiluBound = 3, kSubnormalBound = 1.5;
 
-// How far `got` is off, in units in the last place of the float32 that is next to `want`.
+// How far `got` is from `want`, in units in the last place of the float32 nearest to it.
 double units(double want, float got) { return std::fabs(got - want) / ulp(DType::kFloat32, want); }
 
-// The most of any, and where.
+// The largest error of any, and for which number.
 struct Worst {
   double units = 0;
   float at = 0;
@@ -73,7 +73,7 @@ class Activation : public testing::TestWithParam<bool> {
   }
   static double want(float g) { return (GetParam() ? 1.0 : g) / (1 + std::exp(-static_cast<double>(g))); }
 
-  // Of g and -g. Where the sigmoid is subnormal, an error is measured in least numbers, times |g| for silu.
+  // Notes the errors for g and -g. Where the sigmoid is subnormal, they are counted in least float32 numbers, times |g| for silu.
   void add(float magnitude) {
     for (const float g : {magnitude, -magnitude}) {
       const double exact = want(g);
@@ -109,7 +109,7 @@ TEST_P(Activation, IsNearForFloat32) {
   expect_near();
 }
 
-// Where all but exponentials of every kind of rounding lie, and where results become subnormal and zero.
+// From 0.25 to 131, more densely than above: up to where results become subnormal and zero.
 TEST_P(Activation, IsNearWhereItIsUsed) {
   each_float(0x1p-2f, 131, 13, [&](float g) { add(g); });
   expect_near();

@@ -1,4 +1,4 @@
-// Threads of control that give way to each other by hand, within one thread of the operating system.
+// Threads of control within one thread of the operating system, which give way to each other by hand.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,7 +14,7 @@
 
 namespace gemma_norm {
 
-// A fiber runs `body` again and again, giving way after each time. A body may never return: drop the fiber then.
+// A fiber runs `body` again and again, and gives way after each time. If a body never returns, its fiber can only be destroyed.
 class Fiber {
  public:
   explicit Fiber(std::function<void()> body) : body_(std::move(body)) {
@@ -51,8 +51,8 @@ class Fiber {
  private:
   static constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096;
 
-  // The compiler's own setjmp and longjmp: a few instructions, and no system call as in swapcontext. `from` and `to` must not be
-  // left and entered in one function.
+  // The compiler's own setjmp and longjmp take a few instructions, where swapcontext makes a system call. They must not be called
+  // in one function, hence `go`.
   using Place = void* [5];
   __attribute__((noinline, no_sanitize("address"))) static void go(Place& to) { __builtin_longjmp(to, 1); }
   __attribute__((noinline, no_sanitize("address"))) static void exchange(Place& from, Place& to) {
@@ -80,7 +80,7 @@ class Fiber {
     }
   }
 
-  // AddressSanitizer wants to know of every change of stack, and when what a body had there is gone.
+  // AddressSanitizer must be told of every change of stack, and when a stack is gone.
 #ifdef __SANITIZE_ADDRESS__
   static void forget(const void* stack, size_t bytes) { __asan_unpoison_memory_region(stack, bytes); }
   static void entering(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }

@@ -1,5 +1,5 @@
-// float16 and bfloat16 by arithmetic on doubles, and float32, which is the host's: for references, so it shares no code, and no
-// trick, with the kernels.
+// float16 and bfloat16 by arithmetic on doubles, and float32, which is the host's. References use it, so that it shares neither
+// code nor a trick with the kernels.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ inline Format format(DType dtype) {
     default: return {24, -126, 127};
   }
 }
-// Of two: from a table, as these are asked for at every element.
+// Powers of two. They are asked for at every element, and come from a table.
 inline const auto kPowers = [] {
   std::array<double, 513> all{};
   for (int e = 0; e < 513; ++e) all[e] = std::ldexp(1, e - 256);
@@ -45,7 +45,8 @@ inline double ulp(DType dtype, double value) {
 
 inline double rounded(DType dtype, double value) {
   if (dtype == DType::kFloat32) {
-    const volatile float nearest = static_cast<float>(value);  // GCC 12 vectorises two such conversions and back into none at all
+    const volatile float nearest =
+        static_cast<float>(value);  // volatile: GCC 12 drops two such conversions when it vectorises them
     return nearest;
   }
   if (!std::isfinite(value)) return value;

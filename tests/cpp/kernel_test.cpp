@@ -1,4 +1,4 @@
-// Every kernel, through the C interface, on every device that is here.
+// Every kernel, through the C interface, on every device that this machine has.
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <unistd.h>
@@ -12,11 +12,11 @@
 namespace gemma_norm {
 namespace {
 
-constexpr int kMaxFailures = 10;  // that are worth reading
+constexpr int kMaxFailures = 10;  // more would say little more
 
 char running_case[400];
 
-// A fault is an access beyond an operand: say whose before ending as usual.
+// A fault is an access beyond an operand. Says in which case it happened, before the program ends.
 void on_fault(int signal, siginfo_t* info, void*) {
   char text[600];
   const int n = std::snprintf(text, sizeof text, "\naccess to %p, outside the operands, in: %s\n", info->si_addr, running_case);
@@ -26,7 +26,7 @@ void on_fault(int signal, siginfo_t* info, void*) {
 
 class CatchFaults : public testing::Environment {
   void SetUp() override {
-    static char stack[1 << 16];  // a fiber's own may be what overflowed
+    static char stack[1 << 16];  // The stack of a fiber may be what overflowed, so that the handler needs another.
     const stack_t alternative{stack, 0, sizeof stack};
     sigaltstack(&alternative, nullptr);
     struct sigaction action{};
@@ -53,9 +53,10 @@ void for_all_cases(const Check& check) {
 
 LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(c.normed(), c.row_dtype(), device, c.held()); }
 
-// Does one block hold the row, or some, where a GPU has no clusters of blocks? And where it has, may the row be spread over one, or
-// over two threads a slot?
+// Whether one block holds the row in registers, on a GPU without clusters. Only then have clusters the same bits.
 bool is_held_by_a_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope != Scope::kStream; }
+
+// Whether, on a GPU with clusters, few rows are spread over a cluster or over two threads a slot.
 bool may_be_spread(const Case& c) {
   const DeviceFacts device{32, int64_t{1} << 42, true, kMaxCluster, 132};
   int64_t most_bytes = 0;
@@ -65,19 +66,15 @@ bool may_be_spread(const Case& c) {
   return plan.scope == Scope::kCluster || plan.slot_threads > 1;
 }
 
-bool every_case(const Case&) { return true; }
-
-// The same bits in each chosen case from all these targets.
-void expect_same_bits(const std::vector<Target*>& same, bool chosen(const Case&) = every_case) {
+// All these targets have the same bits in every case.
+void expect_same_bits(const std::vector<Target*>& same) {
   for_all_cases([&](const Case& c) {
     std::string error;
-    if (!chosen(c)) return error;
     const Tensors inputs = make_inputs(c);
     const Tensors want = run_case(*same[0], c, inputs, &error);
     for (size_t i = 1; i < same.size(); ++i) {
       const Tensors got = run_case(*same[i], c, inputs, &error);
-      if (error.empty()) error = compare_bits(c.dtype_of(kResidualOut), c.hidden, want[kResidualOut], got[kResidualOut]);
-      if (error.empty()) error = compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]);
+      if (error.empty()) error = compare_outputs(c, want, got);
       if (!error.empty()) return same[i]->name() + " is not as " + same[0]->name() + ": " + error;
     }
     return error;
@@ -92,9 +89,15 @@ class Kernels : public testing::TestWithParam<const char*> {
   Target& target() { return find_target(GetParam()); }
 };
 
+// On emulated GPUs, they also have the same bits at both wave widths, and spread over several blocks as in one. Both claims are
+// checked here, since a pass over the cases takes most of a minute.
 TEST_P(Kernels, AreRightInEveryCase) {
-  const bool only_clusters = target().name() == "emulated_clusters";
-  for_all_cases([&](const Case& c) { return only_clusters && !may_be_spread(c) ? "" : check_case(target(), c); });
+  Target& narrow = find_target("emulated32");
+  const bool wide = target().name() == "emulated64", clusters = target().name() == "emulated_clusters";
+  for_all_cases([&](const Case& c) -> std::string {
+    if (clusters && !may_be_spread(c)) return "";  // as on emulated32
+    return check_case(target(), c, wide || (clusters && is_held_by_a_block(c)) ? &narrow : nullptr);
+  });
 }
 
 TEST_P(Kernels, DoNothingWithNoRows) {
@@ -102,17 +105,18 @@ TEST_P(Kernels, DoNothingWithNoRows) {
   const Tensor x{nullptr, x_sizes, x_strides, 3, DType::kFloat16, "float16"},
       weight{nullptr, hidden, one, 1, DType::kFloat16, "float16"};
   Message message{};
-  const Call plain{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, nullptr, &x}, {1e-6, true}};
-  EXPECT_EQ(Status::kOk, target().run(plain, 0, &message)) << message.text;
-  const Call added{AddRmsNorm::kInfos, {&x, &weight, &x, &x, nullptr, &x, &x}, {1e-6, true}};
-  EXPECT_EQ(Status::kOk, target().run(added, 0, &message)) << message.text;
-  const Call gated{GatedRmsNorm::kInfos, {&x, &weight, nullptr, nullptr, &x, &x}, {}};
-  EXPECT_EQ(Status::kOk, target().run(gated, 0, &message)) << message.text;
+  for (const Call& call : {
+           make_call(RmsNorm::kInfos, {{kX, &x}, {kWeight, &weight}, {kOut, &x}}),
+           make_call(AddRmsNorm::kInfos,
+                     {{kX, &x}, {kWeight, &weight}, {kResidual, &x}, {kPost, &x}, {kOut, &x}, {kResidualOut, &x}}),
+           make_call(GatedRmsNorm::kInfos, {{kX, &x}, {kWeight, &weight}, {kGate, &x}, {kOut, &x}}),
+       })
+    EXPECT_EQ(Status::kOk, target().run(call, {}, &message)) << call.op->name << ": " << message.text;
 }
 
 TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
-  Case c{DType::kBFloat16,      DType::kBFloat16,  Operands::kFusedPost, true, 64,
-         {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal,      -1,   5};
+  Case c = simple_case(DType::kBFloat16, DType::kBFloat16, Operands::kFusedPost, 3, 64);
+  c.eps = -1;
   const Tensors inputs = make_inputs(c);
   std::string error;
   const Tensors outputs = run_case(target(), c, inputs, &error);
@@ -124,31 +128,28 @@ TEST_P(Kernels, WriteNothingWhenTheyRefuse) {
 TEST_P(Kernels, RefuseAnOperatorOutsideTheTable) {
   const OpInfo op("odd_norm", "odd_norm.out", "", "", RmsNorm::kRules);
   Message message{};
-  EXPECT_EQ(Status::kInvalidArgument, target().run(Call{&op, {}, {}}, 0, &message));
+  EXPECT_EQ(Status::kInvalidArgument, target().run(make_call(&op, {}), {}, &message));
   EXPECT_STREQ("there is no operator odd_norm.out", message.text);
 }
 
 INSTANTIATE_TEST_SUITE_P(, Kernels, testing::Values("emulated32", "emulated64", "emulated_clusters", "cpu", "cuda"),
                          [](const auto& info) { return info.param; });
 
-TEST(EmulatedKernels, HaveTheSameBitsAtEveryWaveWidth) {
-  expect_same_bits({&find_target("emulated32"), &find_target("emulated64")});
-}
-
-TEST(EmulatedKernels, HaveTheSameBitsSpreadAsInABlock) {
-  expect_same_bits({&find_target("emulated32"), &find_target("emulated_clusters")},
-                   [](const Case& c) { return may_be_spread(c) && is_held_by_a_block(c); });
-}
-
+// Which kernels a case launches depends on its memory and options alone. So they need not run here.
 TEST(EmulatedKernels, AreAllReachedByTheCases) {
+  device::run_kernels(false);
+  Target &plain = find_target("emulated32"), &clusters = find_target("emulated_clusters");
   for_all_cases([&](const Case& c) {
     std::string error;
-    for (const char* name : {"emulated32", "emulated_clusters"})
-      if (name == std::string("emulated32") || may_be_spread(c)) run_case(find_target(name), c, make_inputs(c), &error);
+    const Tensors nothing;
+    run_case(plain, c, nothing, &error);
+    if (may_be_spread(c)) run_case(clusters, c, nothing, &error);
     return error;
   });
+  device::run_kernels(true);
   const std::set<const void*> reachable = reachable_kernels(600000), &launched = device::launched_kernels();
-  EXPECT_LE((12u + 20 + 18) * 2 * 4, reachable.size()) << "each operator's variants, aligned or not, four scopes at least";
+  EXPECT_LE((12u + 20 + 18) * 2 * 4, reachable.size())
+      << "at least four scopes, for aligned rows and for others, of each operator's 12, 20 and 18 variants";
   EXPECT_EQ(0u, reachable.count(nullptr)) << "a plan without a kernel";
   EXPECT_EQ(reachable.size(), launched.size());
   EXPECT_EQ(reachable, launched);
@@ -160,9 +161,9 @@ TEST(EmulatedKernels, ReportALaunchThatFails) {
   const Tensor x{memory, sizes, strides, 1, DType::kFloat32, "float32"}, weight = x;
   float result[8] = {};
   const Tensor out{result, sizes, strides, 1, DType::kFloat32, "float32"};
-  const EmulatedGpu gpu{1024, int64_t{1} << 32, 1, 0};  // with waves that no block of a plan fills
+  const EmulatedGpu gpu{1024, int64_t{1} << 32, 1, 0};  // Its waves are wider than any block of a plan.
   Message message{};
-  const Call call{RmsNorm::kInfos, {&x, &weight, nullptr, nullptr, nullptr, &out}, {1e-6, true}};
+  const Call call = make_call(RmsNorm::kInfos, {{kX, &x}, {kWeight, &weight}, {kOut, &out}});
   EXPECT_EQ(Status::kDeviceError, gemma_norm_emulated(&call, &gpu, &message));
   EXPECT_EQ(0u, std::string(message.text).find("rms_norm: launch failed: a block of ")) << message.text;
 }
@@ -175,16 +176,21 @@ TEST(CpuKernels, HaveTheSameBitsWithEveryInstructionSet) {
   expect_same_bits(all);
 }
 
-// So much output that the CPU writes around its caches.
+// 5120 rows of 4128 elements are so much output that the CPU writes around its caches.
+constexpr int64_t kRowsOfOneCall = 64, kTimesOfManyRows = 80, kHiddenOfManyRows = 4128;
+
 TEST(CpuKernels, TreatManyRowsLikeFew) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
     for (const Operands operands : {Operands::kPlain, Operands::kAddPost}) {
-      const Case c{dtype, dtype, operands, true, 4128, {"rows", {64}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 4};
-      EXPECT_EQ("", check_repeated(find_target("cpu"), c, 80)) << describe(c);
+      Case c = simple_case(dtype, dtype, operands, kRowsOfOneCall, kHiddenOfManyRows);
+      c.gemma = true;
+      EXPECT_EQ("", check_repeated(find_target("cpu"), c, kTimesOfManyRows)) << describe(c);
 
-      for (const int64_t hidden : {3276, 3277, 16383, 16384}) {  // on either side of what many rows set up
-        const Case one{dtype, dtype, operands, true, hidden, {"rows", {1}, {0}, 0}, Alignment::kWhole, Values::kNormal, 1e-6, 4};
-        EXPECT_EQ("", check_repeated(find_target("cpu"), one, 6)) << describe(one);
+      // On either side of the lengths at which a thread with many rows changes what it sets up first.
+      for (const int64_t hidden : {3276, 3277, 16383, 16384}) {
+        c = simple_case(dtype, dtype, operands, 1, hidden);
+        c.gemma = true;
+        EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
       }
     }
 }
@@ -192,21 +198,21 @@ TEST(CpuKernels, TreatManyRowsLikeFew) {
 TEST(CpuKernels, TreatManyRowsLikeFewInEveryMode) {
   for (Case c : all_variants()) {
     if (c.dtype != DType::kBFloat16 || !(c.round_each_step || c.float32_residual || is_gated(c.operands))) continue;
-    c.rows = {"rows", {64}, {0}, 0};
-    c.hidden = 4128;
+    c.rows = {"rows", {kRowsOfOneCall}, {0}, 0};
+    c.hidden = kHiddenOfManyRows;
     c.gate = is_gated(c.operands);
     c.eps = 1e-6;
     c.seed = 4;
-    EXPECT_EQ("", check_repeated(find_target("cpu"), c, 80)) << describe(c);
+    EXPECT_EQ("", check_repeated(find_target("cpu"), c, kTimesOfManyRows)) << describe(c);
 
     c.rows.sizes = {1};
-    for (const int64_t hidden : {3277, 16384, 16385}) {  // what many rows set up reaches to 16384
+    for (const int64_t hidden : {3277, 16384, 16385}) {  // A thread with many rows sets something up for up to 16384 elements.
       c.hidden = hidden;
       EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
     }
     if (!c.gate) continue;
     c.rows.sizes = {2};
-    for (const int64_t groups : {3, 40}) {  // weights of all groups are set up, or are too many
+    for (const int64_t groups : {3, 40}) {  // The weights of all groups are set up first; those of 40 groups are too many.
       c.group_size = 512;
       c.hidden = groups * c.group_size;
       EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
@@ -215,20 +221,22 @@ TEST(CpuKernels, TreatManyRowsLikeFewInEveryMode) {
   }
 }
 
-// The layout of docs/contract.md: a row of every shape, of floats, whose last bits tell in which order squares were added. These
-// numbers change only with that order or with a rounding, hence with what users get: say so in the CHANGELOG.
+// docs/contract.md, "The order in which squares are added": a float32 row of each shape, whose last bits tell in which order its
+// squares were added. These hashes change only with that order or with a rounding, that is, with the bits that users get. Whoever
+// changes them says so in the CHANGELOG.
 TEST(GpuKernels, AddInTheOrderOfTheContract) {
   constexpr std::pair<int64_t, uint64_t> kWant[] = {{200, 0x6009453df7485202},   {500, 0xf06cad80ad667f2d},
                                                     {2000, 0x582abdd31999e1ea},  {4000, 0xaa733441b264fb03},
                                                     {32000, 0x2e4a6e2e90b08a53}, {140000, 0xbd324100be10d4e8}};
   for (const auto& [hidden, want] : kWant) {
-    const Case c{DType::kFloat32,       DType::kFloat32,   Operands::kPlain, false, hidden,
-                 {"rows", {3}, {0}, 0}, Alignment::kWhole, Values::kNormal,  1e-6,  2};
+    Case c = simple_case(DType::kFloat32, DType::kFloat32, Operands::kPlain, 3, hidden);
+    c.seed = 2;
+    c.variation.order = 1;
     const Tensors inputs = make_inputs(c);
     for (const char* const name : {"emulated32", "emulated64", "cuda"}) {
       Target& target = find_target(name);
       if (!target.missing().empty()) continue;
-      if (hidden > 32768 && name == std::string("cuda")) continue;  // a GPU with clusters has another order there
+      if (hidden > 32768 && name == std::string("cuda")) continue;  // There, a GPU with clusters has another order.
       std::string error;
       const Tensors outputs = run_case(target, c, inputs, &error);
       ASSERT_EQ("", error);
@@ -239,23 +247,23 @@ TEST(GpuKernels, AddInTheOrderOfTheContract) {
   }
 }
 
-// Too many rows to be spread over clusters, and a few of them, which are.
+// Few rows are spread over clusters, many rows are not.
 class Spreading : public Kernels {};
 
 TEST_P(Spreading, TreatsManyRowsLikeFew) {
   for (const auto& [dtype, weight_dtype] : kDTypePairs)
     for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kFusedPost})
       for (const int64_t hidden : {2560, 4096, 5120, 8192, 12288, 16384, 32768}) {
-        constexpr uint32_t kWithProcessors = 8;  // see EmulatedTarget
-        const Case c{dtype,           weight_dtype, operands,       true, hidden, {"rows", {2}, {0}, 0}, Alignment::kWhole,
-                     Values::kNormal, 1e-6,         kWithProcessors};
+        Case c = simple_case(dtype, weight_dtype, operands, 2, hidden);
+        c.gemma = true;
+        c.variation.processors = true;
         EXPECT_EQ("", check_repeated(target(), c, 70)) << describe(c);
       }
 }
 
 INSTANTIATE_TEST_SUITE_P(, Spreading, testing::Values("emulated_clusters", "cuda"), [](const auto& info) { return info.param; });
 
-// The arithmetic is IEEE's on both. (On a GPU without clusters compare with emulated32.)
+// Both compute as IEEE 754 says. (A GPU without clusters would have to be compared with emulated32.)
 TEST(CudaKernels, HaveTheBitsOfTheEmulatedOnes) {
   Target& cuda = find_target("cuda");
   if (const std::string why = cuda.missing(); !why.empty()) GTEST_SKIP() << why;
@@ -264,11 +272,12 @@ TEST(CudaKernels, HaveTheBitsOfTheEmulatedOnes) {
 
 class FarApart : public testing::TestWithParam<const char*> {};
 
-// Offsets beyond 32 bits, in elements and in bytes; the pages between the rows are never touched, hence never there.
+// The offsets of the rows exceed 32 bits, in elements and in bytes. The pages between the rows are never touched, hence take no
+// memory.
 TEST_P(FarApart, RowsAreReached) {
   constexpr int64_t kHidden = 1000, kStride = (int64_t{1} << 31) + 8, kRows = 3;
-  const Case c{DType::kBFloat16,          DType::kBFloat16,  Operands::kPlain, true, kHidden,
-               {"rows", {kRows}, {0}, 0}, Alignment::kWhole, Values::kNormal,  1e-6, 6};
+  Case c = simple_case(DType::kBFloat16, DType::kBFloat16, Operands::kPlain, kRows, kHidden);
+  c.gemma = true;
   const Tensors inputs = make_inputs(c);
   Target& target = find_target(GetParam());
   std::string error;
@@ -284,8 +293,8 @@ TEST_P(FarApart, RowsAreReached) {
   const Tensor tensor{x, sizes, strides, 2, c.dtype, "bfloat16"};
   Message message{};
   const Tensor weight_tensor{weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"};
-  const Call call{RmsNorm::kInfos, {&tensor, &weight_tensor, nullptr, nullptr, nullptr, &tensor}, {c.eps, true}};
-  ASSERT_EQ(Status::kOk, target.run(call, 0, &message)) << message.text;
+  const Call call = make_call(RmsNorm::kInfos, {{kX, &tensor}, {kWeight, &weight_tensor}, {kOut, &tensor}}, c.options());
+  ASSERT_EQ(Status::kOk, target.run(call, {}, &message)) << message.text;
   Packed got(want[kOut].size());
   for (int64_t row = 0; row < kRows; ++row) target.read(&got[row * row_bytes], x + row * kStride * 2, row_bytes);
   target.free_all();

@@ -21,7 +21,7 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
       if (std::find(order.begin(), order.end(), d) == order.end()) order.insert(order.begin(), d);
   }
 
-  // Gaps that differ from operand to operand, so that dimensions collapse in none, some or all of them.
+  // The gaps differ from operand to operand, so that two dimensions may collapse into one in some operands and not in others.
   int64_t gap = (operand + 1) * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
   if (c.alignment == Alignment::kWhole && c.hidden % line) gap += line - c.hidden % line;
   int64_t extent = c.hidden;
@@ -34,10 +34,12 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
   sizes_.push_back(c.hidden);
   strides_.push_back(1);
 
-  // Memory is aligned at its guarded side; there the margin is what puts the first element `off` a line.
-  const bool flush = c.alignment == Alignment::kAtEnd, odd = c.alignment == Alignment::kOffBase && c.seed >> operand & 1;
-  const size_t bytes = extent * item, off = odd ? (1 + (c.seed + operand) % 4 * 2) * item : 0;
-  guard_ = flush || c.seed >> operand & 2 ? Guard::kAfter : Guard::kBefore;
+  // Target::allocate aligns memory at its guarded side. The margin on that side puts the first element `off` bytes beyond a line;
+  // on the other side, a whole line of canaries is room enough.
+  const Placement& placement = c.placements[operand];
+  const bool flush = c.alignment == Alignment::kAtEnd;
+  const size_t bytes = extent * item, off = c.alignment == Alignment::kOffBase ? placement.odd_elements * item : 0;
+  guard_ = flush || placement.guarded_after ? Guard::kAfter : Guard::kBefore;
   const size_t after = guard_ == Guard::kBefore ? kLine : flush ? 0 : (kLine - (bytes + off) % kLine) % kLine;
   first_ = guard_ == Guard::kBefore ? off : kLine;
   image_.assign(first_ + bytes + after, kCanary);

@@ -1,4 +1,4 @@
-// One tensor of a case in a target's memory, with canaries in every byte that is not an element of it.
+// One tensor of a case in a target's memory. Every byte that belongs to no element of it holds a canary.
 #pragma once
 
 #include <vector>
@@ -13,14 +13,14 @@ using Packed = std::vector<uint8_t>;
 
 class TestTensor {
  public:
-  // A tensor that is written has no stride of 0.
+  // A tensor that is written gets no stride of 0.
   TestTensor(const Case& c, Operand operand, bool written);
 
   void set(const Packed& elements);
   Packed get() const;
 
   void send(Target& target);
-  // Reads the tensor back; false if anything has changed that may not: with `written`, its elements may.
+  // Reads the tensor back. Returns false if a byte has changed: any byte, or, with `written`, one beside the elements.
   bool receive(Target& target, bool written);
 
   // Valid after send() and as long as this object.
@@ -33,8 +33,8 @@ class TestTensor {
   DType dtype_;
   std::vector<int64_t> sizes_, strides_;
   Guard guard_;
-  size_t first_;                // byte of the first element in the image
   std::vector<uint8_t> image_;  // of the tensor's memory, on the host
+  size_t first_;                // byte of the image at which the first element is
   void* memory_ = nullptr;
 };
 

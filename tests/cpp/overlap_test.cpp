@@ -1,4 +1,4 @@
-// Against brute force: which bytes a tensor has, one by one.
+// overlap(), overlaps_itself() and same_memory() agree with brute force, which lists the bytes of a tensor one by one.
 #include "core/overlap.h"
 
 #include <gtest/gtest.h>
@@ -53,7 +53,7 @@ struct Strided {
 
 class Generator {
  public:
-  // Strides on a common grid now and then: the slices of one buffer interleave.
+  // Half of the tensors have strides that are multiples of one number, as slices of one buffer do that take turns in it.
   Strided strided() {
     Strided s;
     s.dtype = upto(1) ? DType::kFloat32 : DType::kBFloat16;
@@ -105,7 +105,7 @@ TEST(OverlapsItself, AgreesWithBruteForce) {
 }
 
 TEST(Overlap, OfTheSlicesOfOneBufferIsNone) {
-  // [tokens, q heads + k heads, 128], 16 GB of it: an answer by listing the rows would take minutes.
+  // [tokens, q heads + k heads, 128], 16 GB in all. To list the rows would take minutes.
   const int64_t tokens = 1 << 20, heads = 64, hidden = 128;
   const auto slice = [&](int64_t first, int64_t count) {
     return Strided{{tokens, count, hidden}, {heads * hidden, hidden, 1}, DType::kBFloat16, 4096 + first * hidden * 2};
@@ -123,7 +123,7 @@ TEST(SameMemory, MeansTheSameElementsInTheSameOrder) {
     return !same_memory(a.tensor(), b.tensor());
   };
   EXPECT_FALSE(differs([](Strided&) {}));
-  EXPECT_FALSE(differs([](Strided& b) { b.strides[1] = 99; })) << "nobody steps over one index";
+  EXPECT_FALSE(differs([](Strided& b) { b.strides[1] = 99; })) << "a dimension of size 1 takes no steps";
   EXPECT_TRUE(differs([](Strided& b) { b.strides[0] = 9; }));
   EXPECT_TRUE(differs([](Strided& b) { b.sizes[0] = 3; }));
   EXPECT_TRUE(differs([](Strided& b) { b.first += 4; }));

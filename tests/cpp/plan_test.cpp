@@ -1,4 +1,4 @@
-// What every plan must be, whatever the ladder: of each hidden size up to 20000 and some that are much larger.
+// What every plan must be, whatever csrc/gpu/tuning.h says: for each hidden size up to 20000, and for some that are much larger.
 #include "gpu/plan.h"
 
 #include <gtest/gtest.h>
@@ -50,7 +50,7 @@ TEST_P(Plans, FitTheGpu) {
     EXPECT_LE(1, plan.slots);
     EXPECT_LE(plan.slots, plan.group_threads);
     switch (plan.scope) {
-      case Scope::kWave:  // lanes exchange in aligned groups of one wave
+      case Scope::kWave:  // Lanes exchange in aligned groups of one wave.
         EXPECT_TRUE(is_power_of_two(plan.group_threads));
         EXPECT_LE(plan.group_threads, wave);
         EXPECT_EQ(0, plan.block_threads % plan.group_threads);
@@ -77,7 +77,7 @@ TEST_P(Plans, FitTheGpu) {
   });
 }
 
-// Every element to exactly one slot, by the kernels' own arithmetic.
+// By the arithmetic of the kernels, every element belongs to exactly one slot.
 TEST_P(Plans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
@@ -106,8 +106,8 @@ TEST_P(Plans, CoverTheRowExactly) {
   });
 }
 
-// Which slot owns what decides the order of the sum: not the wave width, nor limits, nor which of two dtypes of one size it is.
-// (Whether there are clusters does, for rows that no single block holds.)
+// Which slot owns which elements decides the order of the sum. It must not depend on the wave width, on limits of launches, or on
+// which of two dtypes of one size it is. (For rows that no single block holds, it depends on whether there are clusters.)
 TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
     for (const DeviceFacts& other :
@@ -126,8 +126,8 @@ TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   });
 }
 
-// A row has the same bits alone and among thousands: the same slots, which own the same, and waves and blocks that cut the tree
-// over them where one block's waves do.
+// A row has the same bits alone and among thousands. So when few rows are spread, the slots and what they own stay the same, and
+// the tree of sums is cut between waves and blocks where the waves of one block cut it.
 TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
   DeviceFacts device = GetParam();
   device.processors = 132;
@@ -181,7 +181,7 @@ INSTANTIATE_TEST_SUITE_P(, Plans,
                                          DeviceFacts{32, kHipLimit, false, 1}, DeviceFacts{64, kHipLimit, false, 1}),
                          [](const auto& info) { return kGpuNames[info.index]; });
 
-TEST(Ladder, ReachesEveryScope) {
+TEST(PlansOfModels, ReachesEveryScope) {
   const DeviceFacts device{32, kNoLimit, true, 8};
   for (const DType dtype : kDTypes) {
     std::set<Scope> scopes;
@@ -191,8 +191,8 @@ TEST(Ladder, ReachesEveryScope) {
   }
 }
 
-// Rows that models have stay in registers: read once.
-TEST(Ladder, HoldsTheRowsOfModelsInRegisters) {
+// Rows of the lengths that models have are held in registers, so that they are read once.
+TEST(PlansOfModels, HoldsTheRowsOfModelsInRegisters) {
   for (const int32_t wave : {32, 64})
     for (const int64_t hidden : {64, 128, 256, 2048, 2560, 4096, 5120, 8192, 16384}) {
       const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, {wave, kNoLimit, false, 1});
@@ -201,7 +201,8 @@ TEST(Ladder, HoldsTheRowsOfModelsInRegisters) {
     }
 }
 
-// Where it pays on an H200 (docs/performance.md): the most rows that are spread, by hidden size and tensors of bfloat16 moved.
+// How many rows are spread at most, by hidden size and by the number of bfloat16 tensors that are moved: as many as it pays for on
+// an H200 (docs/performance.md).
 TEST(Spread, StopsWhereItNoLongerPays) {
   const auto most_rows = [](int64_t hidden, int tensors, int32_t processors) {
     const DeviceFacts device{32, kNoLimit, true, 8, processors};
@@ -219,7 +220,7 @@ TEST(Spread, StopsWhereItNoLongerPays) {
   EXPECT_EQ(4, most_rows(8192, 3, 16)) << "a slice of a GPU";
 }
 
-// Two threads a slot for up to two blocks a multiprocessor, where a wave has the threads.
+// There are two threads a slot for up to two blocks a multiprocessor, if the rows are so short that a wave has the threads for it.
 TEST(Spread, GivesSmallGatedRowsTwoThreadsASlotWhereItPays) {
   const auto most_rows = [](int64_t hidden, const DeviceFacts& device, Held held = Held::kRowAndGates) {
     const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, device, held);
@@ -276,7 +277,7 @@ TEST(Plan, IsPrintedOnceWhereAskedFor) {
             testing::internal::GetCapturedStderr());
 }
 
-// Each row of tuning.h's table is some plan's, whatever a thread holds.
+// Each kernel in the table of tuning.h is that of some plan.
 TEST(Kernels, AreAllOfSomePlan) {
   std::set<int32_t> kernels;
   for (const int32_t max_cluster : {1, 8})
@@ -289,7 +290,7 @@ TEST(Kernels, AreAllOfSomePlan) {
           EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
           EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
           EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
-              << "the shape's, not the kernel's";
+              << "the vectors of a slot, shared out among its threads, must be those of the kernel's thread";
           EXPECT_LT(0, kKernels[p.kernel].resident_threads[static_cast<int>(held)]);
         }
       }

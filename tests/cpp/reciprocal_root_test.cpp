@@ -1,4 +1,4 @@
-// The reciprocal and the reciprocal root by Newton's steps: the bits of IEEE's division and square root.
+// The reciprocal and the reciprocal root, refined by Newton's steps, have the bits of IEEE 754's division and square root.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -24,7 +24,7 @@ TEST(Reciprocal, IsRightForEveryExponentThatItIsFor) {
   }
 }
 
-// All mantissas of an even and an odd exponent, as only powers of four come out of the root: others differ by a power of two.
+// All mantissas, with an even and with an odd exponent. That is enough, because a power of four comes out of the root exactly.
 TEST(ReciprocalRoot, IsRightForEveryMantissaAndEveryErrorOfTheApproximation) {
   for (uint32_t bits = as_bits(1.0f); bits < as_bits(4.0f); ++bits) {
     const float v = as_float(bits), expected = 1.0f / std::sqrt(v);

@@ -1,4 +1,4 @@
-// Exchanges of several numbers, several times in one kernel: no thread reads what another has written for the next one.
+// A kernel may exchange several numbers, several times: no thread reads what another has already written for the next exchange.
 #include "gpu/reduce.cuh"
 
 #include <gtest/gtest.h>
@@ -13,7 +13,7 @@ namespace {
 constexpr int kNumbers = 3, kExchanges = 5;
 constexpr int64_t kPlenty = int64_t{1} << 32;
 
-// Magnitudes far apart: another order rounds to another sum.
+// The magnitudes are far apart, so that another order of additions rounds to another sum.
 float value(int thread, int number, int exchange) { return std::ldexp(1.0f + thread, (thread * 7 + number * 5 + exchange) % 23); }
 
 float tree(int first, int count, int threads, int number, int exchange) {

@@ -17,7 +17,7 @@ std::string difference(const char* what, int64_t row, int64_t column, double wan
   return text;
 }
 
-// Of all numbers of a 16-bit format.
+// The numbers of a 16-bit format, by their bits.
 std::vector<double> all_values(DType dtype) {
   std::vector<double> values(1 << 16);
   for (uint32_t bits = 0; bits < values.size(); ++bits) values[bits] = element(dtype, bits);
@@ -35,9 +35,9 @@ std::vector<double> values_of(DType dtype, const Packed& elements) {
   return values;
 }
 
-// Where a result may lie that float32's arithmetic is a little off, and whether it may be NaN. Operations on both ends give those
-// of the result, as all here are monotonous in each operand; so is rounding to a format, hence a range that spans no boundary
-// between two numbers becomes one number, and one that does leaves the choice between its neighbours.
+// Where a result may lie, since float32's arithmetic is a little off, and whether it may be NaN. All operations here are monotonous
+// in each operand, so that the ends of a result follow from the ends of the operands. Rounding to a format is monotonous too: a
+// range becomes one number, unless it spans a boundary at which rounding changes; then either neighbour is allowed.
 struct Range {
   double least, most;
   bool nan = false;
@@ -47,7 +47,7 @@ struct Range {
 
   bool has(double v) const { return least <= v && v <= most; }
 
-  // So many units in the last place of float32 to both sides.
+  // Reaches so many units in the last place of float32 further to both sides.
   Range widened(double units) const {
     Range wider = *this;
     wider.least -= units * ulp(DType::kFloat32, least);
@@ -72,18 +72,20 @@ Range operator*(const Range& a, const Range& b) {
   return product;
 }
 
-// Units in the last place of float32: some for the operations, and half of the relative error of the sum of squares, which grows
-// with the number of terms that a lane adds up: squares of 16-bit numbers lie on a coarse grid, so that their roundings need not
-// cancel.
+// How far float32's arithmetic may be off, in units in the last place: some units for the operations, and half of the relative
+// error of the sum of squares. That error grows with the number of squares that a lane adds up, because the squares of 16-bit
+// numbers lie on a coarse grid, on which roundings need not cancel each other.
 double float32_units(int64_t hidden) { return 4 + hidden / 2048.0; }
 
-// As csrc/device/exponential.h promises: in units in the last place, and in least numbers where the sigmoid is subnormal.
+// What csrc/device/exponential.h promises of activations: the error in units in the last place, and, where the sigmoid is
+// subnormal, in multiples of the least float32.
 constexpr double kUnitsOfActivation = 3, kLeastNumbersOfActivation = 1.5;
-// Where a gate is first, s is off by that, each unit up to 2^-23 of it, and by half a unit by the product: 7 times 2^-24. A unit is
-// 2^-24 of a number at least. The root mean square of such s is off by as much at most.
+// Where the gate comes first, s = x * activation is off by three units and the half of one by its own rounding, which is at most
+// 3.5 * 2^-23 = 7 * 2^-24 of it. The root mean square of such s is off by as much at most. A unit is at least 2^-24 of a number, so
+// that this is at most 7 units.
 constexpr double kUnitsOfGatedSquares = 7;
 
-// Half a unit in the last place for the one rounding, and float32's.
+// Half a unit in the last place for the one rounding to `dtype`, and the units of float32.
 double tolerance(DType dtype, double float32_units, double want) {
   return ulp(dtype, want) * (0.5 + float32_units * power(format(dtype).precision - format(DType::kFloat32).precision));
 }
@@ -91,7 +93,7 @@ double tolerance(DType dtype, double float32_units, double want) {
 bool near(DType dtype, double float32_units, const Range& want, double got) {
   if (std::isnan(got)) return want.nan;
   if (std::isnan(want.least)) return false;
-  const double beyond = power(format(dtype).greatest + 1);  // infinity is where the next number would be
+  const double beyond = power(format(dtype).greatest + 1);  // Infinity counts as the number that would come after the largest.
   got = std::clamp(got, -beyond, beyond);
   const double end = std::clamp(got < want.least ? want.least : want.most, -beyond, beyond);
   return want.has(got) || std::fabs(got - end) <= tolerance(dtype, float32_units, end);
@@ -149,7 +151,7 @@ std::string compare_with_reference(const Case& c, const Tensors& inputs, const T
   std::vector<Range> row(normed, Range(0));
   for (int64_t first = 0; first < static_cast<int64_t>(s.size()); first += normed) {
     double squares = 0;
-    bool may_be_nan = false;  // where an activation may be zero or not quite, and its factor is infinite
+    bool may_be_nan = false;  // An activation may be 0 or nearly 0, and what it is multiplied with is infinite.
     for (int64_t i = 0; i < normed; ++i) {
       double value = s[first + i];
       row[i] = Range(value);
@@ -168,7 +170,7 @@ std::string compare_with_reference(const Case& c, const Tensors& inputs, const T
                                       : weight[first / normed % groups * normed + i];
       const double value = out[first + i];
       Range want = row[i].least == row[i].most ? Range(row[i].least * rstd * w) : row[i] * Range(rstd) * Range(w);
-      double left = units;  // of what is not in the range
+      double left = units;  // which are not yet in the range
       if (c.round_each_step) {
         // The product of two numbers of 16 bits is exact in float32, underflow aside.
         const Range normed = (row[i] * Range(rstd)).widened(units).rounded_to(c.dtype);
@@ -180,7 +182,7 @@ std::string compare_with_reference(const Case& c, const Tensors& inputs, const T
         left = 0.5;
       }
       want.nan = want.nan || may_be_nan;
-      const bool exact = c.round_each_step && !gate_last;  // the range's ends are numbers of the format
+      const bool exact = c.round_each_step && !gate_last;  // The ends of the range are numbers of the format.
       if (exact ? !(std::isnan(value) ? want.nan : want.has(value)) : !near(c.dtype, left, want, value))
         return difference("out", first / c.hidden, first % c.hidden + i, want.least, value);
     }

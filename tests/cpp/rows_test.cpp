@@ -1,4 +1,4 @@
-// What check() makes of a call's tensors: rows, whose addresses kernels compute.
+// check() describes a call's tensors as rows, whose addresses kernels compute.
 #include <gtest/gtest.h>
 
 #include <random>
@@ -10,7 +10,7 @@
 namespace gemma_norm {
 namespace {
 
-// All rows, by the kernels' own arithmetic, are those of the tensors in their order, whatever collapses into whatever.
+// By the arithmetic of the kernels, the rows are those of the tensors, in their order, whichever dimensions collapse into one.
 TEST(Rows, AreThoseOfTheTensors) {
   std::mt19937 random(3);
   const auto upto = [&](int64_t most) { return static_cast<int64_t>(random() % (most + 1)); };
@@ -20,7 +20,7 @@ TEST(Rows, AreThoseOfTheTensors) {
     std::vector<int64_t> sizes;
     for (int64_t d = upto(6); d > 0; --d) sizes.push_back(1 + upto(2));
     sizes.push_back(8);
-    const int style = static_cast<int>(upto(2));  // no gaps, one gap for all, or each operand its own
+    const int style = static_cast<int>(upto(2));  // of gaps: none, the same for all operands, or of each operand its own
     int64_t address = 30000;
     for (Place* o : {&call.x, &call.out, &*call.residual, &*call.post, &*call.sum}) {
       o->first = address;
@@ -39,7 +39,7 @@ TEST(Rows, AreThoseOfTheTensors) {
     sliced += slices.count > 1;
     collapsed += slices.count == 1 && params.row_dims == 1 && sizes.size() > 2;
 
-    // In the tensors' order: slices are the outer dimensions, and their first is the innermost of those.
+    // The rows come in the tensors' order: slices are the outer dimensions, and their first is the innermost of those.
     int64_t row = 0;
     for (int64_t s = 0; s < slices.count; ++s) {
       const RowParams slice = select_slice(params, slices, s);
@@ -65,7 +65,7 @@ TEST(Rows, AreThoseOfTheTensors) {
   EXPECT_LT(100, collapsed);
 }
 
-// Groups of a row are rows, whose weights lie apart as they do.
+// Groups of a row are rows of their own, whose weights lie apart as the groups do.
 TEST(Rows, OfGroupsAreThoseOfTheTensors) {
   for (const bool gaps : {false, true}) {
     TestCall call = TestCall().gated();
@@ -110,7 +110,7 @@ TEST(Rows, OfAnEmptyTensorAreNone) {
   }
 }
 
-// A row index past 2^32 takes the kernels' 64-bit division.
+// The index of a row beyond 2^32 needs a 64-bit division in the kernels.
 TEST(Rows, BeyondThirtyTwoBitsAreReached) {
   RowParams p{};
   p.row_dims = 2;

@@ -10,43 +10,22 @@
 namespace gemma_norm {
 namespace {
 
-bool in_place(Operands o) { return o == Operands::kInPlace || (has_residual(o) && o >= Operands::kFused); }
-
-// Which memory an output takes.
-Operand place_of(Operand output, Operands o) {
-  if (o == Operands::kFusedCrossed) return output == kOut ? kResidual : kX;
-  if (is_gated(o)) return o == Operands::kGatedIntoX ? kX : o == Operands::kGatedIntoGate ? kGate : output;
-  if (in_place(o)) return output == kOut ? kX : kResidual;
-  return output;
-}
-
-bool has(const Case& c, Operand o) {
-  switch (o) {
-    case kWeight: return c.weight_dtype != DType::kOther;
-    case kResidual:
-    case kResidualOut: return has_residual(c.operands);
-    case kPost: return has_post(c.operands);
-    case kGate: return c.gate;
-    default: return true;
-  }
-}
-
-// The case's tensors; an output in an input's memory is that input's.
+// The case's tensors. An output that takes an input's memory shares that input's TestTensor.
 struct CaseTensors {
   explicit CaseTensors(const Case& c) {
     for (const OperandRule& rule : c.op()) {
       const Operand o = rule.operand;
-      place[o] = !has(c, o) ? kNoOperand : rule.written() ? place_of(o, c.operands) : o;
-      if (rule.written() && has(c, o)) written[place[o]] = true;
+      place[o] = !c.has(o) ? kNoOperand : o == kOut ? info(c.operands).out : o == kResidualOut ? info(c.operands).residual_out : o;
+      if (rule.written() && c.has(o)) written[place[o]] = true;
     }
     for (int o = 0; o < kOperands; ++o)
       if (place[o] == o) memory[o].emplace(c, static_cast<Operand>(o), written[o]);
   }
   TestTensor* tensor(int o) { return place[o] == kNoOperand ? nullptr : &*memory[place[o]]; }
 
-  Operand place[kOperands] = {};
-  bool written[kOperands] = {};
-  std::optional<TestTensor> memory[kOperands];
+  Operand place[kOperands] = {};                // whose memory an operand has
+  bool written[kOperands] = {};                 // that operand's memory is written
+  std::optional<TestTensor> memory[kOperands];  // of the operands that have their own
 };
 
 class Generator {
@@ -63,7 +42,7 @@ class Generator {
     return elements;
   }
 
-  // Around zero for gemma, so that a 1 + that is missing shows.
+  // Around zero for gemma, so that a kernel that forgets to add 1 leaves next to nothing of the result.
   Packed weight() {
     Packed elements(c_.hidden * size_of(c_.weight_dtype));
     const auto set = [&](int64_t i, double v) { round_to(c_.weight_dtype, v, &elements[i * size_of(c_.weight_dtype)]); };
@@ -76,7 +55,9 @@ class Generator {
  private:
   double uniform() { return random_() / 4294967296.0; }
   double normal() {
-    static const auto table = [] {  // close to it: drawing each anew would take most of the tests' time
+    // A sum of four uniform numbers is close to a normal one. They come from a table, since drawing each anew would take most of
+    // the tests' time.
+    static const auto table = [] {
       std::mt19937 random(1);
       std::vector<double> values(1 << 14);
       for (double& v : values) v = (random() + random() + random() + random() - 2.0 * 4294967296.0) / 2479700524.0;
@@ -87,7 +68,7 @@ class Generator {
   double sign() { return random_() % 2 ? 1 : -1; }
   int64_t any(int64_t count) { return static_cast<int64_t>(random_() % count); }
 
-  // Where an activation is a number like any other, and up to where it is 0.
+  // Mostly where the activation is a number like any other, and sometimes up to where it underflows to 0.
   double gate() {
     const double number = normal();
     return random_() % 4 ? 2 * number : 260 * uniform() - 130;
@@ -97,7 +78,7 @@ class Generator {
     switch (c_.values) {
       case Values::kWide: return sign() * std::exp2(24 * uniform() - 12);
       case Values::kSubnormal: return normal() * power(format(dtype).least);
-      case Values::kHuge: return sign() * largest(dtype) * (1 + uniform()) / 2;  // squares beyond float32, but for float16
+      case Values::kHuge: return sign() * largest(dtype) * (1 + uniform()) / 2;  // whose squares overflow, except float16's
       case Values::kZeros: return sign() * 0.0;
       default: return normal();
     }
@@ -120,7 +101,7 @@ Tensors make_inputs(const Case& c) {
   Generator generator(c);
   CaseTensors tensors(c);
   Tensors inputs;
-  if (has(c, kWeight)) inputs[kWeight] = generator.weight();
+  if (c.has(kWeight)) inputs[kWeight] = generator.weight();
   for (const OperandRule& rule : c.op()) {
     TestTensor* const tensor = tensors.tensor(rule.operand);
     if (!tensor || rule.written() || !rule.has_rows()) continue;
@@ -144,7 +125,7 @@ Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::stri
     if (tensors.tensor(rule.operand)) call.tensors[rule.operand] = &views[tensors.place[rule.operand]];
 
   Message message{};
-  if (target.run(call, c.seed, &message) != Status::kOk) *error = message.text;
+  if (target.run(call, c.variation, &message) != Status::kOk) *error = message.text;
   for (int o = 0; o < kOperands; ++o)
     if (tensors.memory[o] && !tensors.memory[o]->receive(target, tensors.written[o]))
       *error = std::string("a byte was written in or beside ") + kOperandNames[o] + " that is no element of an output";
@@ -155,20 +136,36 @@ Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::stri
   return outputs;
 }
 
-std::string check_case(Target& target, const Case& c) {
+std::string compare_outputs(const Case& c, const Tensors& want, const Tensors& got) {
+  const std::string error = compare_bits(c.dtype_of(kResidualOut), c.hidden, want[kResidualOut], got[kResidualOut]);
+  return error.empty() ? compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]) : error;
+}
+
+Call make_call(const OpInfo* op, std::initializer_list<std::pair<Operand, const Tensor*>> tensors, const Options& options) {
+  Call call{op, {}, options};
+  for (const auto& [operand, tensor] : tensors) call.tensors[operand] = tensor;
+  return call;
+}
+
+std::string check_case(Target& target, const Case& c, Target* alike) {
   const Tensors inputs = make_inputs(c);
   std::string error;
   const Tensors outputs = run_case(target, c, inputs, &error);
   if (error.empty()) error = compare_with_reference(c, inputs, outputs);
+  if (error.empty() && alike) {
+    const Tensors others = run_case(*alike, c, inputs, &error);
+    if (error.empty()) error = compare_outputs(c, others, outputs);
+    if (!error.empty()) error = "not as on " + alike->name() + ": " + error;
+  }
   if (!error.empty()) return error;
 
-  // The same rows in the opposite order, then one of them alone.
+  // A row's bits depend on that row alone: compare with the same rows in the opposite order, then with one of them alone.
   Tensors rows;
   for (const Operand o : {kX, kGate}) rows[o] = reversed(inputs[o], c.hidden * size_of(c.dtype));
   rows[kWeight] = inputs[kWeight];
   Operand s = kX;
   if (has_residual(c.operands)) {
-    if (c.float32_residual) {  // -0 plus anything is that, bit for bit
+    if (c.float32_residual) {  // The sum goes to the residual, and x becomes -0: any number plus -0 is that number, bit for bit.
       for (size_t i = 0; i < rows[kX].size(); i += size_of(c.dtype)) round_to(c.dtype, -0.0, &rows[kX][i]);
       s = kResidual;
     }
@@ -184,13 +181,13 @@ std::string check_case(Target& target, const Case& c) {
   if (const std::string difference = compare(plain_case(c, c.row_count()), rows, "rows reversed and plain"); !difference.empty())
     return difference;
 
-  // A group of a row is a row with other weights.
+  // A group of a row has the bits of a row of its size that has the group's weights.
   Case one = plain_case(c, 1);
   one.hidden = c.normed();
   one.group_size = kWholeRow;
   for (int o = 0; o < kOperands; ++o)
     if (!rows.of[o].empty()) rows.of[o].resize(one.hidden * size_of(c.dtype_of(static_cast<Operand>(o))));
-  if (is_gated(c.operands) && !c.gate && c.norm_before_gate) one.operands = Operands::kPlain;  // nothing but a norm
+  if (is_gated(c.operands) && !c.gate && c.norm_before_gate) one.operands = Operands::kPlain;  // which it must equal
   return compare(one, rows, "one row, plain");
 }
 
@@ -207,9 +204,10 @@ std::string check_repeated(Target& target, const Case& c, int64_t times) {
   many.rows.sizes[0] *= times;
   std::string error;
   const Tensors want = run_case(target, c, once, &error), got = run_case(target, many, inputs, &error);
-  if (error.empty()) error = compare_bits(c.dtype_of(kResidualOut), c.hidden, repeated(want[kResidualOut]), got[kResidualOut]);
-  if (error.empty()) error = compare_bits(c.dtype, c.hidden, repeated(want[kOut]), got[kOut]);
-  return error;
+  if (!error.empty()) return error;
+  Tensors wanted;
+  for (const Operand o : {kResidualOut, kOut}) wanted[o] = repeated(want[o]);
+  return compare_outputs(c, wanted, got);
 }
 
 void add_to_hash(DType dtype, const Packed& elements, uint64_t* hash) {

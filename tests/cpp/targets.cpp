@@ -15,11 +15,10 @@ class EmulatedTarget : public HostTarget {
   EmulatedTarget(const char* name, int wave_width, int max_cluster)
       : name_(name), wave_width_(wave_width), max_cluster_(max_cluster) {}
   std::string name() const override { return name_; }
-  Status run(const Call& call, uint32_t seed, Message* message) override {
-    // Half of the runs on a GPU that takes so few threads, though at least a block or cluster, that there must be several launches;
-    // half with processors, where few rows are spread if there are clusters.
-    const int64_t few = max_cluster_ * kMaxBlockThreads;
-    const EmulatedGpu gpu{wave_width_, seed % 2 ? few : int64_t{1} << 32, max_cluster_, seed / 2 % 4, seed / 8 % 2 ? 132 : 0};
+  Status run(const Call& call, const Variation& variation, Message* message) override {
+    const int64_t one_cluster = max_cluster_ * kMaxBlockThreads, any_number = int64_t{1} << 32;
+    const EmulatedGpu gpu{wave_width_, variation.few_threads ? one_cluster : any_number, max_cluster_, variation.order,
+                          variation.processors ? 132 : 0};
     return gemma_norm_emulated(&call, &gpu, message);
   }
 
@@ -28,16 +27,17 @@ class EmulatedTarget : public HostTarget {
   int wave_width_, max_cluster_;
 };
 
-// The library's entry, its rows split at random and done in another order.
+// The library's entry for CPUs.
 class CpuTarget : public HostTarget {
  public:
   std::string name() const override { return "cpu"; }
-  Status run(const Call& call, uint32_t seed, Message* message) override {
-    random_.seed(seed);
-    return gemma_norm_cpu(&call, seed % 4 ? &parallel_for : nullptr, message);
+  Status run(const Call& call, const Variation& variation, Message* message) override {
+    random_.seed(variation.pieces);
+    return gemma_norm_cpu(&call, variation.pieces ? &parallel_for : nullptr, message);
   }
 
  private:
+  // Divides the rows into pieces of random length, and runs the last first.
   static void parallel_for(int64_t count, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
     for (int64_t end = count; end > 0;) {
       const int64_t begin = end - 1 - static_cast<int64_t>(random_() % end);
@@ -48,7 +48,7 @@ class CpuTarget : public HostTarget {
   static inline std::mt19937 random_;
 };
 
-// One instruction set's row kernel.
+// The CPU kernel of one instruction set.
 class IsaTarget : public HostTarget {
  public:
   explicit IsaTarget(Isa isa) : isa_(isa) {}
@@ -56,7 +56,7 @@ class IsaTarget : public HostTarget {
   std::string missing() const override {
     return isa_supported(isa_) ? "" : std::string("needs a processor with ") + isa_name(isa_);
   }
-  Status run(const Call& call, uint32_t, Message* message) override {
+  Status run(const Call& call, const Variation&, Message* message) override {
     RowParams params;
     RowSlices slices;
     const Status status = check(call, &params, &slices, message);

@@ -1,4 +1,4 @@
-// A call that check() lets through, for tests to change.
+// A call that check() lets through, which tests change.
 #pragma once
 
 #include <optional>
@@ -21,7 +21,7 @@ struct Place {
   }
 };
 
-// A call that is right, to be made wrong. Nothing is read or written at its addresses.
+// Nothing is read or written at the addresses.
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
   std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum;

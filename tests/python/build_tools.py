@@ -1,10 +1,13 @@
-"""What the tests of setup.py share: running commands, and programs that stand in for compilers."""
+"""What the tests of builds share: running commands, programs that stand in for compilers, and the C++ tests' build."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,3 +36,20 @@ def script(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+CPP_BUILD = ROOT / "build" / "cpp"  # of `make test-cpp`
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Where pytest-xdist runs several processes, only one of them builds with CMake at a time."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "pytest.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def cmake(*arguments: str) -> None:
+    done = subprocess.run(["cmake", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"cmake {' '.join(arguments)}\n{done.stdout}{done.stderr}"

@@ -8,6 +8,8 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -60,10 +62,10 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("line", BAD_ARGUMENTS)
-def test_bad_arguments(
+def test_bad_arguments_are_refused_before_anything_is_measured(
     line: str, earlier: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line of one kind, status 2, before anything is measured; no file is made or changed."""
+    """The message is one line, the exit status is 2, and no file is made or changed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("measured"))
     for absent in ("matplotlib", "aiter"):
@@ -78,14 +80,18 @@ def test_bad_arguments(
     assert os.listdir() == ["ok.csv"] and earlier.read_bytes() == before
 
 
-def test_heads_come_in_some_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suite_of_heads_has_only_some_sizes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit):
         arguments.parse(["--suite", "decode,qk", "--hidden", "64,100"])
     assert "argument --hidden: qk has no size 100: choose from 64, 128, 256" in capsys.readouterr().err
 
 
-def test_plots_that_cannot_be_written(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_for_plots_that_cannot_be_written_is_refused(
+    earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     for folder in ("ok.csv", "ok.csv/plots", "/proc/plots"):
         with pytest.raises(SystemExit) as stopped:
@@ -94,8 +100,8 @@ def test_plots_that_cannot_be_written(earlier: Path, capsys: pytest.CaptureFixtu
     assert os.listdir() == ["ok.csv"]
 
 
-def test_what_can_be_written_is_left_as_it_is(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is interrupted before its first result costs no earlier file and makes no empty one."""
+def test_files_are_left_alone_until_there_is_a_result(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted before its first result neither overwrites an earlier file nor makes an empty one."""
     monkeypatch.setattr(environment, "describe", lambda *_: signal.raise_signal(signal.SIGINT))
     Path("kept.json").write_text("kept")
     Path("link.csv").symlink_to("nowhere.csv")
@@ -121,39 +127,60 @@ def test_a_loaded_run_is_selected_from_and_written(earlier: Path, capsys: pytest
     assert "eager" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_reported(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The results are shown all the same."""
+def test_a_full_disk_is_reported_and_the_results_are_shown(earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--load", "ok.csv", "--csv", "/dev/full"]) == 1
     screen = capsys.readouterr()
     assert screen.err == "cannot write /dev/full: No space left on device\n" and "eager" in screen.out
 
 
-BAD_FILES = {
-    "empty": (lambda heading, line: "", "it has no heading"),
-    "not text": (lambda heading, line: "\udcff", "it is not text"),
-    "another table": (lambda heading, line: "a,b\n1,2\n", "it lacks the column 'suite'"),
-    "an older version": (lambda heading, line: heading.replace(",of_copy", "") + line, "it lacks the column 'of_copy'"),
-    "a newer version": (lambda heading, line: f"energy,{heading}1,{line}", "it has an unknown column 'energy'"),
-    "no results": (lambda heading, line: heading, "has no results"),
-    "a short line": (lambda heading, line: heading + "cpu,rms_norm\n", "line 2: expected 17 cells, got 2"),
-    "a long line": (lambda heading, line: f"# a: b\n{heading}x,{line}", "line 3: expected 17 cells, got 18"),
-    "a word for a number": (
+@dataclass(frozen=True)
+class BadFile:
+    """A file that is no result of the benchmark, made of the heading and of one line of a file that is."""
+
+    what: str
+    make: Callable[[str, str], str]
+    message: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+BAD_FILES = [
+    BadFile("empty", lambda heading, line: "", "it has no heading"),
+    BadFile("not text", lambda heading, line: "\udcff", "it is not text"),
+    BadFile("another table", lambda heading, line: "a,b\n1,2\n", "it lacks the column 'suite'"),
+    BadFile(
+        "an older version",
+        lambda heading, line: heading.replace(",of_copy", "") + line,
+        "it lacks the column 'of_copy'",
+    ),
+    BadFile("a newer version", lambda heading, line: f"energy,{heading}1,{line}", "it has an unknown column 'energy'"),
+    BadFile("no results", lambda heading, line: heading, "has no results"),
+    BadFile("a short line", lambda heading, line: heading + "cpu,rms_norm\n", "line 2: expected 17 cells, got 2"),
+    BadFile("a long line", lambda heading, line: f"# a: b\n{heading}x,{line}", "line 3: expected 17 cells, got 18"),
+    BadFile(
+        "a word for a number",
         lambda heading, line: heading + line.replace(",64,", ",x,"),
         "line 2: hidden is 'x', which",
     ),
-    "an unknown suite": (lambda heading, line: heading + line.replace("cpu,", "warp,", 1), "unknown suite 'warp'"),
-    "no CSV": (lambda heading, line: heading + '"' + "x" * 200_000, "field larger than field limit"),
-}
+    BadFile(
+        "an unknown suite",
+        lambda heading, line: heading + line.replace("cpu,", "warp,", 1),
+        "unknown suite 'warp'",
+    ),
+    BadFile("no CSV", lambda heading, line: heading + '"' + "x" * 200_000, "field larger than field limit"),
+]
 
 
 @pytest.mark.parametrize("option", ["--load", "--compare"])
-@pytest.mark.parametrize("what", BAD_FILES)
-def test_another_file_is_no_result(what: str, option: str, earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make, message = BAD_FILES[what]
+@pytest.mark.parametrize("case", BAD_FILES, ids=str)
+def test_a_file_that_is_no_result_is_refused(
+    case: BadFile, option: str, earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, heading, line, _ = earlier.read_text().splitlines(keepends=True)
-    Path("bad.csv").write_text(make(heading, line), errors="surrogateescape")
+    Path("bad.csv").write_text(case.make(heading, line), errors="surrogateescape")
     with pytest.raises(SystemExit) as stopped:
         command.main([option, "bad.csv"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert f"error: argument {option}: bad.csv" in error and message in error
+    assert f"error: argument {option}: bad.csv" in error and case.message in error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,40 +74,56 @@ def test_a_gated_norm_without_its_gate_is_not_timed() -> None:
 
 
 def unwritten(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Right but for one element, which has what poisoned memory holds. Whether small CPU allocations get such is chance."""
+    """The right result except for its last element, which is NaN: what the benchmark fills memory with before a call.
+
+    A provider that leaves an element unwritten need not leave NaN there, as small allocations on CPUs may get other
+    memory. So it is written here.
+    """
     y = torch.full_like(x, torch.nan)
     y.flatten()[:-1] = reference.rms_norm(x, w, EPS, True).flatten()[:-1]
     return y
 
 
-WRONG = {
-    "output not written": (RMS_NORM, lambda x, w: torch.full_like(x, torch.nan), "has NaN"),
-    "last element not written": (RMS_NORM, lambda x, w: unwritten(x, w), "has NaN"),
-    "no 1 +": (RMS_NORM, lambda x, w: reference.rms_norm(x, w, EPS), "units in the last place"),
-    "nothing done": (RMS_NORM, lambda x, w: x.clone(), "units in the last place"),
-    "x written": (RMS_NORM, lambda x, w: x.copy_(reference.rms_norm(x, w, EPS, True)), "not to be written"),
-    "other dtype": (RMS_NORM, lambda x, w: reference.rms_norm(x.float(), w, EPS, True), "torch.float32"),
-    "transposed": (RMS_NORM, lambda x, w: reference.rms_norm(x, w, EPS, True).T, "[256, 16]"),
-    "old residual": (ADD_RMS_NORM, lambda x, r, w: (reference.add_rms_norm(x, r, w, EPS, True)[0], r), "the sum"),
-    "no addition": (ADD_RMS_NORM, lambda x, r, w: (reference.rms_norm(x, w, EPS, True), x + r), "the result"),
-    "fails": (RMS_NORM, lambda x, w: x @ w[1:], "RuntimeError"),
-    "too large": (RMS_NORM, lambda x, w: x.new_empty(2**55), "out of memory"),
-}
+@dataclass(frozen=True)
+class Wrong:
+    """A provider whose result must not be timed."""
+
+    what: str
+    function: Callable[..., object]  # of the operator's tensors, the weight last
+    note: str  # part of what the benchmark says of it
+    op: str = RMS_NORM
+
+    def __str__(self) -> str:
+        return self.what
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_provider_is_noted_and_not_timed(what: str) -> None:
-    op, function, note = WRONG[what]
-    wrong = Provider("wrong", lambda op, weight, gemma: lambda *tensors: function(*tensors, weight), exact=True)
-    found = measure(point(op, 16, 256), wrong, Provider("right", correct), PROVIDERS["copy_"])
-    assert found["wrong"].p50_us == 0 and note in found["wrong"].note, found["wrong"]
+WRONG = [
+    Wrong("output not written", lambda x, w: torch.full_like(x, torch.nan), "has NaN"),
+    Wrong("last element not written", lambda x, w: unwritten(x, w), "has NaN"),
+    Wrong("no 1 +", lambda x, w: reference.rms_norm(x, w, EPS), "units in the last place"),
+    Wrong("nothing done", lambda x, w: x.clone(), "units in the last place"),
+    Wrong("x written", lambda x, w: x.copy_(reference.rms_norm(x, w, EPS, True)), "not to be written"),
+    Wrong("other dtype", lambda x, w: reference.rms_norm(x.float(), w, EPS, True), "torch.float32"),
+    Wrong("transposed", lambda x, w: reference.rms_norm(x, w, EPS, True).T, "[256, 16]"),
+    Wrong("old residual", lambda x, r, w: (reference.add_rms_norm(x, r, w, EPS, True)[0], r), "the sum", ADD_RMS_NORM),
+    Wrong("no addition", lambda x, r, w: (reference.rms_norm(x, w, EPS, True), x + r), "the result", ADD_RMS_NORM),
+    Wrong("fails", lambda x, w: x @ w[1:], "RuntimeError"),
+    Wrong("too large", lambda x, w: x.new_empty(2**55), "out of memory"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_a_wrong_provider_is_noted_and_not_timed(case: Wrong) -> None:
+    wrong = Provider("wrong", lambda op, weight, gemma: lambda *tensors: case.function(*tensors, weight), exact=True)
+    found = measure(point(case.op, 16, 256), wrong, Provider("right", correct), PROVIDERS["copy_"])
+    assert found["wrong"].p50_us == 0 and case.note in found["wrong"].note, found["wrong"]
     assert found["right"].p50_us > 0 and found["right"].of_copy > 0 and not found["right"].note
     table = report.table("cpu", list(found.values()))
     assert "[1]" in table and f"[1] wrong: {found['wrong'].note}" in table
 
 
 def test_only_other_roundings_are_forgiven() -> None:
-    """Rounding ``1 + w`` to bfloat16 passes for others, not for ours; a weight off by more passes for none."""
+    """A peer may round ``1 + w`` to bfloat16, our own provider may not. A weight that is off by more is refused to both."""
     rounded = lambda op, w, gemma: lambda x: reference.rms_norm(x, 1 + w, EPS)  # noqa: E731
     far = lambda op, w, gemma: lambda x: reference.rms_norm(x, (1 + w.float()) * 1.05, EPS)  # noqa: E731
     made = [Provider("peer", rounded), Provider("ours", rounded, exact=True), Provider("far", far)]
@@ -121,7 +138,7 @@ def test_a_missing_operator_and_a_failure_while_timed_are_noted() -> None:
     def tires(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
         def call(x: torch.Tensor) -> torch.Tensor:
             calls.append(x)
-            if len(calls) > 5:  # one to check, four to learn how long a call takes
+            if len(calls) > 5:  # One call checks the result, and four tell how long a call takes.
                 raise RuntimeError("tired")
             return reference.rms_norm(x, weight, EPS, gemma)
 
@@ -197,7 +214,7 @@ def test_graphs_rotate_restore_and_divide(monkeypatch: pytest.MonkeyPatch) -> No
         return x.add_(1)
 
     timed = timing.GraphTimed(call, inputs, BRIEF)
-    assert captured == [0, 1, 2] * 17 and timed.calls == 51, "500 us of 10 us calls, whole rotations"
+    assert captured == [0, 1, 2] * 17 and timed.calls == 51, "500 us of 10 us calls, in whole rotations over 3 sets"
     for x, _ in inputs.sets:
         x.fill_(1)
     replays.clear()

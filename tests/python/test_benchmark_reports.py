@@ -25,7 +25,7 @@ from gemma_norm.benchmark.timing import Timing
 from support import on_a_terminal, shown
 
 
-def test_compare_tells_noise_from_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_tells_noise_from_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def file(name: str, *medians: float) -> str:
         timings = [Timing(m * 0.9, m, m * 1.1) for m in medians]
         made = [results.make(point(rows=i + 1), "ours", "gemma", t, None) for i, t in enumerate(timings)]
@@ -40,7 +40,7 @@ def test_compare_tells_noise_from_change(tmp_path: Path, capsys: pytest.CaptureF
     assert "2 of 3 figures moved" in out and "gpu  a, b: c" in out
 
 
-def test_plots(tmp_path: Path) -> None:
+def test_plots_are_written_for_each_suite(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     made = []
     points = [p for name in ("decode", "host") for p in SUITES[name].points(Choice(quick=True))]
@@ -54,7 +54,7 @@ def test_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 40])
-def test_a_table_in_a_narrow_terminal(
+def test_tables_fit_into_narrow_terminals(
     columns: int, earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "columns", lambda stream: columns)
@@ -64,8 +64,8 @@ def test_a_table_in_a_narrow_terminal(
     assert all(word in text for word in ("ours", "eager", "of copy_", "next best", "0 of 2 figures moved"))
 
 
-def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
-    """130, what was measured until then, no traceback, no progress line left over."""
+def test_ctrl_c_shows_what_was_measured(tmp_path: Path) -> None:
+    """The exit status is 130. There is neither a traceback nor a progress line left over."""
     csv = tmp_path / "new.csv"
     command_line = [
         "-m",
@@ -87,8 +87,8 @@ def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
     assert "median us a call" in text and results.read_csv(csv)[1]
 
 
-def test_a_reader_that_stops(earlier: Path) -> None:
-    """As ``| head -1`` does. The files are written all the same."""
+def test_a_reader_that_stops_ends_the_program_after_the_files_are_written(earlier: Path) -> None:
+    """As with ``| head -1``, whose exit status shells report as 141."""
     reader, writer = os.pipe()
     os.close(reader)
     line = [sys.executable, "-m", "gemma_norm.benchmark", "--load", "ok.csv", "--json", "new.json"]
@@ -98,7 +98,9 @@ def test_a_reader_that_stops(earlier: Path) -> None:
     assert json.loads(Path("new.json").read_text())["environment"] == {"cpu": "some"}
 
 
-def test_absent_peers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_peers_that_are_absent_are_listed_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(PROVIDERS, "liger", replace(PROVIDERS["liger"], module="no_such_module"))
     monkeypatch.setitem(PROVIDERS, "aiter", replace(PROVIDERS["aiter"], module="json"))
     assert command.main([*TINY, "--rows", "1", "--providers", "ours,liger,aiter"]) == 0
@@ -126,7 +128,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_one_line_on_a_terminal_and_every_tenth_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     for stream in (io.StringIO(), Terminal()):
         progress = report.Progress(40, stream)

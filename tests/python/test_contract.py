@@ -1,4 +1,4 @@
-"""The numerical contract, docs/contract.md, point by point."""
+"""docs/contract.md, "Definition" and "Where float32 shows", point by point."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ HIDDEN = [7, 128, 256, 1000, 4096, 5120, 16384]
 MODEL_SIZES = [256, 2048, 4096, 5120]
 
 
-# 1. s = round(x + residual), or round(x + round(residual + post)); s is the new residual.
-def test_the_sum_is_rounded_in_sglangs_order(device, dtype):
+# "Definition", "The sum": s = round(x + residual), or round(x + round(residual + post)), is the new residual.
+def test_the_sum_is_rounded_after_each_addition_and_post_is_added_to_the_residual_first(device, dtype):
     x, residual, post = (randn(33, 640, dtype=dtype, device=device, seed=seed) for seed in range(3))
     weight = make_weight(640, dtype, device, False)
     _, s = gemma_norm.add_rms_norm(x, residual, weight, post_residual_addition=post)
@@ -24,18 +24,20 @@ def test_the_sum_is_rounded_in_sglangs_order(device, dtype):
     assert bool((s != (x + residual) + post).any())
 
 
-# 2, 3. Statistics and product in float32, 1 + w never rounded to 16 bits, one rounding to nearest even.
+# "Definition", "The statistics" and "The result": all of it is float32, 1 + weight too, and one rounding is to 16 bits.
 @pytest.mark.parametrize("hidden", MODEL_SIZES)
 def test_one_plus_weight_is_not_rounded(device, hidden):
     x = randn(65, hidden, dtype=torch.bfloat16, device=device)
     weight = make_weight(hidden, torch.bfloat16, device, True)
     y = gemma_norm.rms_norm(x, weight, gemma=True)
     assert_right(y, x, weight, gemma=True)
-    assert bool((y != gemma_norm.rms_norm(x, 1 + weight)).any()), "the weights of this test are too coarse"
+    assert bool((y != gemma_norm.rms_norm(x, 1 + weight)).any()), "no 1 + weight of this test needs a rounding"
 
 
 def test_ties_round_to_even(device):
-    """Rows of +-1 have rstd = 1 (eps = 0), so y is the weight: float32 weights half way between two 16-bit numbers."""
+    """The rows are of 1 and -1, so that rstd is 1 and y is the weight or its negative. Every other weight is half way
+    between two 16-bit numbers.
+    """
     for dtype, unit in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
         weight = 1 + torch.arange(512, device=device) * (unit / 2)
         x = torch.ones(2, 512, dtype=dtype, device=device)
@@ -52,7 +54,7 @@ def test_a_float32_weight_is_read_in_float32(device):
     assert bool((y != gemma_norm.rms_norm(x, weight.bfloat16())).any())
 
 
-# 4. Fused equals unfused bit for bit, and the eager result to the last bit or the one beside it.
+# "Definition", "Fusion changes nothing". Plain PyTorch has the same result but for an element's last bit here and there.
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_fused_equals_unfused(device, dtype, gemma, hidden):
     x, residual, post = (randn(19, hidden, dtype=dtype, device=device, seed=seed) for seed in range(3))
@@ -70,14 +72,14 @@ def test_fused_equals_unfused(device, dtype, gemma, hidden):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("hidden", MODEL_SIZES)
-def test_equals_eager_to_the_bit_beside(device, dtype, gemma, hidden):
+def test_differs_from_plain_pytorch_by_a_last_bit_of_few_elements_at_most(device, dtype, gemma, hidden):
     x, weight = randn(65, hidden, dtype=dtype, device=device), make_weight(hidden, dtype, device, gemma)
     y, eager = gemma_norm.rms_norm(x, weight, gemma=gemma), reference.rms_norm(x, weight, gemma=gemma)
     assert int((bits(y).int() - bits(eager).int()).abs().max()) <= 1
     assert float((bits(y) != bits(eager)).float().mean()) < 1e-2
 
 
-# 5. A row's bits depend on that row, the weight, eps, dtype and hidden size alone.
+# "Definition", "Batch invariance": a row's bits depend on that row, the weight, eps, dtypes and hidden size alone.
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_independent_of_the_number_of_rows_and_the_place_among_them(device, dtype, hidden):
     x, residual = (randn(300, hidden, dtype=dtype, device=device, seed=seed) for seed in range(2))
@@ -122,7 +124,7 @@ def test_independent_of_the_number_of_threads(dtype, hidden, restore_threads):
             assert_same_bits(a, b)
 
 
-# 6. NaN and Inf propagate as in the formula; subnormals are kept; deterministic, backward included.
+# "Definition", "Special values": NaN and Inf propagate as in the formula, subnormals are kept, results never vary.
 @pytest.mark.parametrize("hidden", [5, 256, 4096])
 def test_nan_and_inf_stay_in_their_rows(device, dtype, hidden):
     x, weight = randn(6, hidden, dtype=dtype, device=device), make_weight(hidden, dtype, device, False)
@@ -132,7 +134,7 @@ def test_nan_and_inf_stay_in_their_rows(device, dtype, hidden):
     x[4, hidden - 1] = -math.inf
     y = gemma_norm.rms_norm(x, weight)
     assert bool(y[1].isnan().all())
-    for row, column in ((2, 0), (4, hidden - 1)):  # rstd is 0: Inf * 0 is NaN, all else 0
+    for row, column in ((2, 0), (4, hidden - 1)):  # rstd is 0. Inf * 0 is NaN, and all else is 0.
         assert bool(y[row, column].isnan())
         assert int((y[row] == 0).sum()) == hidden - 1
     for row in (0, 3, 5):
@@ -196,9 +198,9 @@ def test_large_magnitudes_whose_squares_fit(device, dtype, magnitude):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_squares_beyond_float32_make_the_row_zero(device, dtype):
-    """From 2e19 to bf16's maximum and beyond, the mean of squares is infinite, so rstd and the row are 0.
+    """The mean of squares is infinite, so that rstd and the row are 0. Other rows are as ever.
 
-    Eager PyTorch does the same. It is the formula in float32, no accident of a kernel, and no other row feels it.
+    This is what the formula gives in float32, and plain PyTorch does the same.
     """
     x = randn(4, 256, device=device).sign()
     x[0] *= 2e19  # each square overflows
@@ -213,7 +215,7 @@ def test_squares_beyond_float32_make_the_row_zero(device, dtype):
     assert bool((y[3] != 0).any())
 
 
-def test_float16_maximum_is_no_problem(device):
+def test_rows_of_the_largest_float16_are_right(device):
     x = torch.full((2, 5120), 65504.0, dtype=torch.float16, device=device)
     x[1, 1::2] = -65504.0
     weight = make_weight(5120, torch.float16, device, False)
@@ -221,14 +223,14 @@ def test_float16_maximum_is_no_problem(device):
 
 
 @pytest.mark.parametrize("hidden", [1000, 4096])
-def test_deterministic(device, dtype, hidden):
+def test_results_are_the_same_from_run_to_run(device, dtype, hidden):
     x, weight = randn(257, hidden, dtype=dtype, device=device), make_weight(hidden, dtype, device, True)
     want = gemma_norm.rms_norm(x, weight, gemma=True)
     for _ in range(5):
         assert_same_bits(gemma_norm.rms_norm(x, weight, gemma=True), want)
 
 
-def test_backward_is_deterministic(device, dtype):
+def test_gradients_are_the_same_from_run_to_run(device, dtype):
     def gradients() -> tuple[torch.Tensor, ...]:
         x, weight = randn(257, 1000, dtype=dtype, device=device), make_weight(1000, dtype, device, True)
         inputs = x.requires_grad_(), weight.requires_grad_()
@@ -241,7 +243,7 @@ def test_backward_is_deterministic(device, dtype):
             assert_same_bits(a, b)
 
 
-# "Where float32 shows": what the float64 oracle does not share, and PyTorch's own operator does.
+# "Where float32 shows": where results differ from the float64 oracle by more than the bound, as PyTorch's do.
 def test_squares_that_underflow_make_a_row_infinite_without_eps(device):
     x, weight = torch.full((2, 64), 1e-30, device=device), torch.ones(64, device=device)
     x[1, 0], x[1, 1] = 0.0, -1e-30

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from build_tools import CPP_BUILD, ROOT, cmake, one_at_a_time
 from gemma_norm import reference
 from support import Placed, assert_right, assert_same_bits
 
-ROOT = Path(__file__).parents[2]
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -36,22 +33,15 @@ def emulated() -> ModuleType:
         "PYTHON_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    build = ROOT / "build" / "cpp"  # where `make test-cpp` has compiled the kernels already
+    build = CPP_BUILD  # `make test-cpp` has compiled the kernels already.
     if not (build / "CMakeCache.txt").exists():
         build = ROOT / "build" / "emulated"
         options |= {"GEMMA_NORM_CUDA": "OFF", "GEMMA_NORM_TESTS": "OFF"}
-    build.parent.mkdir(exist_ok=True)
-    with open(build.parent / "emulated.lock", "w") as lock:  # pytest-xdist's processes come here at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run("cmake", "-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items()))
-        run("cmake", "--build", str(build), "--target", "gemma_norm_emulated_module", "-j2")
+    with one_at_a_time():
+        cmake("-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items()))
+        cmake("--build", str(build), "--target", "gemma_norm_emulated_module", "-j2")
     sys.path.insert(0, str(build / "tests" / "cpp"))
     return importlib.import_module("gemma_norm_emulated_module")
-
-
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
 
 SIZES = st.one_of(

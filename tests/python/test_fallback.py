@@ -1,4 +1,4 @@
-"""Plain PyTorch where no native library serves: right, strict, and said once."""
+"""Plain PyTorch serves devices without a native library: it is as right and as strict, and a warning says so once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gemma_norm import _registry
 from support import LAYOUTS, assert_right, assert_same_bits, make_weight, place, randn, warnings_are
 
 OPS = torch.ops.gemma_norm
-# A kind of device that no library of ours serves: the dispatcher runs what is registered for it, here on CPU tensors.
+# A kind of device that no library of ours serves. To redispatch to it runs its implementation on tensors of the CPU.
 ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
 
 
@@ -58,7 +58,7 @@ def test_right_at_any_stride(dtype, gemma, layout, hidden):
     residual.assert_gaps_intact()
 
 
-def test_in_place_and_empty():
+def test_in_place_and_without_rows():
     x, weight = randn(3, 20), make_weight(20, torch.float32, "cpu", False)
     want = gemma_norm.rms_norm(x, weight)
     elsewhere(OPS.rms_norm.out)(x, weight, out=x)
@@ -68,7 +68,7 @@ def test_in_place_and_empty():
     assert elsewhere(OPS.rms_norm.default)(none, weight).shape == (0, 20)
 
 
-def test_said_once_per_device_type():
+def test_the_warning_comes_once_for_a_type_of_device():
     x, weight = torch.ones(2, 4), torch.ones(4)
     with pytest.warns(UserWarning, match="gemma_norm: plain PyTorch instead of a native kernel on cpu: "):
         OPS.rms_norm.default.redispatch(ELSEWHERE, x, weight, 1e-6, False)
@@ -88,8 +88,8 @@ def test_every_kind_of_device_is_served(key):
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"gemma_norm::{name}", key)
 
 
-def test_autograd_is_skipped():
-    """The dispatcher's boxed autograd fallback costs every call up to 0.3 us, and records nothing either."""
+def test_the_dispatcher_skips_autograd():
+    """The dispatcher's own fallback for autograd would record nothing either, and would cost each call up to 0.3 us."""
     for name in ("rms_norm", "rms_norm.out", "fused_add_rms_norm", "add_rms_norm"):
         table = torch._C._dispatch_dump_table(f"gemma_norm::{name}").splitlines()
         lines = [line for line in table if line.startswith(("AutogradCPU", "AutogradCUDA"))]
@@ -98,7 +98,7 @@ def test_autograd_is_skipped():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_without_its_library(tmp_path: Path):
-    """A package built without the GPU's library: right all the same, and it says so."""
+    """A package that was built without the GPU's library is right all the same, and says what serves."""
     target = tmp_path / "gemma_norm"
     shutil.copytree(Path(gemma_norm.__file__).parent, target, ignore=shutil.ignore_patterns("libgemma_norm_[!c]*"))
     with (target / "_build_info.py").open("a") as file:

@@ -1,4 +1,6 @@
-"""gated_rms_norm and GatedRMSNorm: values, gradients, transforms, memory, refusals, and transformers' own classes."""
+"""All that is tested of gated_rms_norm and GatedRMSNorm: values, gradients, transforms, memory, refusals, and that they
+agree with the classes of transformers. Only what is tested of every operator alike is elsewhere (operators.py).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def oracle(
     norm_before_gate: bool = True,
     group_size: int | None = None,
 ) -> Tensor:
-    """In float64, not rounded."""
+    """The definition in float64, without any rounding."""
     activation = 1.0
     if gate is not None:
         logistic = torch.sigmoid(gate.double())
@@ -55,7 +57,9 @@ def oracle(
 
 
 def assert_right(y: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, **mode: Any) -> None:
-    """Within the norm's bound and 10 float32 units: an activation has 4, the sum of its squares as much again."""
+    """y is within the norm's bound, and 10 units of float32 more. An activation may be off by 4 units; where the gate comes
+    first, the root of the sum of squares is off by as much again.
+    """
     assert y.dtype == x.dtype and y.shape == x.shape
     limit = reference.max_ulp_error(x.dtype, mode.get("group_size") or x.shape[-1])
     limit += 10 * torch.finfo(torch.float32).eps / torch.finfo(x.dtype).eps
@@ -65,7 +69,7 @@ def assert_right(y: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, **mo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 48), (3, 240), (70, 48), (2, 3, 4, 1008), (5, 4080), (2, 36000)], ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
-def test_values(device, mode, dtype, shape, gated):
+def test_values_against_the_oracle(device, mode, dtype, shape, gated):
     x, gate, weight = tensors(*shape, dtype=dtype, device=device)
     for w in (weight, weight.float()):
         y = gemma_norm.gated_rms_norm(x, gate if gated else None, w, **mode)
@@ -74,8 +78,8 @@ def test_values(device, mode, dtype, shape, gated):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_each_step_can_be_rounded(device, mode, dtype):
-    """Against the definition in plain PyTorch. The float32 before a rounding differs by some units, of which a 16-bit
-    result sees one in some ten thousand, as a unit or, where two roundings differ, two.
+    """The definition in plain PyTorch has float32 numbers that differ by a few units. In one element of some ten thousand,
+    that tips a rounding to 16 bits: the result differs by one unit, or by two where two roundings are tipped.
     """
     x, gate, weight = tensors(300, 480, dtype=dtype, device=device)
     y = gemma_norm.gated_rms_norm(x, gate, weight, round_each_step=True, **mode)
@@ -89,7 +93,7 @@ def test_each_step_can_be_rounded(device, mode, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides(device, mode, layout, dtype):
+def test_any_strides_and_out_in_place_of_an_input(device, mode, layout, dtype):
     x, gate, weight = tensors(5, 3, 48, dtype=dtype, device=device)
     placed_x, placed_gate = place(x, layout), place(gate, layout)
     y = gemma_norm.gated_rms_norm(placed_x.view, placed_gate.view, weight, **mode)
@@ -102,7 +106,7 @@ def test_strides(device, mode, layout, dtype):
 
 
 @pytest.mark.parametrize("argument", [0, 1], ids=["x", "gate"])
-def test_in_place(device, mode, argument):
+def test_the_result_may_take_the_memory_of_x_or_of_the_gate(device, mode, argument):
     x, gate, weight = tensors(7, 240, dtype=torch.bfloat16, device=device)
     want = gemma_norm.gated_rms_norm(x, gate, weight, **mode)
     out = (x, gate)[argument]
@@ -122,7 +126,7 @@ def test_a_gate_of_other_leading_dimensions(device):
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), -100.0, -1e30, 1e30, 0.0, -0.0])
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["silu", "sigmoid"])
-def test_special_gates(device, special, sigmoid):
+def test_gates_that_are_not_finite_or_whose_activation_is_zero(device, special, sigmoid):
     x = torch.ones(1, 64, device=device)
     gate = torch.full_like(x, special)
     y = gemma_norm.gated_rms_norm(x, gate, torch.ones(64, device=device), 0.0, sigmoid=sigmoid)
@@ -131,7 +135,7 @@ def test_special_gates(device, special, sigmoid):
 
 
 def test_gradients(device, mode):
-    """First and second derivatives, beside those of the formula in float64."""
+    """First and second derivatives agree with those of the formula in float64."""
     for gated in (True, False):
         inputs = [t.requires_grad_() for t in tensors(6, 48, device=device)]
         exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -194,7 +198,7 @@ def test_torch_compile(device):
     torch.testing.assert_close(got, want)
 
 
-def test_without_a_native_kernel():
+def test_meta_tensors_have_the_shape_and_dtype_of_x():
     x, gate, weight = (t.to("meta") for t in tensors(4, 48, dtype=torch.float16))
     y = gemma_norm.gated_rms_norm(x, gate, weight)
     assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
@@ -231,7 +235,7 @@ def test_bad_arguments(replaced, message, device):
         gemma_norm.gated_rms_norm(**arguments)
 
 
-def test_memory_that_is_written_lies_apart(device):
+def test_out_may_not_overlap_an_input_in_part(device):
     buffer, weight = torch.ones(5, 48, device=device), torch.ones(48, device=device)
     x, gate, shifted = buffer[:4], torch.ones(4, 48, device=device), buffer[1:]
     with pytest.raises(RuntimeError, match="out must be x's memory exactly or not overlap it"):
@@ -252,7 +256,9 @@ CLASSES = [
 @pytest.mark.parametrize(("folder", "name", "mode"), CLASSES, ids=[c[1] for c in CLASSES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_classes_of_transformers(folder, name, mode, dtype):
-    """In bf16 bit for bit but for one element in 10^5: float32 differs by a unit or two before it is rounded."""
+    """In bfloat16 all elements but one in 10^5 have the same bits. Before they are rounded, they differ by a unit or two of
+    float32.
+    """
     module = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}")
     kind = getattr(module, name)
     if "group_size" not in inspect.signature(kind).parameters:  # older versions of transformers

@@ -12,7 +12,7 @@ import gemma_norm
 from gemma_norm import _library
 
 
-def test_backends_here():
+def test_libraries_tells_what_is_loaded_here():
     libraries = gemma_norm.libraries()
     assert list(libraries) == ["cpu", "cuda", "hip"]
     cpu = libraries["cpu"]
@@ -28,7 +28,7 @@ def test_backends_here():
     assert not gpu or len(libraries[gpu].served_devices) == torch.cuda.device_count() * libraries[gpu].loaded
 
 
-def test_backends_says_why_not(monkeypatch):
+def test_libraries_tells_why_a_library_is_not_loaded(monkeypatch):
     monkeypatch.setattr(_library, "BUILD", {"cpu": {}, "cuda": {"architectures": ["sm_90"], "compiler": "nvcc 13.0"}})
     monkeypatch.setattr(_library, "_loaded", {"cpu"})
     monkeypatch.setattr(torch.version, "hip", None)
@@ -42,7 +42,7 @@ def test_backends_says_why_not(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A stand-in for GPUs with these properties, and a library compiled for these architectures."""
+    """A function that sets up a machine: GPUs with given properties, and a library compiled for given architectures."""
 
     def make(flavour: str, architectures: list[str], *gpus: dict[str, object]) -> None:
         monkeypatch.setattr(_library, "BUILD", {"cpu": {}, flavour: {"architectures": architectures}})
@@ -73,14 +73,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ("hip", {"gcnArchName": "gfx90a:sramecc+:xnack-"}, ["gfx90a"], ""),
     ],
 )
-def test_a_gpu_that_the_library_has_no_code_for(machine, flavour, properties, architectures, expected):
+def test_a_gpu_that_the_library_has_no_code_for_is_unsupported(machine, flavour, properties, architectures, expected):
     machine(flavour, architectures, properties)
     library = gemma_norm.libraries()[flavour]
     assert library.unsupported_devices == ((f"cuda:0 (Stand-in) {expected}",) if expected else ())
     assert library.served_devices == (() if expected else ("cuda:0",))
 
 
-def test_a_gpu_without_code_beside_one_with(machine):
+def test_one_gpu_may_be_unsupported_beside_one_that_is_served(machine):
     machine("hip", ["gfx1100"], {"gcnArchName": "gfx1036"}, {"gcnArchName": "gfx1100"})
     assert list(_library.unserved_gpus()) == [0]
     library = gemma_norm.libraries()["hip"]
@@ -143,5 +143,5 @@ AMD = [
 
 
 @pytest.mark.parametrize(("architectures", "device", "expected"), NVIDIA + AMD)
-def test_which_code_runs_where(architectures, device, expected):
+def test_which_code_runs_on_which_gpu(architectures, device, expected):
     assert _library.has_code_for(architectures, device) is expected

@@ -22,7 +22,7 @@ CPU_LIBRARY = "libgemma_norm_cpu.so"
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A copy of the package under another name: nothing is registered as long as its library does not load."""
+    """A copy of the package under another name. It registers no operator as long as its library does not load."""
     target = tmp_path / "copied_norm"
     shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__", "benchmark", "libgemma_norm_[!c]*"))
     return target
@@ -49,14 +49,14 @@ def test_a_missing_library_is_an_error(copied):
 
 
 def python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, with these folders first on sys.path."""
+    """Runs the code in a process of its own, with these folders first on sys.path."""
     code = f"import sys; sys.path[:0] = {[str(path) for path in paths]}\n{code}"
     arguments = [sys.executable, "-W", "error::UserWarning", "-c", code]
     return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
 
 def test_a_library_that_does_not_load_is_an_error_with_the_loaders_text(copied):
-    """An executable is a whole ELF file, and not a library."""
+    """An executable in its place: a whole ELF file, but no library."""
     path = copied / "lib" / CPU_LIBRARY
     shutil.copyfile(Path(sys.executable).resolve(), path)
     message = python("import copied_norm", copied.parent).stderr
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_library_is_an_error(copied, content):
 
 
 def test_a_truncated_library_is_an_error(copied):
-    """In a process of its own, since the loader dies of a bus error on a truncated file, unless it is stopped."""
+    """It must be noticed before it is loaded: the loader would end the process with a bus error."""
     whole = (copied / "lib" / CPU_LIBRARY).read_bytes()
     sizes = [64, 4096, len(whole) // 4, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 1]
     code = f"""
@@ -121,7 +121,7 @@ def test_an_old_pytorch_is_an_error(copied, monkeypatch, version):
 @pytest.mark.parametrize(
     "version", ["2.10.0a0+git", "2.10.0.dev20251101", "2.10a0", "2.11.0rc1", "2.13.0+cu130", "3.0"]
 )
-def test_pre_releases_have_their_version(monkeypatch, version):
+def test_pre_releases_count_as_their_version(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     _library.load()
 
@@ -144,7 +144,7 @@ FORGET = "for name in [name for name in sys.modules if name.split('.')[0] == 'ge
 
 
 def test_a_second_copy_in_one_process_is_an_error(two_copies):
-    """As with two environments on the path: the operators can be defined once, and the second time ends the process."""
+    """As with two environments on the path. PyTorch would end the process when operators are defined a second time."""
     one, other = two_copies
     code = f"import gemma_norm\n{FORGET}\nsys.path.insert(0, {str(other)!r})\nimport gemma_norm"
     process = python(code, one)
@@ -155,7 +155,7 @@ def test_a_second_copy_in_one_process_is_an_error(two_copies):
     assert f"{loaded} (version 1.2.3), and cannot load {refused} (version 4.5.6) as well" in last
 
 
-def test_operators_that_nobody_knows_the_library_of_are_an_error(two_copies):
+def test_operators_that_an_unknown_library_has_defined_are_an_error(two_copies):
     one, _ = two_copies
     code = f"import ctypes, torch; ctypes.CDLL({str(one / 'gemma_norm' / 'lib' / CPU_LIBRARY)!r}); import gemma_norm"
     process = python(code, two_copies[1])
@@ -190,7 +190,9 @@ AGAIN = {
 
 @pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN.keys())
 def test_importing_again_is_harmless(again):
-    """As hosts do that reload what they run. Both imports work afterwards, and no registration is left of the first."""
+    """Some programs reload the modules that they run. Both imports must work afterwards, and must not call the first
+    import's implementations.
+    """
     code = f"""
 import gc, importlib, torch, gemma_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,7 +240,7 @@ print("done")
 
 @pytest.mark.parametrize("flavour", ["cuda", "hip"])
 def test_the_gpu_library_that_this_pytorch_needs_must_load(monkeypatch, tmp_path, flavour):
-    """As on a GPU build of PyTorch whose gemma_norm has lost its library."""
+    """On a GPU build of PyTorch, a gemma_norm that has lost its GPU library is an error."""
     monkeypatch.setattr(torch.version, "cuda", "13.0" if flavour == "cuda" else None)
     monkeypatch.setattr(torch.version, "hip", "7.0" if flavour == "hip" else None)
     monkeypatch.setattr(_library, "BUILD", {"cpu": {}, "cuda": {}, "hip": {}})
@@ -260,7 +262,7 @@ def test_importing_does_not_start_cuda():
 
 
 def test_importing_brings_in_nothing_but_the_package():
-    """PyTorch's compiler alone, which decorators of torch.compiler import, takes as long as ``import torch``."""
+    """PyTorch's compiler, for one, takes as long to import as torch itself, and decorators of torch.compiler import it."""
     code = "import torch; before = set(sys.modules); import gemma_norm; print(*sorted(set(sys.modules) - before))"
     process = python(code)
     assert process.returncode == 0, process.stderr

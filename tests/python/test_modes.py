@@ -1,4 +1,4 @@
-"""No weight, each step rounded, and dtypes that differ: of x and its residual stream, of x and its weight."""
+"""docs/contract.md, "Modes": no weight, each step rounded, a float32 residual, float32 x with a 16-bit weight."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_no_weight(device, dtype, shape):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_step_rounded(device, dtype, shape):
-    """The second rounding is of a product of two 16-bit numbers, which float32 holds: it is exact of what the first
-    one made, and that is within the bound of a single rounding.
+    """The first rounding gives the norm without a weight, bit for bit. The second is of the product of two 16-bit numbers,
+    which float32 holds exactly: so there is one right result.
     """
     x, residual = (randn(*shape, dtype=dtype, device=device, seed=seed) for seed in range(2))
     weight = randn(shape[-1], dtype=dtype, device=device, seed=2)
@@ -99,7 +99,7 @@ def test_float32_residual_stream(device, dtype, shape, with_post):
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
 def test_gradients(device, weighted):
-    """Of the float32 residual in float32, of x in its own dtype, beside the formula in float64."""
+    """Each gradient has the dtype of its input, and agrees with that of the formula in float64."""
     x = randn(6, 64, dtype=torch.bfloat16, device=device).requires_grad_()
     residual = randn(6, 64, device=device, seed=1).requires_grad_()
     weight = randn(64, dtype=torch.bfloat16, device=device, seed=2).requires_grad_() if weighted else None

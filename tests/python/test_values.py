@@ -1,4 +1,4 @@
-"""Every operator against the float64 oracle: dtypes x sizes x kinds of weight, layouts, alignments, aliasing."""
+"""rms_norm and add_rms_norm against the float64 oracle, in every dtype, size, layout, alignment and aliasing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_dimension(device, dtype):
 @pytest.mark.parametrize("hidden", [8, 127, 256, 1024, 5120])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device, dtype, layout, hidden):
-    """Each operand in another layout of the list: the bits are those of contiguous tensors, gaps are not touched."""
+    """Each operand has another layout. The bits are those of contiguous tensors, and what lies between rows is kept."""
     names = list(LAYOUTS)
     at = names.index(layout)
     others = [names[(at + step) % len(names)] for step in (1, 3, 5)]
@@ -115,8 +115,7 @@ def test_weight_may_be_misaligned(device, dtype, offset):
     assert_same_bits(gemma_norm.rms_norm(x, moved), gemma_norm.rms_norm(x, weight))
 
 
-def test_many_irreducible_dimensions(device):
-    """More leading dimensions with strides of their own than a kernel takes at once."""
+def test_more_dimensions_with_strides_of_their_own_than_a_kernel_takes_at_once(device):
     buffer = randn(3, 5, 4, 6, 3, 24, device=device)
     x = buffer[::2, 1::2, ::3, ::2, ::2, :16]
     weight = make_weight(16, torch.float32, device, False)
@@ -144,7 +143,7 @@ def test_expanded_inputs(device, dtype):
 def test_aliasing_that_is_allowed(device, dtype):
     x, weight = randn(6, 200, dtype=dtype, device=device), make_weight(200, dtype, device, False)
     want = gemma_norm.rms_norm(x, weight)
-    y, s = gemma_norm.add_rms_norm(x, x, weight, post_residual_addition=x)  # a functional op may see one tensor thrice
+    y, s = gemma_norm.add_rms_norm(x, x, weight, post_residual_addition=x)  # one tensor as three arguments
     assert_same_bits(s, x + (x + x))
     assert_right(y, s, weight)
     assert_same_bits(gemma_norm.rms_norm(x.clone(), weight, out=torch.empty_like(x)), want)
@@ -158,7 +157,7 @@ def test_aliasing_that_is_allowed(device, dtype):
 
 
 def test_neighbours_in_one_buffer(device, dtype):
-    """x and residual interleaved row by row, out right behind x: apart, though their extents are not."""
+    """The rows of x and of the residual take turns in one buffer: their memory is apart, though each spans the other's."""
     buffer = randn(7, 4, 48, dtype=dtype, device=device)
     x, residual, weight = buffer[:, 0], buffer[:, 1], make_weight(48, dtype, device, False)
     want, want_sum = gemma_norm.add_rms_norm(x.clone(), residual.clone(), weight)

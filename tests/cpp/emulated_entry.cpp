@@ -1,30 +1,27 @@
-// The kernels, compiled for the host by its own compiler, and their entry of the C interface.
+// The emulated device's entry of the C interface, and which kernels it can be asked for. The kernels are in emulated_<op>.cpp.
 #include <utility>
 
 #include "cases.h"
 #include "emulated_machine.h"
 #include "gpu/entry.h"
-#include "gpu/launch.cuh"
-
-namespace gemma_norm::gpu {
-template Status run<RmsNorm>(const Call&, device::Stream, Message*);
-template Status run<AddRmsNorm>(const Call&, device::Stream, Message*);
-template Status run<GatedRmsNorm>(const Call&, device::Stream, Message*);
-}  // namespace gemma_norm::gpu
+#include "gpu/plan.h"
 
 namespace gemma_norm {
 
+template <class Op>
+const void* kernel_function(const RowParams& params, bool aligned, int32_t kernel);  // emulated_op.cuh
+
 namespace {
 
-// A kernel of tuning.h, for aligned rows or not.
+// Whether rows are aligned, and which kernel of tuning.h a plan names for them.
 using KernelOfPlan = std::pair<bool, int32_t>;
 
-// What rows of up to so many elements can ask for. A row that is no multiple of the vector takes the kernel of the next one that
-// is.
+// What the plans of rows of up to so many elements name. Lengths that are no multiple of a vector need no plans of their own: they
+// have the kernel of the next multiple.
 std::set<KernelOfPlan> kernels_of_plans(const Case& variant, int64_t most_hidden) {
-  int64_t item_bytes = 0;  // of all operands together, those that may be left out too
+  int64_t item_bytes = 0;  // an element of each operand, those that may be left out included
   for (const OperandRule& rule : variant.op())
-    if (rule.operand != kWeight || variant.weight_dtype != DType::kOther) item_bytes += size_of(variant.dtype_of(rule.operand));
+    if (rule.operand != kWeight || variant.has(kWeight)) item_bytes += size_of(variant.dtype_of(rule.operand));
   std::set<KernelOfPlan> all;
   const int64_t items = kVectorBytes / size_of(variant.row_dtype());
   for (const int32_t max_cluster : {1, kMaxCluster})
@@ -43,9 +40,7 @@ void add_reachable(const Case& variant, int64_t most_hidden, std::set<const void
   for (const OperandRule& rule : variant.op()) p.dtypes[rule.operand] = variant.dtype_of(rule.operand);
   p.round_each_step = variant.round_each_step;
   p.norm_before_gate = variant.norm_before_gate;
-  const gpu::VariantKernels kernels = gpu::find_kernels<Op>(p);
-  for (const auto& [aligned, kernel] : kernels_of_plans(variant, most_hidden))
-    all->insert(reinterpret_cast<const void*>(kernels.of_rows[aligned][kernel].function));
+  for (const auto& [aligned, kernel] : kernels_of_plans(variant, most_hidden)) all->insert(kernel_function<Op>(p, aligned, kernel));
 }
 
 }  // namespace
