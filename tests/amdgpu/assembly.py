@@ -46,7 +46,7 @@ class Kernel(KernelName):
 
     @property
     def weight_vectors(self) -> int:
-        """For each vector of s."""
+        """Vectors of the weight for each vector of s."""
         return 0 if self.weight == "NoWeight" else 2 if self.wide_weight else 1
 
     @property
@@ -55,7 +55,7 @@ class Kernel(KernelName):
 
     @property
     def narrow_accesses(self) -> bool:
-        """A vector of s takes half a vector of another operand."""
+        """Where the elements of another operand are half as wide as those of s, its vectors are of 8 bytes."""
         return SIZES[self.x] < SIZES[self.s] or 0 < SIZES[self.weight] < SIZES[self.s]
 
 

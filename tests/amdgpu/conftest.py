@@ -13,14 +13,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile for all targets while earlier tests run, most of which use one processor of several.
+    """Begins to compile what is needed while earlier tests run, most of which use one processor of several.
 
     With pytest-xdist the processors are busy as it is, and each of its processes would compile.
     """
-    is_worker = hasattr(session.config, "workerinput")
-    needed = any("code" in getattr(item, "fixturenames", ()) for item in session.items)
-    if needed and not is_worker and not session.config.option.collectonly:
-        toolchain.all_assemblies()
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return
+    for item in session.items:
+        if isinstance(item, pytest.Function) and "code" in item.fixturenames:
+            toolchain.compile_assemblies(item.callspec.params["target"])
 
 
 def pytest_unconfigure() -> None:

@@ -1,4 +1,6 @@
-"""What a row costs on a GPU, by arithmetic: its bytes at the memory's speed beside its instructions at the SIMDs'."""
+"""How long a row takes on a GPU, by arithmetic: its bytes at the memory's speed, and its instructions at the SIMDs'
+speed.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ class Gpu:
         return size / self.terabytes / 1e3
 
     def issue_ns(self, per_row: dict[str, float]) -> float:
-        """Vector instructions alone: scalar ones, loads, stores and waits of other waves go beside them."""
+        """Of vector instructions alone: scalar ones, loads, stores and waits of other waves are issued at the same
+        time.
+        """
         roots = per_row.get("transcendental", 0)
         vector = sum(n for kind, n in per_row.items() if kind.startswith("vector"))
         return (vector * self.vector_cycles + roots * self.root_cycles) / (self.units * self.simds * self.ghz)
 
 
-GPUS = {  # the table is for the first of a target's
+GPUS = {  # of each target; table() is of the first
     "gfx90a": [Gpu("MI210", 104, 4, 1.7, 1.6, 4, 16)],
     "gfx942": [
         Gpu("MI300X", 304, 4, 2.1, 5.3, 4, 16),
@@ -39,17 +43,18 @@ GPUS = {  # the table is for the first of a target's
     "gfx1151": [Gpu("Radeon 8060S", 40, 2, 2.9, 0.256, 1, 4)],
     "gfx1201": [Gpu("RX 9070 XT", 64, 2, 2.4, 0.64, 1, 4), Gpu("RX 9060 XT", 32, 2, 2.53, 0.32, 1, 4)],
 }
-# Where memory bounds a call by less than twice, and the least by which it does: docs/amd.md names them.
+# GPUs on which memory takes less than twice as long as instructions for some call, and the least ratio of the two.
+# docs/amd.md names them.
 LEAST_MARGINS = {"MI308X": 0.7, "MI350X": 1.9}
 
 
 def row_bytes(call: dict) -> int:
-    """Read and written; the weight comes from caches."""
+    """Bytes read and written. The weight comes from caches and does not count."""
     return call["hidden"] * (4 if call["dtype"] == "float32" else 2) * (4 if call["add"] else 2)
 
 
 def least_margin(gpu: Gpu, calls: list[dict]) -> float:
-    """The time that a call's memory takes to that of its instructions, of the call for which it is least."""
+    """How many times as long as its instructions a call's memory takes, of the call for which it is least."""
     return min(gpu.memory_ns(row_bytes(c)) / gpu.issue_ns(c["per_row"]) for c in calls)
 
 

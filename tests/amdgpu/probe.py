@@ -1,4 +1,7 @@
-"""A few calls on one emulated GPU, for what the cases do not tell: python probe.py ARCH LIBRARY CODE_OBJECT|-, to JSON."""
+"""Runs a few calls on one emulated GPU, and prints as JSON what the cases do not tell.
+
+python probe.py ARCH LIBRARY CODE_OBJECT|-
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ OPERANDS = ["x", "weight", "residual", "post", "gate", "out", "residual_out"]  #
 
 class Options(ctypes.Structure):
     _fields_ = [("eps", ctypes.c_double), ("gemma", ctypes.c_bool), ("round_each_step", ctypes.c_bool),
-                ("sigmoid", ctypes.c_bool), ("norm_before_gate", ctypes.c_bool), ("group_size", ctypes.c_int64)]  # fmt: skip
+                ("sigmoid", ctypes.c_bool), ("norm_before_gate", ctypes.c_bool),
+                ("group_size", ctypes.c_int64)]  # fmt: skip
 
 
 WHOLE_ROW = 2**63 - 1
@@ -66,7 +70,7 @@ def launch(hip: ctypes.CDLL, op: bytes, eps: float = 1e-6, **tensors: Tensor) ->
 
 
 def count(hip: ctypes.CDLL, dtype: str, hidden: int, add: bool) -> dict:
-    """The instructions that a row takes."""
+    """How many instructions a row takes, by kind."""
     names = ["x", "out", "residual", "residual_out"] if add else ["x", "out"]
     tensors = {name: aligned((ROWS, hidden), dtype) for name in names} | {"weight": aligned((hidden,), dtype)}
     done = launch(hip, b"add_rms_norm" if add else b"rms_norm", **tensors)
@@ -75,7 +79,9 @@ def count(hip: ctypes.CDLL, dtype: str, hidden: int, add: bool) -> dict:
 
 
 def keeps_every_nan(hip: ctypes.CDLL) -> bool:
-    """Rounding to bfloat16 by integer arithmetic could make Inf or zero of a float32 weight's NaN, such as CUDA's 0x7fffffff."""
+    """Rounding to bfloat16 by integer arithmetic could make Inf or zero of a NaN of a float32 weight, such as CUDA's
+    0x7fffffff.
+    """
     x, weight, out = (aligned(s, d) for s, d in [((1, 8), "bfloat16"), ((8,), "float32"), ((1, 8), "bfloat16")])
     x.alive[0][:] = 0x3F80
     weight.alive[0][:] = [
@@ -86,7 +92,9 @@ def keeps_every_nan(hip: ctypes.CDLL) -> bool:
 
 
 def rounds_tiny_roots(hip: ctypes.CDLL) -> bool:
-    """Of mean squares so small that a root's residual vanishes. They are exact here: small integers times 2^-140."""
+    """Roots of mean squares that are so small that the residual of a root underflows. The mean squares are exact: small
+    integers times 2^-140.
+    """
     x, weight, out = (aligned(s, "float32") for s in [(256, 4), (4,), (256, 4)])
     values = x.alive[0].view(np.float32)
     values[:] = np.ldexp(2 * np.random.default_rng(0).integers(1, 16, values.shape), -70)

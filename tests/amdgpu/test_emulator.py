@@ -1,7 +1,7 @@
 """The built HIP library on emulated AMD GPUs, through its C interface: launch code and machine code, no GPU needed.
 
-The cases are the C++ tests' (tests/cpp/cases.cpp), with a guard page at every operand, compared with float64 and, bit for bit,
-with the same kernels compiled for the host.
+The cases are the C++ tests' (tests/cpp/cases.cpp), with a guard page at every operand, compared with float64 and, bit
+for bit, with the same kernels compiled for the host.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run_cases(compiler: str, arch: str, stride: int) -> dict[int, dict]:
         raise RuntimeError(done.stderr)
     results: dict[int, dict] = {}
     for line in lines:
-        if "begin" in line:  # what is known if nothing follows
+        if "begin" in line:  # That is all that is known if no further line follows.
             results[line["begin"]] = {"case": line["case"], "error": f"ended the process: {done.stderr[-2000:]}"}
         else:
             results[line["end"]].update(line)
@@ -83,7 +83,7 @@ def test_every_case_is_right(results: dict, run: tuple[str, str], report: list[s
 
 
 def test_the_bits_are_the_same_on_every_gpu(results: dict) -> None:
-    """One reduction tree: neither wave width, nor compiler, nor instruction set shows."""
+    """All add up in one tree, so that neither wave width, nor compiler, nor instruction set shows."""
     one, *others = ({i: c["bits"] for i, c in results[run].result().items()} for run in RUNS)
     assert all(other == one for other in others)
 
@@ -101,8 +101,8 @@ def test_rounding_of_rare_values(probes: dict, run: tuple[str, str]) -> None:
     assert probes[run]["keeps_every_nan"] and probes[run]["rounds_tiny_roots"]
 
 
-def test_memory_is_the_bound_by_twice(probes: dict, run: tuple[str, str], report: list[str]) -> None:
-    """But on the GPUs of model.LEAST_MARGINS. docs/amd.md has two of the tables that this reports."""
+def test_memory_takes_twice_as_long_as_instructions(probes: dict, run: tuple[str, str], report: list[str]) -> None:
+    """Except on the GPUs of model.LEAST_MARGINS. docs/amd.md has two of the tables that this reports."""
     calls = probes[run]["counts"]
     report.append(f"\nwave instructions a row, compiled by {run[0]}:\n{model.table(run[1], calls)}")
     for gpu in model.GPUS[run[1]]:

@@ -1,6 +1,6 @@
-"""What the compilers make of every kernel, asserted on assembly and metadata: no GPU is needed.
+"""The assembly and metadata that compilers make of every kernel for AMD GPUs. No GPU is needed.
 
-The plan is in WAVES: enough waves a SIMD to keep memory busy several times over (docs/amd.md).
+WAVES says how many waves a SIMD must hold: enough to keep memory busy several times over (docs/amd.md).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import toolchain
 from assembly import Kernel, kernels
 from toolchain import TARGETS, Target
 
-# At least, a SIMD, by the registers of one and the vectors that a thread holds; single elements take more registers.
+# How many waves a SIMD must hold at least: by its registers, by whether rows are aligned, since single elements take
+# more registers, and by the vectors that a thread holds.
 WAVES = {
     512: {True: {1: 8, 2: 8, 4: 5, 8: 4}, False: {1: 8, 2: 5, 4: 3}},
     1536: {True: {1: 16, 2: 16, 4: 16, 8: 10}, False: {1: 16, 2: 16, 4: 10}},
     1024: {True: {1: 16, 2: 16, 4: 10, 8: 8}, False: {1: 16, 2: 10, 4: 7}},
 }
-# The gated norm's, which compute activations beside a row and its gates.
+# The same for the gated norm's kernels, which compute activations and hold gates beside the row.
 GATED_WAVES = {
     512: {True: {1: 6, 2: 5, 4: 4, 8: 3}, False: {1: 5, 2: 4, 4: 3}},
     1536: {True: {1: 16, 2: 12, 4: 12, 8: 9}, False: {1: 12, 2: 12, 4: 9}},
@@ -51,14 +52,14 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture
 def code(target: Target) -> list[Kernel]:
     try:
-        paths = toolchain.all_assemblies()[target.arch].result()
+        paths = toolchain.compile_assemblies(target.arch).result()
     except toolchain.Missing as missing:
         pytest.skip(f"{target.arch} needs {missing}")
     return [kernel for path in paths for kernel in kernels(path)]
 
 
 def check(code: list[Kernel], wrong: Callable[[Kernel], object]) -> None:
-    """Fails with the kernels of which `wrong` tells something."""
+    """Fails if `wrong` returns something for a kernel, and shows it."""
     found = {str(kernel): what for kernel in code if (what := wrong(kernel))}
     assert not found, "\n".join(f"{kernel}: {what}" for kernel, what in list(found.items())[:10])
 
@@ -100,7 +101,7 @@ def test_what_is_touched_once_is_not_kept_in_caches(code: list[Kernel], target: 
         weights = [line for line in k.all("global_load") if not marked(line)]
         kept = [line for line in k.all("global_store") if not marked(line)]
         if target.compiler == "hipcc" and not streamed:
-            return kept  # clang 15 loses the mark on its way through the choice between two paths
+            return kept  # clang 15 loses the mark of loads where the code chooses between two paths.
         if k.weight_vectors and not weights:
             return "no weight is kept"
         return kept or (len(streamed) < k.vectors and "x is kept")
@@ -124,10 +125,10 @@ def test_lanes_exchange_in_registers(code: list[Kernel], target: Target) -> None
 
 
 def waits_for_stores(lines: list[str]) -> list[str]:
-    """The waits that end only when a store is done, although no load that follows it is waited for.
+    """The waits that end only when a store is done, although no load that follows the store is waited for.
 
-    CDNA counts loads and stores in one counter, in order: a wait for all but the n latest is for the one before those. RDNA has a
-    counter for stores, which no wait needs before a kernel's end.
+    CDNA counts loads and stores in one counter, in order. A wait for all but the n latest waits for the one before
+    those. RDNA has a counter of its own for stores, for which nothing needs to wait before a kernel's end.
     """
     pending: list[str] = []
     waits = []
@@ -146,8 +147,13 @@ def waits_for_stores(lines: list[str]) -> list[str]:
 
 def test_no_wait_for_stores_is_overlooked() -> None:
     store, load = "global_store_dwordx4 v0, v[2:5], s[0:1] nt", "global_load_dwordx4 v[2:5], v[0:1], off"
-    for wait in ["s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0) lgkmcnt(0)", "s_waitcnt_vscnt null, 0x0", "s_wait_storecnt 0x0",
-                 "s_wait_storecnt_dscnt 0x0"]:  # fmt: skip
+    for wait in [
+        "s_waitcnt vmcnt(0)",
+        "s_waitcnt vmcnt(0) lgkmcnt(0)",
+        "s_waitcnt_vscnt null, 0x0",
+        "s_wait_storecnt 0x0",
+        "s_wait_storecnt_dscnt 0x0",
+    ]:
         assert waits_for_stores([load, store, wait]) == [wait]
         assert waits_for_stores([load, wait]) == waits_for_stores([load, store, "s_waitcnt lgkmcnt(0)"]) == []
     assert waits_for_stores([load, load, store, "s_waitcnt vmcnt(1)"]) == []
@@ -156,23 +162,26 @@ def test_no_wait_for_stores_is_overlooked() -> None:
 
 
 def is_short_of_registers(k: Kernel, target: Target) -> bool:
-    """Rows beyond 32768 elements of 16 bits, which no model has, take blocks of 1024 threads. These GPUs have 64 registers
-    for each, in which neither gates nor a second rounding find room beside eight vectors of s.
+    """Rows beyond 32768 elements of 16 bits, which no model has, take blocks of 1024 threads. On some GPUs these have
+    64 registers each: too few for eight vectors of s and either gates or a second rounding.
     """
     return target.arch in ("gfx1102", "gfx1150") and k.threads == 1024 and (k.gated or k.round_each_step)
 
 
 def test_no_kernel_waits_for_the_sums_that_it_stores(code: list[Kernel], target: Target) -> None:
-    """Not before the root, that is while it adds squares and exchanges the block's sums: csrc/device/hip.h says how."""
+    """It does not wait for them before the root, that is, while it adds squares and exchanges the sums of a block.
+    csrc/device/hip.h says how.
+    """
     assert sum(k.add and "store" in " ".join(k.before("v_rsq")) for k in code) == sum(k.add for k in code)
     check(code, lambda k: not is_short_of_registers(k, target) and waits_for_stores(k.before("v_rsq")))
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx1250"], indirect=True)
 def test_loads_come_before_the_stores_of_sums(code: list[Kernel]) -> None:
-    """Where x, residual and weight are held together: what is loaded behind a store would be there only after the store.
+    """Kernels that hold x, residual and weight at once load all of them before they store a sum: a load behind a store
+    would arrive only after the store.
 
-    Not on gfx1250, which counts stores apart and would need 50 registers more.
+    gfx1250 is left out. It counts stores apart from loads, and would need 50 registers more.
     """
     whole = [k for k in code if k.add and k.aligned and k.scope != "stream" and k.threads < 1024]
     early = [k for k in whole if k.vectors == 2 or not k.wide_weight]
@@ -228,20 +237,22 @@ def test_cdna_computes_pairs(code: list[Kernel], target: Target) -> None:
     outputs = [k for k in squares if k.x == "bfloat16" and not k.gated]
 
     def products(k: Kernel) -> int:
-        """For each output: by rstd and by the weight, but for what is rounded between."""
+        """Multiplications for each output, by rstd and by the weight. Where the first is rounded, it is not counted."""
         return 2 if k.weight_vectors and not k.round_each_step else 1
 
     check(
         outputs,
         lambda k: len(k.all("v_pk_mul_f32")) < 4 * products(k) * k.vectors and "outputs are computed one by one",
     )
-    # clang 15, hipcc's, pairs less of so much code.
+    # hipcc's clang 15 finds fewer pairs in so much code.
     gated = [k for k in halves if k.form == "GatedInputRmsNorm" and target.compiler != "hipcc"]
     check(gated, lambda k: len(k.all("v_pk_fma_f32")) < 12 * 2 * k.vectors and "activations are computed one by one")
 
 
 def test_reciprocal_root_is_correctly_rounded(code: list[Kernel]) -> None:
-    """The hardware's is good to one unit in the last place: csrc/device/reciprocal_root.h must follow, here known by its factor."""
+    """The hardware's root is good to one unit in the last place, so that it must be refined as in
+    csrc/device/reciprocal_root.h. The refinement is known by its factor of 2.
+    """
 
     def wrong(k: Kernel) -> object:
         roots, refined, other = k.all("v_rsq_f32"), k.all(".*0x40000001"), k.all("v_sqrt_f32|v_div_")
@@ -251,7 +262,7 @@ def test_reciprocal_root_is_correctly_rounded(code: list[Kernel]) -> None:
 
 
 def test_zeros_keep_their_sign(code: list[Kernel]) -> None:
-    """A product and its rounding to float16 in one instruction: it adds +0."""
+    """The instruction that multiplies and rounds to float16 also adds. If it adds +0, -0 becomes +0."""
     check(code, lambda k: k.all(r"v_(fma|mad)_mix(lo|hi)_f16 .*, 0\b"))
 
 

@@ -1,8 +1,8 @@
-"""The compilers that reach AMD GPUs without ROCm, and what they make of csrc/hip.
+"""Compilers that compile csrc/hip for AMD GPUs without ROCm.
 
-Debian's hipcc 5.2.3 stops at gfx90a. Its headers and device libraries serve clang-19 and ziglang's clang 22 for newer GPUs: all
-that the libraries lack for those is one constant, the ISA version, generated here. Outputs stay in build/amdgpu, by a hash of
-the sources and the command.
+Debian's hipcc 5.2.3 stops at gfx90a. Its headers and device libraries serve clang-19 and ziglang's clang 22 for newer
+GPUs: all that the libraries lack for those is one constant, the ISA version, generated here. Outputs stay in
+build/amdgpu, by a hash of the sources and the command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HIP_5 = ["--rocm-path=/usr", "--hip-version=5.2.3", "-mcode-object-version=5", "
 
 
 class Missing(Exception):
-    """What to install to go on."""
+    """A tool is missing. The message says what to install."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Target:
 
     @property
     def rounds_to_bfloat16(self) -> bool:
-        """By an instruction, v_cvt_pk_bf16_f32."""
+        """It has an instruction for that, v_cvt_pk_bf16_f32."""
         return self.arch in ("gfx950", "gfx1250")
 
 
@@ -143,24 +143,26 @@ def build(name: str, command: list[str], inputs: str) -> Path:
 
 
 def assemblies(arch: str) -> list[Path]:
-    """Of the sources that have kernels."""
+    """The assembly of each source that has kernels."""
     command = [*COMPILERS[TARGETS[arch].compiler](), "--offload-device-only", f"--offload-arch={arch}", "-S"]
     sources = [source for source in SOURCES if source.stem != "entry"]
     return [build(f"{arch}_{source.stem}.s", [*command, str(source)], sources_hash()) for source in sources]
 
 
-@cache
-def all_assemblies() -> dict[str, Future[list[Path]]]:
-    """Of every target, two at a time. Returns at once: a future has the paths, or raises what went wrong."""
-    pool = ThreadPoolExecutor(2)
-    return {arch: pool.submit(assemblies, arch) for arch in TARGETS}
+_compiling: dict[str, Future[list[Path]]] = {}
+_two_at_a_time = ThreadPoolExecutor(2)
+
+
+def compile_assemblies(arch: str) -> Future[list[Path]]:
+    """Begins to compile for that target, unless that was begun before. The future has :func:`assemblies`, or raises."""
+    if arch not in _compiling:
+        _compiling[arch] = _two_at_a_time.submit(assemblies, arch)
+    return _compiling[arch]
 
 
 def compile_no_more() -> None:
-    """Drops the compilations of all_assemblies() that have not begun: else Python would finish them before it exits."""
-    if all_assemblies.cache_info().currsize:
-        for future in all_assemblies().values():
-            future.cancel()
+    """Drops the compilations that have not begun: else Python would finish them before it exits."""
+    _two_at_a_time.shutdown(wait=False, cancel_futures=True)
 
 
 def shared_library(name: str, command: list[str], sources: list[Path], inputs: str) -> Path:
@@ -193,7 +195,7 @@ def code_object(arch: str) -> Path:
     need("ld.lld-19", install="apt-get install lld-19")
     zig_clang = [sys.executable, "-m", "ziglang", "clang"]
     assemble = [*zig_clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c"]
-    sources = all_assemblies()[arch].result()
+    sources = compile_assemblies(arch).result()
     text = "".join(source.read_text() for source in sources)
     objects = [build(f"{source.stem}.o", [*assemble, str(source)], text) for source in sources]
     return build(f"{arch}.hsaco", ["ld.lld-19", "-shared", *map(str, objects)], text)

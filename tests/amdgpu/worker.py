@@ -1,7 +1,7 @@
 """Runs cases on one emulated GPU: python worker.py ARCH LIBRARY CODE_OBJECT|- CASES_LIBRARY SHARD/SHARDS STRIDE
 
-Writes a line of JSON before and after each case, so that whoever reads knows the case that ended the process: an access beyond
-an operand meets a guard page.
+Writes a line of JSON before and after each case, so that whoever reads knows the case that ended the process: an access
+beyond an operand meets a guard page.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Without the variables that steer a build, but for those that are given."""
+    """Runs a command without the environment variables that steer a build, except those that are given."""
     ours = (
         "GEMMA_NORM",
         "ROCM",

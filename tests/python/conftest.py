@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Before torch is imported: threads that wait for one another spin otherwise, for minutes where CPUs are shared.
+# It must be set before torch is imported. Else threads that wait for one another keep their CPU busy, which takes
+# minutes where CPUs are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -52,5 +53,5 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """So that a stale compiled kernel of another run cannot hide a failure."""
+    """Each run has a cache of its own, so that a kernel that another run compiled cannot hide a failure."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))

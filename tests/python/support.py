@@ -1,4 +1,4 @@
-"""What the tests share: inputs, layouts with guarded gaps, and comparisons."""
+"""What the tests share: inputs, layouts whose gaps are watched, and comparisons."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 
 
 def make_weight(hidden: int, dtype: torch.dtype, device: str, gemma: bool) -> Tensor:
-    """Near zero where it is zero-centred, so that a missing ``1 +`` leaves next to nothing of the result."""
+    """A zero-centred weight is near zero, so that without ``1 +`` next to nothing would be left of the result."""
     return (randn(hidden, device=device, seed=99) * (0.05 if gemma else 1)).to(dtype)
 
 
 class Placed:
-    """``values`` laid out with given strides in a buffer whose other elements are watched."""
+    """A tensor with given values and strides, in a buffer whose other elements are watched."""
 
     def __init__(self, values: Tensor, strides: Shape, offset: int = 0) -> None:
         self.layout = (values.shape, strides, offset)
@@ -58,7 +58,9 @@ class Placed:
     def assert_gaps_intact(self) -> None:
         gaps = torch.ones(self.base.shape, dtype=torch.bool, device=self.base.device)
         gaps.as_strided(*self.layout).fill_(False)
-        assert bool((self.base[gaps] == SENTINEL).all()), "written outside of the tensor"
+        assert bool((self.base[gaps] == SENTINEL).all()), (
+            "an element of the buffer that is not the tensor's was written"
+        )
 
 
 # How [tokens, heads, head_dim] may lie in memory: (strides, offset), all in elements.
@@ -89,7 +91,7 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
 
 
 def assert_right(y: Tensor, s: Tensor, weight: Tensor, eps: float = 1e-6, gemma: bool = False) -> None:
-    """y is rms_norm(s), within the contract."""
+    """y is rms_norm(s), within the error that docs/contract.md allows."""
     assert y.dtype == s.dtype and y.shape == s.shape
     error = reference.ulp_error(y, reference.oracle(s, weight, eps, gemma))
     limit = reference.max_ulp_error(y.dtype, y.shape[-1])

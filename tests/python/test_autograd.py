@@ -1,4 +1,4 @@
-"""Gradients: the functional operators against PyTorch's own autograd in float64, and what has none."""
+"""Gradients of the functional operators agree with PyTorch's own in float64, and operators that record none say so."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_rms_norm(device, dtype, gemma, shape):
 
 @pytest.mark.parametrize("through", ["y", "sum", "both"])
 def test_add_rms_norm(device, dtype, gemma, through):
-    """Rounding has the derivative of the identity, so float64 takes the rounded sum as its argument."""
+    """Rounding counts as the identity. So the function in float64 takes the rounded sum for its argument."""
     inputs = [leaf(randn(17, 120, dtype=dtype, device=device, seed=seed)) for seed in range(3)]
     weight = leaf(make_weight(120, torch.float32, device, gemma))
     y, s = gemma_norm.add_rms_norm(*inputs[:2], weight, gemma=gemma, post_residual_addition=inputs[2])
@@ -122,7 +122,9 @@ def test_an_input_changed_before_backward_is_noticed(device):
 
 @pytest.mark.parametrize("op", ["fused_add_rms_norm", "out"])
 def test_an_output_written_over_a_saved_tensor_is_noticed(device, op):
-    """The matrix product keeps x for its backward; x itself requires no gradient, so no check of ours can refuse it."""
+    """The matrix product has saved x for its backward. As x requires no gradient, our checks cannot refuse to
+    write it.
+    """
     x, weight = randn(4, 16, device=device), make_weight(16, torch.float32, device, False)
     matrix = leaf(randn(16, 16, device=device))
     y = x @ matrix
@@ -144,7 +146,9 @@ def test_an_output_written_over_a_saved_tensor_is_noticed(device, op):
     ],
 )
 def test_a_refused_write_leaves_the_graphs_of_others_usable(op, replaced, reason):
-    """Autograd counts the writes to a tensor. One that never happened must not count."""
+    """Autograd counts the writes to a tensor, and refuses to use one that was written. A refused write must not
+    count.
+    """
     x, residual, matrix = randn(4, 16), randn(4, 16, seed=1), leaf(randn(16, 16))
     y = (x @ matrix) * (residual @ matrix)
     arguments = {"x": x, "weight": torch.ones(16), **replaced}
@@ -159,7 +163,7 @@ def test_a_refused_write_leaves_the_graphs_of_others_usable(op, replaced, reason
 
 @pytest.mark.parametrize("argument", ["x", "residual", "out"])
 def test_an_inference_tensor_is_refused_outside_of_inference_mode_before_anything_is_written(device, argument):
-    """Nor is a write to the other tensor counted, which a graph may have saved."""
+    """No write is counted for the other tensor either, which a graph may have saved."""
     weight, matrix = make_weight(16, torch.float32, device, False), leaf(randn(16, 16, device=device))
     tensors = {name: randn(4, 16, device=device, seed=seed) for seed, name in enumerate(["x", "residual", "out"])}
     with torch.inference_mode():
@@ -198,7 +202,7 @@ def test_one_tensor_as_several_arguments_of_a_compiled_call(device):
 
 
 def test_training_lowers_a_loss(device):
-    """End to end: a zero-centred norm and a linear layer learn a fixed map."""
+    """A zero-centred norm and a linear layer learn a fixed map."""
     torch.manual_seed(0)
     x = randn(64, 32, device=device)
     target = x.flip(-1) * 2

@@ -123,7 +123,9 @@ def test_a_wrong_provider_is_noted_and_not_timed(case: Wrong) -> None:
 
 
 def test_only_other_roundings_are_forgiven() -> None:
-    """A peer may round ``1 + w`` to bfloat16, our own provider may not. A weight that is off by more is refused to both."""
+    """A peer may round ``1 + w`` to bfloat16, our own provider may not. A weight that is off by more is refused to
+    both.
+    """
     rounded = lambda op, w, gemma: lambda x: reference.rms_norm(x, 1 + w, EPS)  # noqa: E731
     far = lambda op, w, gemma: lambda x: reference.rms_norm(x, (1 + w.float()) * 1.05, EPS)  # noqa: E731
     made = [Provider("peer", rounded), Provider("ours", rounded, exact=True), Provider("far", far)]

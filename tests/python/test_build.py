@@ -1,4 +1,5 @@
-"""setup.py, the HIP library and its loading under a stand-in for a ROCm PyTorch: a CPU build that says it is one.
+"""setup.py builds the HIP library, and a stand-in for a ROCm PyTorch loads it: a CPU build of PyTorch that says it is
+one.
 
 hipcc compiles the kernels for one GPU. Beneath the loaded library lies C that notes what is launched; nothing runs.
 """
@@ -93,7 +94,9 @@ with torch.no_grad():  # the operator's own CUDA kernel, under the name that ROC
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources in which the HIP library was built: out/gemma_norm, and hipcc's arguments in hipcc.log."""
+    """A copy of the sources, in which the HIP library was built into out/gemma_norm. hipcc.log has hipcc's
+    arguments.
+    """
     if not HIPCC:
         pytest.skip("hipcc is missing: apt-get install hipcc libamdhip64-dev")
     tree = tmp_path_factory.mktemp("rocm")
@@ -144,7 +147,7 @@ def test_the_library_does_not_say_where_it_was_built(tree):
 
 @pytest.fixture(scope="module")
 def site(tree: Path) -> Path:
-    """The package with what was built, the CPU library, and a CUDA library that must be left alone."""
+    """The package with the HIP library that was built, the CPU library, and a CUDA library that must not be loaded."""
     package = tree / "site/gemma_norm"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "benchmark", "libgemma_norm_[!c]*"))
     shutil.copy(tree / "out/gemma_norm/lib" / HIP_LIBRARY, package / "lib")

@@ -68,7 +68,7 @@ def test_fake_tensors_record_gradients_through_the_functions(device):
 
 
 def inference(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes residual."""
+    """A function that also writes its argument, the residual."""
     y = gemma_norm.rms_norm(x, weight, gemma=True)
     gemma_norm.fused_add_rms_norm(y, residual, weight, post_residual_addition=post)
     return gemma_norm.add_rms_norm(y, residual, weight)
@@ -76,7 +76,9 @@ def inference(x: Tensor, residual: Tensor, weight: Tensor, post: Tensor) -> tupl
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_inference(device, dtype, dynamic):
-    """The whole graph, mutation included; the same bits, and the same effect on the argument that is written."""
+    """One graph holds all of the function, the write to its argument included. The result and the write have the bits
+    of the function without torch.compile.
+    """
     compiled = torch.compile(inference, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     mine, theirs = arguments(device, dtype), arguments(device, dtype)
     for a, b in zip(compiled(*mine), inference(*theirs), strict=True):
@@ -153,7 +155,7 @@ def test_compiled_module(device, kind):
     with torch.no_grad():
         module.weight.copy_(randn(64, device=device) / 2)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for mode in ("eval", "train"):  # in eval mode without grad the module itself writes in place
+    for mode in ("eval", "train"):  # In eval mode without grad, the module itself writes in place.
         mine, theirs, kept = arguments(device), arguments(device), arguments(device)
         module.train(mode == "train")
         with torch.no_grad():
@@ -172,7 +174,7 @@ def test_compiled_module(device, kind):
 @pytest.mark.parametrize("what", ["one tensor as both", "an expanded residual", "an expanded x", "a partial overlap"])
 @pytest.mark.parametrize("method", ["forward", "forward_hip"])
 def test_compiled_modules_take_any_memory(device, method, what):
-    """Also plain PyTorch, which forward_hip may choose, and which would overwrite one tensor by way of the other."""
+    """forward_hip may choose plain PyTorch, in which a write to one tensor would change the other before it is read."""
     module = gemma_norm.RMSNorm(64, device=device, provider="torch").eval()
     buffer, row = randn(9, 64, device=device), randn(1, 64, device=device, seed=1)
     x, residual = {
@@ -192,7 +194,7 @@ def test_compiled_modules_take_any_memory(device, method, what):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
-    """In eval mode without grad the module writes in place; an exported program never does."""
+    """An exported program never writes in place, as the module does in eval mode without grad."""
     module = gemma_norm.GemmaRMSNorm(64).eval()
     x, residual, _, _ = arguments("cpu")
     shapes = {"x": {0: torch.export.Dim("rows")}, "residual": {0: torch.export.Dim("rows")}}
@@ -210,7 +212,7 @@ def test_export(strict):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("way", ["torch.onnx.export", "from an exported program"])
 def test_onnx(context, way):
-    """ONNX has no such operators: a model is exported with their definition, an exported program is given it."""
+    """ONNX has no such operators. A model is exported with their definition; an exported program has to be given it."""
     pytest.importorskip("onnxscript", reason="needs onnx and onnxscript: pip install 'gemma-norm[test]'")
     from onnx.reference import ReferenceEvaluator
 

@@ -54,7 +54,8 @@ def test_a_float32_weight_is_read_in_float32(device):
     assert bool((y != gemma_norm.rms_norm(x, weight.bfloat16())).any())
 
 
-# "Definition", "Fusion changes nothing". Plain PyTorch has the same result but for an element's last bit here and there.
+# "Definition", "Fusion changes nothing". Plain PyTorch has the same result but for an element's last bit here and
+# there.
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_fused_equals_unfused(device, dtype, gemma, hidden):
     x, residual, post = (randn(19, hidden, dtype=dtype, device=device, seed=seed) for seed in range(3))

@@ -72,8 +72,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
 
 
 def test_rows_that_models_have_are_not_spilled(kernels: list[Kernel]) -> None:
-    """The kernels of longer rows may spill: their blocks have 1024 threads, with 64 registers each. On an H100 they serve
-    rows of 131072 16-bit elements and more.
+    """The kernels of longer rows may spill: their blocks have 1024 threads, with 64 registers each. On an H100 they
+    serve rows of 131072 16-bit elements and more.
     """
     forms = {kernel.name.form for kernel in kernels}
     assert forms == {"RmsNorm", "AddRmsNorm", "AddToFloat32RmsNorm", "GatedRmsNorm", "GatedInputRmsNorm"}
@@ -83,7 +83,9 @@ def test_rows_that_models_have_are_not_spilled(kernels: list[Kernel]) -> None:
 
 
 def test_as_many_rows_are_in_flight_as_planned(kernels: list[Kernel]) -> None:
-    """How many blocks of the plain bfloat16 kernels a multiprocessor holds: csrc/gpu/tuning.h says how many it should."""
+    """How many blocks of the plain bfloat16 kernels a multiprocessor holds: csrc/gpu/tuning.h says how many it
+    should.
+    """
     plain = [k for k in kernels if (k.name.form, k.name.x, k.name.weight) == ("RmsNorm", "bfloat16", "bfloat16")]
     blocks = {
         (k.name.scope, k.name.vectors, k.name.threads): k.blocks

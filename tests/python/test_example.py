@@ -1,4 +1,4 @@
-"""examples/generate.py: a real model on real text, and the finding and replacing of norms in other architectures."""
+"""examples/generate.py: a real model writes real text, and norms of other architectures are found and replaced."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SMALL = {
     [("Llama", 5, False), ("Qwen3", 9, False), ("Gemma", 5, True), ("Gemma2", 9, True), ("Gemma3", 13, True)],
 )
 def test_norms_are_found_and_replaced(generate, architecture, norms, zero_centred):
-    """Plain and zero-centred originals, q/k norms included; the logits stay what they were."""
+    """Plain and zero-centred norms, those of q and k included, are replaced by ours. The logits stay as they were."""
     import transformers
 
     name = f"{architecture}TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
@@ -127,7 +127,7 @@ def test_the_exit_status_of_different_tokens(generate, monkeypatch, capsys):
 
 
 def test_the_exit_status_of_a_norm_that_was_not_called(generate, monkeypatch):
-    """Same tokens prove nothing if some norm of the model was left out."""
+    """If a norm of the model was left out, the same tokens prove nothing, and the run counts as failed."""
     make_tiny(generate, monkeypatch)
     found = generate.find_norms
     monkeypatch.setattr(generate, "find_norms", lambda model: [*found(model), unused(generate, model)])
@@ -140,7 +140,9 @@ def unused(generate: ModuleType, model: torch.nn.Module) -> object:
 
 
 def test_a_zero_centred_norm_in_a_pretrained_model(tmp_path):
-    """README: transformers would initialise it to ones by its class name, and a weight that is loaded stays loaded."""
+    """transformers initialises a norm to ones by its class name. README says how to prevent that, which must not affect
+    a weight that is loaded.
+    """
     from transformers import LlamaConfig, PreTrainedModel
 
     class Doubled(PreTrainedModel):

@@ -57,8 +57,8 @@ def oracle(
 
 
 def assert_right(y: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, **mode: Any) -> None:
-    """y is within the norm's bound, and 10 units of float32 more. An activation may be off by 4 units; where the gate comes
-    first, the root of the sum of squares is off by as much again.
+    """y is within the norm's bound, and 10 units of float32 more. An activation may be off by 4 units; where the gate
+    comes first, the root of the sum of squares is off by as much again.
     """
     assert y.dtype == x.dtype and y.shape == x.shape
     limit = reference.max_ulp_error(x.dtype, mode.get("group_size") or x.shape[-1])
@@ -78,8 +78,8 @@ def test_values_against_the_oracle(device, mode, dtype, shape, gated):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_each_step_can_be_rounded(device, mode, dtype):
-    """The definition in plain PyTorch has float32 numbers that differ by a few units. In one element of some ten thousand,
-    that tips a rounding to 16 bits: the result differs by one unit, or by two where two roundings are tipped.
+    """The definition in plain PyTorch has float32 numbers that differ by a few units. In one element of some ten
+    thousand, that tips a rounding to 16 bits: the result differs by one unit, or by two where two roundings are tipped.
     """
     x, gate, weight = tensors(300, 480, dtype=dtype, device=device)
     y = gemma_norm.gated_rms_norm(x, gate, weight, round_each_step=True, **mode)
@@ -256,8 +256,8 @@ CLASSES = [
 @pytest.mark.parametrize(("folder", "name", "mode"), CLASSES, ids=[c[1] for c in CLASSES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_classes_of_transformers(folder, name, mode, dtype):
-    """In bfloat16 all elements but one in 10^5 have the same bits. Before they are rounded, they differ by a unit or two of
-    float32.
+    """In bfloat16 all elements but one in 10^5 have the same bits. Before they are rounded, they differ by a unit or
+    two of float32.
     """
     module = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}")
     kind = getattr(module, name)

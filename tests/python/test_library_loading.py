@@ -262,7 +262,9 @@ def test_importing_does_not_start_cuda():
 
 
 def test_importing_brings_in_nothing_but_the_package():
-    """PyTorch's compiler, for one, takes as long to import as torch itself, and decorators of torch.compiler import it."""
+    """PyTorch's compiler, for one, takes as long to import as torch itself, and decorators of torch.compiler
+    import it.
+    """
     code = "import torch; before = set(sys.modules); import gemma_norm; print(*sorted(set(sys.modules) - before))"
     process = python(code)
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""``python -m gemma_norm``."""
+"""``python -m gemma_norm``: the checks of an installation, what it shows on terminals, and its small benchmark."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def test_as_a_command():
 
 @pytest.mark.parametrize(("no_color", "columns"), [(True, 80), (False, 40)])
 def test_on_a_terminal(no_color, columns):
-    """Colours, unless NO_COLOR asks for none. Every line fits, but for a word longer than a line: a path."""
+    """There are colours, unless NO_COLOR is set. Every line fits, except where one word, a path, is longer than a
+    line.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"}
     if no_color:
         environment["NO_COLOR"] = "1"
@@ -55,7 +57,7 @@ def test_on_a_terminal(no_color, columns):
 
 
 def test_ctrl_c():
-    """130, as shells report it, no traceback, and no progress line left over."""
+    """The exit status is 130. There is neither a traceback nor a progress line left over."""
     status, text = on_a_terminal("-m", "gemma_norm", "--skip-speed", interrupt_at="checking")
     assert status == 130
     assert "Traceback" not in text and "KeyboardInterrupt" not in text
@@ -63,7 +65,7 @@ def test_ctrl_c():
 
 
 def test_a_reader_that_stops():
-    """As ``| head -1`` does."""
+    """As with ``| head -1``, whose exit status shells report as 141."""
     with subprocess.Popen(
         [sys.executable, "-m", "gemma_norm", "--skip-speed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -75,14 +77,14 @@ def test_a_reader_that_stops():
 
 
 def test_without_a_stdout(monkeypatch):
-    """What Python has where the caller closed it."""
+    """If the caller has closed it, sys.stdout is None."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(_checkup, "HIDDEN", (256,))
     assert _screen.end_cleanly(lambda: command.main(["--skip-speed"])) == 0
 
 
 def test_nothing_heavy_is_imported_for_a_start():
-    """Beyond what ``import torch`` brings: a compiler, say, comes when something is compiled."""
+    """PyTorch's compiler, for one, is imported when something is compiled, and not before."""
     program = (
         "import sys, torch; before = set(sys.modules)\n"
         "from gemma_norm import __main__\n"
@@ -104,7 +106,8 @@ TABLE = [["op", "rows", "ours", "|", "torch.compile"], ["add", "1", "2.5", "|", 
         (None, [["op   rows  ours  |  torch.compile", "add     1   2.5  |           30.1", "add   256    45  |"]]),
         (30, [["op   rows  ours  |", "add     1   2.5  |", "add   256    45  |"],
               ["op   rows  torch.compile", "add     1           30.1", "add   256"]]),
-        (22, [["us"], ["add, rows 1", "  ours           2.5", "  torch.compile  30.1"], ["add, rows 256", "  ours           45"]]),
+        (22, [["us"], ["add, rows 1", "  ours           2.5", "  torch.compile  30.1"],
+              ["add, rows 256", "  ours           45"]]),
     ],
 )  # fmt: skip
 def test_tables_in_narrow_terminals(width, parts):
@@ -120,7 +123,7 @@ def test_text_in_narrow_terminals():
 
 
 def test_the_share_of_time_without_a_cpu():
-    """One CPU for this thread and three busy processes."""
+    """Three busy processes share one CPU with this thread, so that it waits most of the time."""
     if not _load._seconds_without_cpu():
         pytest.skip("needs a kernel that counts how long threads wait for a CPU in /proc/self/task/*/schedstat")
     cpus, load = os.sched_getaffinity(0), _load.Load()
@@ -223,7 +226,7 @@ def test_a_compiler_that_fails_gets_a_footnote(monkeypatch, capsys):
 
 
 def test_a_compilation_that_may_not_end_in_time_is_not_begun(monkeypatch, capsys):
-    """The first is expected to take as long as what went before it."""
+    """The first compilation is expected to take as long as all that was done before it."""
     monkeypatch.setattr(_speed, "SIZES", ((256, False),))
     monkeypatch.setattr(_speed, "SECONDS_A_CELL", 0.005)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))

@@ -34,8 +34,8 @@ def test_no_weight(device, dtype, shape):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_each_step_rounded(device, dtype, shape):
-    """The first rounding gives the norm without a weight, bit for bit. The second is of the product of two 16-bit numbers,
-    which float32 holds exactly: so there is one right result.
+    """The first rounding gives the norm without a weight, bit for bit. The second is of the product of two 16-bit
+    numbers, which float32 holds exactly: so there is one right result.
     """
     x, residual = (randn(*shape, dtype=dtype, device=device, seed=seed) for seed in range(2))
     weight = randn(shape[-1], dtype=dtype, device=device, seed=2)

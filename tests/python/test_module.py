@@ -55,7 +55,9 @@ def test_the_device_chooses_the_method(device, kind, monkeypatch):
 
 
 def test_on_rocm_a_gpu_is_served_by_forward_hip(kind, monkeypatch):
-    """PyTorch calls AMD GPUs cuda; torch.version.hip tells. A stand-in tensor will do, no kernel is run."""
+    """PyTorch calls AMD GPUs cuda, too, and torch.version.hip tells them apart. As no kernel runs, a stand-in serves as
+    x.
+    """
     seen = []
     monkeypatch.setattr(gemma_norm.module, "_on_rocm", True)
     monkeypatch.setattr(kind, "forward_hip", lambda self, x, residual, post: seen.append((residual, post)))
@@ -80,7 +82,7 @@ def test_post_residual_addition_needs_a_residual(kind, method):
         getattr(kind(8), method)(x, None, x)
 
 
-def test_copies_moves_and_prints(device):
+def test_a_module_can_be_copied_moved_loaded_reset_and_printed(device):
     module = make(gemma_norm.GemmaRMSNorm, 16)
     assert repr(module) == "GemmaRMSNorm(16, eps=1e-05, gemma=True)"
     assert repr(gemma_norm.RMSNorm(4)) == "RMSNorm(4, eps=1e-06, gemma=False)"
@@ -103,8 +105,8 @@ def test_meta_device_and_lazy_materialisation():
     assert bool((module(randn(2, 16)) != 0).any())
 
 
-def test_subclass_may_reroute(kind):
-    """How a routing layer will choose another implementation for one kind of device."""
+def test_a_subclass_may_choose_another_implementation_for_a_device(kind):
+    """Another implementation for one kind of device is chosen by overriding that device's method."""
 
     class Routed(kind):
         def forward_cpu(

@@ -15,7 +15,9 @@ from support import assert_right, assert_same_bits, randn
 
 
 def overwrites(module: gemma_norm.RMSNorm, x: Tensor, residual: Tensor, post: Tensor | None = None) -> bool:
-    """Whether the module writes in place; it is right either way, and returns new tensors if it does not."""
+    """Calls the module and tells whether it wrote in place. Asserts that the result is right, and that it either wrote
+    both x and the residual or returned new tensors and left both alone.
+    """
     kept = x.detach().clone(), residual.detach().clone()
     weight = module.weight.detach()
     added = None if post is None else post.detach()
@@ -38,7 +40,7 @@ def overwrites(module: gemma_norm.RMSNorm, x: Tensor, residual: Tensor, post: Te
         (torch.no_grad, "eval", True),
         (torch.inference_mode, "eval", True),
         (torch.inference_mode, "train", True),
-        (torch.no_grad, "train", False),  # a checkpoint's first forward, or a teacher's
+        (torch.no_grad, "train", False),  # such as the first forward of a checkpoint
         (torch.enable_grad, "eval", False),
         (torch.enable_grad, "train", False),
     ],
@@ -61,7 +63,7 @@ def test_what_others_may_still_need_is_not_overwritten(device, kind, which, what
         parameter = nn.Parameter(arguments[which].clone(), requires_grad=False)
         arguments[which] = parameter if what == "is a parameter" else parameter[:]
     with torch.no_grad():
-        # post_residual_addition is only read, so it may be a parameter; a gradient that it requires is another matter.
+        # post_residual_addition is only read, so that it may be a parameter. It must not require a gradient.
         assert overwrites(module, *arguments) == (which == 2 and what != "requires grad")
 
 
@@ -111,7 +113,7 @@ def test_inplace_false_never_overwrites(device, kind):
 )
 @pytest.mark.parametrize("kept", ["the tensor", "what it was detached from"])
 def test_what_becomes_of_a_kept_hidden_state(device, kind, inplace, mode, kept_is_kept, kept):
-    """Without grad: in eval mode a state that was kept is overwritten by the next norm, unless inplace is False."""
+    """In eval mode without grad, the next norm overwrites a hidden state that was kept, unless inplace is False."""
     module = make(kind, 128, device=device, inplace=inplace).train(mode == "train")
     x, residual, _ = inputs(device)
     before = residual.clone()
@@ -128,7 +130,7 @@ def test_a_bad_argument_is_not_taken_for_memory_that_overlaps(kind):
 
 
 class Block(nn.Module):
-    """Pre-norm, so that the residual is the block's own input."""
+    """A pre-norm block: its residual is its own input."""
 
     def __init__(self, norm: type[nn.Module], hidden: int) -> None:
         super().__init__()
@@ -143,7 +145,9 @@ class Block(nn.Module):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("frozen_input", [False, True])
 def test_activation_checkpointing(device, kind, use_reentrant, frozen_input):
-    """A reentrant checkpoint runs its first forward without grad mode, and its second from the same inputs."""
+    """A reentrant checkpoint runs its first forward without grad, and a second from the same inputs, which must be
+    intact.
+    """
 
     def train(checkpointed: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -188,7 +192,7 @@ def test_an_autograd_function_that_computes_again(device, kind):
 
 
 def test_qk_norm_reads_slices_in_place(device):
-    """q and k as they lie in a fused qkv buffer of a Qwen3.5-like layer, in place and not."""
+    """q and k are slices of a fused qkv buffer, as in a layer of Qwen3.5."""
     tokens, heads, kv_heads, size = 6, 8, 2, 256
     qkv = randn(tokens, (heads + 2 * kv_heads) * size, dtype=torch.bfloat16, device=device)
     module = make(gemma_norm.GemmaRMSNorm, size, device=device)

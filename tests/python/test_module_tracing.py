@@ -17,7 +17,9 @@ from support import assert_same_bits, randn
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("both", ["x and a residual", "one tensor as both"])
 def test_a_traced_module_writes_nothing(kind, both):
-    """torch.jit.trace ends the process where an operator's exception is caught, so none may be tried."""
+    """torch.jit.trace ends the process where Python catches an exception of an operator, so that the module may not
+    find out by trying whether it can write in place.
+    """
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -42,7 +44,7 @@ def test_a_traced_module_writes_nothing(kind, both):
 
 
 class Model(nn.Module):
-    """Both signatures of a module, and a function."""
+    """Calls a module with and without a residual, and a function."""
 
     def __init__(self, norm: gemma_norm.RMSNorm) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ def test_torch_fx_traces_it_as_one_node_a_norm(kind, mode):
 
 
 def test_torch_fx_sees_the_function_whichever_argument_is_traced(kind):
-    """Each of them may be a constant of the graph while others are its inputs."""
+    """One argument may be a constant of the graph while another is its input."""
     constant, weight = torch.ones(3, 16), torch.ones(16)
     for traced_argument in range(2):
 
@@ -109,7 +111,9 @@ def test_fx_quantisation_prepares_it(kind):
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 def test_torch_script(kind):
-    """A norm without a residual: the native operator in inference, differentiable else."""
+    """In a script, a norm without a residual calls the native operator in inference, and is differentiable
+    otherwise.
+    """
     model = nn.Sequential(make(kind, 16), nn.Linear(16, 16))
     scripted = torch.jit.script(model)
     assert list(scripted.state_dict()) == list(model.state_dict())

@@ -1,4 +1,6 @@
-"""The yardstick itself: the oracle, and that the allowed error is small enough to catch what peers got wrong."""
+"""gemma_norm.reference: the oracle is right, and the error that it allows is too small for the mistakes that peers
+made.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What setup.py asks for before it builds, and which compilers it takes: programs that do nothing stand in for them."""
+"""What setup.py needs before it builds, and which compilers it chooses. Programs that do nothing stand in for
+compilers.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from build_tools import ROOT, run, script
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs setup.py up to setup(), without GPU compilers and with a CPU build of PyTorch unless told else."""
+    """A function that runs setup.py up to its call of setup(), by default without GPU compilers and with a CPU
+    PyTorch.
+    """
     for name in ("ROCM_PATH", "ROCM_HOME", "CUDA_HOME", "CUDA_PATH", "PYTORCH_ROCM_ARCH", "TORCH_CUDA_ARCH_LIST",
                  "GEMMA_NORM_BACKENDS", "MAX_JOBS", "CXX", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
@@ -55,7 +59,7 @@ def refused(load: Callable[..., dict[str, Any]], **options: Any) -> str:
 
 
 def no_usual_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine has in /opt/rocm and /usr/local/cuda."""
+    """Hides what this machine has in /opt/rocm and /usr/local/cuda."""
     find = glob.glob
     monkeypatch.setattr(
         glob, "glob", lambda pattern: [p for p in find(pattern) if not p.startswith(("/opt/", "/usr/"))]
@@ -135,7 +139,7 @@ def test_in_pips_isolated_build_the_users_own_pytorch_is_asked(load, monkeypatch
 
 @pytest.mark.parametrize("prefix", ["{tmp}/build-env-5kk_w3hq", "/home/me/.cache/uv/builds-v0/.tmpZ3kD1a"])
 def test_in_an_isolated_build_with_its_own_python_the_machine_tells(load, monkeypatch, prefix):
-    """`python -m build` and uv: their PyTorch, PyPI's CUDA build, is not the user's, which may be any."""
+    """`python -m build` and uv build with a PyTorch of their own, PyPI's CUDA build. It tells nothing of the user's."""
     monkeypatch.setattr(sys, "prefix", prefix.format(tmp=tempfile.gettempdir()))
     monkeypatch.setattr(Path, "exists", lambda path: False)
     no_usual_places(monkeypatch)

@@ -25,7 +25,9 @@ def fresh_dynamo() -> None:
 
 
 def functions(device: str) -> dict[str, tuple[Function, Function]]:
-    """Functions of x, of the residual and of the weight through each way into the library, and in PyTorch."""
+    """Functions of one tensor, which is x, the residual or the weight: through each way into the library, and in
+    PyTorch.
+    """
     x, residual, weight, _ = tensors(device, torch.float32)
     x64, residual64, weight64, _ = tensors(device)
 
@@ -67,7 +69,7 @@ def functions(device: str) -> dict[str, tuple[Function, Function]]:
 
 
 WAYS = list(functions("cpu"))
-THROUGH_AUTOGRAD = [way for way in WAYS if not way.startswith("torch.ops")]  # those record nothing, and say so
+THROUGH_AUTOGRAD = [way for way in WAYS if not way.startswith("torch.ops")]  # which refuse to record a derivative
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -97,7 +99,9 @@ def test_torch_compile_around_torch_func(device, way, transform):
 
 
 def test_an_ensemble_of_modules(device):
-    """vmap over stacked parameters, with the module on the meta device, as PyTorch's tutorial does it."""
+    """vmap over the stacked parameters of several modules and one module on the meta device, as in PyTorch's
+    tutorial.
+    """
     modules = [nn.Sequential(nn.Linear(HIDDEN, HIDDEN), gemma_norm.GemmaRMSNorm(HIDDEN)).to(device) for _ in range(3)]
     for seed, module in enumerate(modules):
         module[1].weight.data.copy_(randn(HIDDEN, seed=seed))
@@ -110,7 +114,7 @@ def test_an_ensemble_of_modules(device):
 
 @pytest.mark.parametrize("way", THROUGH_AUTOGRAD)
 def test_second_derivatives_through_autograd(device, way):
-    """A penalty on the gradient, and Hessians by both of autograd's means: double backward and batched gradients."""
+    """A penalty on the gradient, and Hessians by autograd: with double backward, and with batched gradients."""
     mine, exact = functions(device)[way]
     x, _, _, _ = tensors(device, torch.float32)
 
@@ -153,7 +157,7 @@ def test_a_gradient_penalty_reaches_the_parameters(device):
 
 @pytest.mark.parametrize("way", THROUGH_AUTOGRAD)
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-def test_dual_tensors(device, way, context):
+def test_tangents_of_dual_tensors(device, way, context):
     mine, exact = functions(device)[way]
     x, _, _, direction = tensors(device, torch.float32)
 

@@ -1,4 +1,6 @@
-"""What writes, or records no derivative, under torch.func's transforms and with dual tensors: mostly refusals."""
+"""Calls that write, or that record no derivative, inside torch.func's transforms and with dual tensors. Most are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from transforms_support import HIDDEN, OPS, TRANSFORMS, tensors
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_vmap_of_a_module_in_inference_writes_nothing(device, context):
-    """There the module may write in place, but not inside a transform."""
+    """In inference the module may write in place, but a transform would not see the write."""
     x, residual, _, _ = tensors(device, torch.float32)
     module = gemma_norm.RMSNorm(HIDDEN, device=device).eval()
     kept = x.clone(), residual.clone()
@@ -30,7 +32,9 @@ def test_vmap_of_a_module_in_inference_writes_nothing(device, context):
 @pytest.mark.parametrize("argument", [0, 1, 2])
 @pytest.mark.parametrize("where", ["native", "meta"])
 def test_operators_that_record_no_derivative_refuse_dual_tensors(where, argument):
-    """fused_add_rms_norm would keep the old tangents, and the others would drop them."""
+    """fused_add_rms_norm would leave the old tangents to the tensors that it writes, and the others would drop
+    tangents.
+    """
     device = "meta" if where == "meta" else "cpu"
     names = ["x", "residual", "weight"]
     with forward_ad.dual_level():
@@ -61,7 +65,9 @@ def test_a_dual_level_changes_nothing_for_tensors_without_a_tangent(device):
 
 
 def test_the_native_library_sees_tangents():
-    """By a symbol outside of PyTorch's stable ABI. This fails, rather than tangents in silence, if PyTorch drops it."""
+    """It sees them by a symbol outside of PyTorch's stable ABI. If a PyTorch has it no more, this test must fail: else
+    tangents would be dropped in silence.
+    """
     x, _, weight, _ = tensors("cpu", torch.float32)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="must not have a tangent"):
         OPS.rms_norm.default(forward_ad.make_dual(x, x.clone()), weight)
@@ -70,7 +76,7 @@ def test_the_native_library_sees_tangents():
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 @pytest.mark.parametrize("op", ["torch.ops fused_add_rms_norm", "fused_add_rms_norm", "torch.ops out", "out"])
 def test_writing_inside_a_transform_is_refused(device, op, transform):
-    """A kernel gets the tensor inside the transform's wrapper: the derivative would be that of something else."""
+    """A kernel gets the tensor without the transform's wrapper, so that the transform would not see the write."""
     _, residual, weight, _ = tensors(device, torch.float32)
 
     def call(t: Tensor) -> Tensor:

@@ -157,7 +157,9 @@ def test_aliasing_that_is_allowed(device, dtype):
 
 
 def test_neighbours_in_one_buffer(device, dtype):
-    """The rows of x and of the residual take turns in one buffer: their memory is apart, though each spans the other's."""
+    """The rows of x and of the residual take turns in one buffer: their memory is apart, though each spans the
+    other's.
+    """
     buffer = randn(7, 4, 48, dtype=dtype, device=device)
     x, residual, weight = buffer[:, 0], buffer[:, 1], make_weight(48, dtype, device, False)
     want, want_sum = gemma_norm.add_rms_norm(x.clone(), residual.clone(), weight)

@@ -16,7 +16,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def tensors(device: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, residual, weight, and something that makes a result a scalar."""
+    """x, residual, weight, and a direction for derivatives."""
     made = [randn(3, HIDDEN, seed=0), randn(3, HIDDEN, seed=1), randn(HIDDEN, seed=2), randn(3, HIDDEN, seed=3)]
     return [t.to(device, dtype) for t in made]
 
@@ -49,7 +49,9 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    """Relative to the largest element, as a derivative is a sum of terms that may cancel; to 1 where all of them are 0."""
+    """The error is relative to the largest element, since the terms of a derivative may cancel in others. Where all
+    elements are 0, it is absolute.
+    """
     assert got.dtype == torch.float32 and got.shape == want.shape
     error = float((got.double() - want).abs().max()) / (float(want.abs().max()) or 1)
     assert error < 2e-5, f"relative error {error:.1e}"

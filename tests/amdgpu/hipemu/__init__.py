@@ -1,9 +1,10 @@
 """Runs a HIP library's own launch code, and the AMD machine code it holds, on a machine with no GPU.
 
-`load(library, arch)` opens a HIP library (its HIP symbols undefined) against a stand-in runtime, runtime.c. Device pointers are
-host pointers. Each launch is executed by machine.py on the code object that the library's fat binary holds for `arch`, or on
-one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang-19 and TINYGRAD=<a tinygrad source checkout>.
-gfx90a, gfx942 and gfx950 run as CDNA, gfx11xx as RDNA3, gfx12xx as RDNA4; compile those with -mcumode.
+`load(library, arch)` opens a HIP library, whose HIP symbols are undefined, against a stand-in runtime, runtime.c. Device
+pointers are host pointers. machine.py executes each launch, on the code object that the library's fat binary holds for
+`arch`, or on one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang-19 and TINYGRAD=<a source
+checkout of tinygrad>. gfx90a, gfx942 and gfx950 run as CDNA, gfx11xx as RDNA3, gfx12xx as RDNA4; compile those with
+-mcumode.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ launches: list[dict] = []  # a record of each launch, newest last
 
 
 def backwards() -> bool:
-    """Shall the waves of a block run last to first? To be replaced by who wants that."""
+    """Whether the waves of a block run last to first. Callers that want that replace this function."""
     return False
 
 
@@ -76,7 +77,7 @@ class CodeObject:
         user_sgprs = self._user_sgprs(
             descriptor.kernel_code_properties, ctypes.addressof(packet), ctypes.addressof(kernarg)
         )
-        # The emulator flushes float32 subnormals unless told otherwise; the descriptor says what this kernel was built for.
+        # By itself, the emulator flushes float32 subnormals. The kernel's descriptor says whether it was built for that.
         keeps_subnormals = (descriptor.compute_pgm_rsrc1 >> 16) & 3 == 3
         emu._get_ftz_lib = (lambda: (None, 0)) if keeps_subnormals else _flushing
         lds, scratch = descriptor.group_segment_fixed_size + dynamic_lds, descriptor.private_segment_fixed_size
@@ -114,8 +115,8 @@ class CodeObject:
         return user
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32),
-                  ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)  # fmt: skip
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32),
+                  ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)  # fmt: skip
 def _on_launch(name, bundle, grid, block, args, shared):
     try:
         key = (bundle, _arch)

@@ -63,7 +63,9 @@ def read_message_pack(data: bytes):
 
 
 def read_metadata(note_section: bytes) -> dict:
-    """The kernels' metadata by name, out of the ELF's .note section, which has a note of each source that was linked."""
+    """The kernels' metadata by name, out of the ELF's .note section, which has a note of each source that was
+    linked.
+    """
     kernels, at = {}, 0
     while at < len(note_section):
         name_size, size, _ = struct.unpack_from("<III", note_section, at)

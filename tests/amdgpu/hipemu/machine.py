@@ -1,8 +1,8 @@
 """Executes AMD machine code wave by wave: tinygrad's instruction emulator, driven by a stricter loop than its own.
 
-Stricter where that finds bugs: registers and LDS hold garbage at the start (the emulator zeroes them), waves of a block run first
-to last or last to first between barriers, so that a missing barrier shows, and roots and reciprocals are off by one unit in the
-last place, as the hardware's may be. Checked with tinygrad a9069c177a.
+The loop is stricter where that finds bugs. Registers and LDS hold garbage at the start, where the emulator zeroes them.
+Between barriers, the waves of a block run first to last or last to first, so that a missing barrier shows. Roots and
+reciprocals are off by one unit in the last place, as the hardware's may be. Checked with tinygrad a9069c177a.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ class Machine:
         return [(lane, read(lane)) for lane in range(0, self.wave, 2) if mask >> lane & 1]
 
     def _perturb(self, wave, inexact: tuple, lane: int, operand: int) -> None:
-        """The emulator's result is the nearest number. The hardware's may be the one on the other side of the exact value."""
+        """The emulator's result is the nearest number. The hardware's may be the one on the other side of the exact
+        value.
+        """
         function, _, register = inexact
         bits = wave._read_vgpr(register, lane)
         value, result = (struct.unpack("<f", struct.pack("<I", b))[0] for b in (operand, bits))
