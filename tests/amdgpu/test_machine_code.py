@@ -219,7 +219,7 @@ def test_enough_waves_fit(code: list[Kernel], target: Target) -> None:
     check(code, wrong)
 
 
-def test_bfloat16_is_rounded_by_the_hardware_where_it_can(code: list[Kernel], target: Target) -> None:
+def test_gpus_that_have_an_instruction_to_round_to_bfloat16_use_it(code: list[Kernel], target: Target) -> None:
     def wrong(k: Kernel) -> object:
         hardware, by_hand = k.all("v_cvt_pk_bf16_f32"), k.all("v_add3_u32 .*0x7fff")
         if target.rounds_to_bfloat16 and k.x == "bfloat16":
@@ -261,7 +261,7 @@ def test_reciprocal_root_is_correctly_rounded(code: list[Kernel]) -> None:
     check(code, wrong)
 
 
-def test_zeros_keep_their_sign(code: list[Kernel]) -> None:
+def test_no_instruction_makes_plus_zero_of_minus_zero(code: list[Kernel]) -> None:
     """The instruction that multiplies and rounds to float16 also adds. If it adds +0, -0 becomes +0."""
     check(code, lambda k: k.all(r"v_(fma|mad)_mix(lo|hi)_f16 .*, 0\b"))
 

@@ -58,7 +58,7 @@ def test_the_good_arguments_are_good(device, op):
 
 
 @pytest.mark.parametrize(("op", "bad"), parameters(BAD))
-def test_bad_arguments(device, op, bad):
+def test_a_bad_argument_is_named_alike_by_every_implementation(device, op, bad):
     with torch.device(device):
         expected = op.prefix + bad.message
         assert message(op.native, op.good() | bad.replace()) == expected
@@ -68,7 +68,7 @@ def test_bad_arguments(device, op, bad):
 
 
 @pytest.mark.parametrize(("op", "bad"), parameters(BAD_MEMORY))
-def test_bad_memory(device, op, bad):
+def test_memory_that_must_not_overlap_is_named_alike_by_every_implementation(device, op, bad):
     with torch.device(device):
         got = message(op.native, op.good() | bad.replace())
         assert got == op.prefix + bad.message
@@ -89,7 +89,7 @@ def test_tensors_that_are_not_dense(what, argument):
 
 @every_operator
 @pytest.mark.parametrize("kind", ["meta", *(["cuda"] if torch.cuda.is_available() else [])])
-def test_devices_must_match(op, kind):
+def test_a_tensor_on_another_device_than_x_is_named(op, kind):
     """On a machine without a GPU the other device is meta, whose tensors reach the fake implementation."""
     device = "cuda:0" if kind == "cuda" else "meta"
     for argument in op.tensors[1:]:

@@ -50,7 +50,7 @@ def test_each_step_rounded(device, dtype, shape):
         assert_same_bits(module(x), gemma_norm.rms_norm(x, weight, round_each_step=True))
 
 
-def test_each_step_rounded_is_llamas_norm_in_transformers():
+def test_round_each_step_computes_what_llamas_norm_in_transformers_does():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     x, weight = randn(4000, 256, dtype=torch.bfloat16), randn(256, dtype=torch.bfloat16, seed=1)
     theirs = llama.LlamaRMSNorm(256, eps=1e-6)

@@ -139,7 +139,7 @@ def test_second_derivatives_through_autograd(device, way):
     assert_close(functional.jacobian(mine, x, **forward), functional.jacobian(exact, x.double(), **forward))
 
 
-def test_a_gradient_penalty_reaches_the_parameters(device):
+def test_a_penalty_on_the_gradient_of_x_has_a_gradient_for_every_parameter(device):
     def gradients(norm: nn.Module, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), norm, nn.Linear(HIDDEN, 1)).to(device, dtype)

@@ -1,7 +1,7 @@
 """Runs a HIP library's own launch code, and the AMD machine code it holds, on a machine with no GPU.
 
-`load(library, arch)` opens a HIP library, whose HIP symbols are undefined, against a stand-in runtime, runtime.c. Device
-pointers are host pointers. machine.py executes each launch, on the code object that the library's fat binary holds for
+`load(library, arch)` opens a HIP library, whose HIP symbols are undefined, against a stand-in runtime, runtime.c.
+Device pointers are host pointers. machine.py executes each launch, on the code object that the library's fat binary holds for
 `arch`, or on one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang-19 and TINYGRAD=<a source
 checkout of tinygrad>. gfx90a, gfx942 and gfx950 run as CDNA, gfx11xx as RDNA3, gfx12xx as RDNA4; compile those with
 -mcumode.
