@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -15,16 +14,17 @@ SIZES = {"float": 4, "float16": 2, "bfloat16": 2, "NoWeight": 0}
 
 @dataclass(frozen=True)
 class Kernel(KernelName):
-    lines: list[str]  # instructions, without comments
+    code: str  # instructions, one a line, without comments
     numbers: dict[str, int]  # of the metadata and of the kernel descriptor
 
     def all(self, pattern: str) -> list[str]:
         """The instructions whose name matches the pattern from its start."""
-        return [line for line in self.lines if re.match(pattern, line)]
+        return [found[0] for found in re.finditer(f"^(?:{pattern}).*$", self.code, re.M)]
 
     def before(self, pattern: str) -> list[str]:
         """The instructions up to the first whose name matches."""
-        return list(itertools.takewhile(lambda line: not re.match(pattern, line), self.lines))
+        found = re.search(f"^(?:{pattern})", self.code, re.M)
+        return self.code[: found.start() if found else None].splitlines()
 
     @property
     def add(self) -> bool:
@@ -68,13 +68,15 @@ def kernels(path: Path) -> list[Kernel]:
         (symbol,) = re.findall(r"\.symbol: +'?(\S+)\.kd", part)
         metadata[symbol] = {k: int(v) for k, v in re.findall(r"^ *\.(\w+): +(\d+)$", part, re.M)}
     result = []
+    at = 0  # In the text, each kernel's code comes before its descriptor, and both before those of the next.
     for symbol, name in zip(symbols, kernel_names(symbols), strict=True):
-        start = text.index(f"\n{symbol}:")
+        start = text.index(f"\n{symbol}:", at)
         body = text[start : text.index("\n.Lfunc_end", start)]
         stripped = (line.split(";")[0].strip() for line in body.splitlines()[2:])
         lines = [line for line in stripped if line and not line.startswith(".") and not line.endswith(":")]
-        start = text.index(f".amdhsa_kernel {symbol}\n")
-        descriptor = text[start : text.index(".end_amdhsa_kernel", start)]
+        start = text.index(f".amdhsa_kernel {symbol}\n", start)
+        at = text.index(".end_amdhsa_kernel", start)
+        descriptor = text[start:at]
         numbers = {k: int(v) for k, v in re.findall(r"\.amdhsa_(\w+) (\d+)$", descriptor, re.M)}
-        result.append(Kernel(**vars(name), lines=lines, numbers=numbers | metadata[symbol]))
+        result.append(Kernel(**vars(name), code="\n".join(lines), numbers=numbers | metadata[symbol]))
     return result

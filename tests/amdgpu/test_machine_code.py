@@ -133,6 +133,8 @@ def waits_for_stores(lines: list[str]) -> list[str]:
     pending: list[str] = []
     waits = []
     for line in lines:
+        if not line.startswith(("global_", "flat_", "buffer_", "s_wait")):
+            continue  # Most lines are something else.
         if matched := re.match(f"{LOAD}|{STORE}", line):
             pending.append("store" if "_store" in matched[0] else "load")
         elif re.match("s_waitcnt_vscnt|s_wait_storecnt|s_wait_loadcnt_storecnt", line) and "store" in pending:
