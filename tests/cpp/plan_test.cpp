@@ -181,7 +181,7 @@ INSTANTIATE_TEST_SUITE_P(, Plans,
                                          DeviceFacts{32, kHipLimit, false, 1}, DeviceFacts{64, kHipLimit, false, 1}),
                          [](const auto& info) { return kGpuNames[info.index]; });
 
-TEST(PlansOfModels, ReachesEveryScope) {
+TEST(AllPlans, ReachEveryScope) {
   const DeviceFacts device{32, kNoLimit, true, 8};
   for (const DType dtype : kDTypes) {
     std::set<Scope> scopes;
@@ -192,7 +192,7 @@ TEST(PlansOfModels, ReachesEveryScope) {
 }
 
 // Rows of the lengths that models have are held in registers, so that they are read once.
-TEST(PlansOfModels, HoldsTheRowsOfModelsInRegisters) {
+TEST(AllPlans, HoldTheRowsOfModelsInRegisters) {
   for (const int32_t wave : {32, 64})
     for (const int64_t hidden : {64, 128, 256, 2048, 2560, 4096, 5120, 8192, 16384}) {
       const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, {wave, kNoLimit, false, 1});
