@@ -238,7 +238,7 @@ std::vector<int64_t> plan_edges(DType dtype) {
     LaunchPlan before = make_plan(items, dtype, device);
     for (int64_t hidden = 2 * items; hidden <= 600000; hidden += items) {
       const LaunchPlan plan = make_plan(hidden, dtype, device);
-      const bool more = plan.vectors != before.vectors && plan.scope != Scope::kStream;
+      const bool more = plan.vectors != before.vectors && plan.scope != Scope::kTwoPasses;
       if (plan.scope != before.scope || more || plan.max_block_threads != before.max_block_threads)
         for (const int64_t edge : {hidden - items, hidden - items + 1, hidden - 1, hidden, hidden + 1}) edges.push_back(edge);
       before = plan;

@@ -7,9 +7,9 @@
 #include "gpu/launch.cuh"
 
 namespace gemma_norm::gpu {
-template Status run<RmsNorm>(const Call&, device::Stream, Message*);
-template Status run<AddRmsNorm>(const Call&, device::Stream, Message*);
-template Status run<GatedRmsNorm>(const Call&, device::Stream, Message*);
+template Status launch_op<RmsNorm>(const Call&, device::Stream, Message*);
+template Status launch_op<AddRmsNorm>(const Call&, device::Stream, Message*);
+template Status launch_op<GatedRmsNorm>(const Call&, device::Stream, Message*);
 }  // namespace gemma_norm::gpu
 
 namespace gemma_norm {
@@ -63,5 +63,5 @@ gemma_norm::Status gemma_norm_emulated(const gemma_norm::Call* call, const gemma
                                        gemma_norm::Message* message) {
   using namespace gemma_norm;
   device::set_machine(*machine);
-  return gpu::run(*call, {}, message);
+  return gpu::dispatch(*call, {}, message);
 }

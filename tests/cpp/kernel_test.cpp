@@ -55,7 +55,7 @@ LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(
 
 // Does one block hold the row, or some, where a GPU has no clusters of blocks? And where it has, may the row be spread over one, or
 // over two threads a slot?
-bool is_held_by_a_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope != Scope::kStream; }
+bool is_held_by_a_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope != Scope::kTwoPasses; }
 bool may_be_spread(const Case& c) {
   const DeviceFacts device{32, int64_t{1} << 42, true, kMaxCluster, 132};
   int64_t most_bytes = 0;

@@ -67,7 +67,7 @@ TEST_P(Plans, FitTheGpu) {
         EXPECT_EQ(plan.group_threads, plan.cluster * plan.block_threads);
         EXPECT_LE(plan.block_threads, kMaxBlockThreads);
         break;
-      case Scope::kStream:
+      case Scope::kTwoPasses:
         EXPECT_EQ(plan.group_threads, plan.block_threads);
         EXPECT_LE(plan.block_threads, kMaxBlockThreads);
         EXPECT_EQ(plan.slots, plan.block_threads);
@@ -98,7 +98,7 @@ TEST_P(Plans, CoverTheRowExactly) {
     const int64_t vectors = int64_t{plan.vectors} * plan.slots,
                   needed = (hidden * size_of(dtype) + kVectorBytes - 1) / kVectorBytes;
     EXPECT_LE(needed, vectors);
-    EXPECT_LT(vectors - needed, plan.scope == Scope::kStream ? plan.slots : plan.vectors) << "a slot with nothing to do";
+    EXPECT_LT(vectors - needed, plan.scope == Scope::kTwoPasses ? plan.slots : plan.vectors) << "a slot with nothing to do";
     if (dtype == DType::kFloat32)
       count(plan, hidden, float{});
     else if (dtype == DType::kFloat16)
@@ -186,7 +186,7 @@ TEST(Ladder, ReachesEveryScope) {
   for (const DType dtype : kDTypes) {
     std::set<Scope> scopes;
     for (const int64_t hidden : hidden_sizes()) scopes.insert(make_plan(hidden, dtype, device).scope);
-    EXPECT_EQ((std::set<Scope>{Scope::kWave, Scope::kBlock, Scope::kCluster, Scope::kStream}), scopes);
+    EXPECT_EQ((std::set<Scope>{Scope::kWave, Scope::kBlock, Scope::kCluster, Scope::kTwoPasses}), scopes);
     EXPECT_LE(4u * 5, plan_edges(dtype).size()) << "the cases of kernel_test are made from these";
   }
 }
@@ -196,7 +196,7 @@ TEST(Ladder, HoldsTheRowsOfModelsInRegisters) {
   for (const int32_t wave : {32, 64})
     for (const int64_t hidden : {64, 128, 256, 2048, 2560, 4096, 5120, 8192, 16384}) {
       const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, {wave, kNoLimit, false, 1});
-      EXPECT_NE(Scope::kStream, plan.scope) << hidden;
+      EXPECT_NE(Scope::kTwoPasses, plan.scope) << hidden;
       EXPECT_EQ(hidden <= 256, plan.scope == Scope::kWave) << hidden;
     }
 }
@@ -288,7 +288,7 @@ TEST(Kernels, AreAllOfSomePlan) {
           kernels.insert(p.kernel);
           EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
           EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
-          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
+          EXPECT_TRUE(p.scope == Scope::kTwoPasses || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
               << "the shape's, not the kernel's";
           EXPECT_LT(0, kKernels[p.kernel].resident_threads[static_cast<int>(held)]);
         }
