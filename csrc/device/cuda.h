@@ -62,6 +62,7 @@ GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
 constexpr bool kLoadsBeforeStores = false;
 GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}
 GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
+GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }

@@ -108,6 +108,7 @@ void store_once(Vector* p, Vector v) {
 constexpr bool kLoadsBeforeStores = false;
 inline void wait_for_load(const Vector16&) {}
 inline void keep_packed(Vector16*) {}
+inline void leave_unset(Vector16* v) { *v = {}; }
 
 template <class To, class From>
 To bit_cast(From from) {

@@ -117,6 +117,7 @@ GEMMA_NORM_DEVICE void wait_for_load(const Vector16& v) { asm volatile("" ::"v"(
 GEMMA_NORM_DEVICE void keep_packed(Vector16* v) {
   asm volatile("" : "+v"(v->word[0]), "+v"(v->word[1]), "+v"(v->word[2]), "+v"(v->word[3]));
 }
+GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GEMMA_NORM_DEVICE float clamp(float v, float low, float high) { return __builtin_amdgcn_fmed3f(v, low, high); }

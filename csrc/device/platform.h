@@ -18,6 +18,8 @@
 //   uses v later waits for its load here, hence not for a store after this point keep_packed(v)                  makes
 //   the compiler forget what v was unpacked to, so that it frees those registers and
 //                                   unpacks v again later
+//   leave_unset(v)                  marks a Vector16 that is copied before it is set, though nothing uses its value: on
+//                                   GPUs this is nothing, on the host it is set to 0, as compilers would warn
 //   in_all_lanes(condition)         the condition of a branch. It may be false in a lane whose own condition is true:
 //   on
 //                                   some devices it is true only if all lanes of the wave agree

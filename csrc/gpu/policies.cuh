@@ -158,6 +158,9 @@ struct SourceOf<GatedSource, V, kVectors, Order, kReuse> {
     if (Order::kWholeRows && p.data[kGate]) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) g[k] = load_items<kAligned, kReuse, kCount>(gate, first(k), step, end);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) device::leave_unset(&g[k]);
     }
   }
 
@@ -179,8 +182,7 @@ struct SourceOf<GatedSource, V, kVectors, Order, kReuse> {
   }
 
  private:
-  // `gate` is a reference because it is not initialised if the call has no gate, and copying it would read it.
-  GEMMA_NORM_DEVICE Vector16 gated(Vector16 x, const Vector16& gate) const {
+  GEMMA_NORM_DEVICE Vector16 gated(Vector16 x, Vector16 gate) const {
     float s[kCount], g[kCount];
     unpack_items<X>(x, s);
     if (p.data[kGate]) {
