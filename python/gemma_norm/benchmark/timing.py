@@ -48,7 +48,7 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of a call: p50 is the median of the samples, a fifth of them are below p20, and a fifth above p80."""
+    """Microseconds of a call. p50 is the median of the samples; a fifth of them is below p20, a fifth above p80."""
 
     p20: float
     p50: float
