@@ -18,8 +18,8 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report docs lint format clean
-.PHONY: system
+.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report docs lint format
+.PHONY: clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 

@@ -40,14 +40,14 @@ constexpr int64_t kBufferElements = 16384;
 
 // The smallest hidden size for which float32 weights, two bfloat16 rows and the output of one do not fit into an L1
 // cache of 32 KiB. Packed weights reduced the time of 1024 x 4096 by 14 %, but increased it by 8 % where all of these
-// fit.
+// fit (docs/tuning-log.md, T79).
 constexpr int64_t kPackedFrom = (32 << 10) / (sizeof(float) + 3 * sizeof(BFloat16)) + 1;
 
 // An output of at least this many bytes, or of which one thread writes at least the second number, is written around
 // the caches by nontemporal stores. Most of it would leave the caches before anybody reads it, and an ordinary store
 // first reads the memory that it overwrites. A norm followed by a copy then took 10 % less time at kNontemporalBytes.
 // At half that size they took 14 % less if one thread wrote all of it, but 40 % more if two threads did; hence the two
-// numbers.
+// numbers (T75).
 constexpr int64_t kNontemporalBytes = int64_t{16} << 20;
 constexpr int64_t kNontemporalBytesOfThread = kNontemporalBytes / 2;
 

@@ -46,7 +46,7 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 GEMMA_NORM_DEVICE Vector16 vector16(uint4 v) { return {v.x, v.y, v.z, v.w}; }
 // Not a read-only load (ld.global.nc): if launches overlap, the previous kernel may still write this memory.
 GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*reinterpret_cast<const uint4*>(p)); }
-// Evict-first loads and stores were slower, above all in place (docs/performance.md).
+// Evict-first loads and stores were slower, above all in place (docs/tuning-log.md, T10 to T13 and T41).
 GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return load(p); }
 GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);

@@ -1,7 +1,6 @@
 // The kernels that exist, and for each the choices that were measured to be fast. None of them changes a bit of a
-// result (shapes.h does). All were made on an H200. Text in quotation marks is the title of the row in
-// docs/performance.md, "What was tried", that justifies a choice. A GPU that needs other values should get a table of
-// its own here.
+// result (shapes.h does). T1, T2, ... are the rows of docs/tuning-log.md that justify the choices; they were measured
+// on an H200 and on H100s. A GPU that needs other values should get a table of its own here.
 #pragma once
 
 #include <cstdint>
@@ -46,29 +45,20 @@ struct KernelTuning {
 // The first entry that fits the row is used. Entries with kCluster are skipped on GPUs without clusters. Entries whose
 // row_vectors is 0 are used only by spread().
 constexpr KernelTuning kKernels[] = {
-    // "blocks of 128 for 64 threads, 2 vectors for 4; hidden 128, 256, 512"
-    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024}},
-    // "few gated rows of up to 32 vectors: two threads a slot, a vector each"
-    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024}},
+    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024}},  // T9
+    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024}},            // T54
     {128, Scope::kWave, 4, 64, {1024, 1024, 512, 512}},
-    // "2 vectors a thread for 4, up to 4096"; "2 vectors a thread, six blocks of 256 for five"
-    {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024}},
-    // "4 vectors, fused, two blocks of 256 for three; five (not kept)"
-    {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512}},
-    // "8 vectors, four blocks of 192 for three"
-    {1536, Scope::kBlock, 8, 192, {768, 576, 384, 384}},
-    // "8 vectors, three blocks of 256 for two"
-    {2048, Scope::kBlock, 8, 256, {768, 512, 512, 512}},
-    // "the same, three blocks a multiprocessor for two (80 registers for 90)"
-    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512}},
+    {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024}},  // T6, T8
+    {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512}},   // T32
+    {1536, Scope::kBlock, 8, 192, {768, 576, 384, 384}},     // T33
+    {2048, Scope::kBlock, 8, 256, {768, 512, 512, 512}},     // T31
+    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512}},  // T25
     // In the next kernel a thread has 64 registers, which are too few for two rows, so these would be loaded in
     // batches. With at most 512 threads a thread has 128 registers, and both rows are loaded at once.
     {4096, Scope::kBlock, 8, 512, {0, 0, 512, 512}},
     {8192, Scope::kBlock, 8, 1024, {1024, 1024, 1024, 1024}},
-    // "8 vectors by 1024 threads for a cluster of 8 x 256, 512 x 65536"
-    {65536, Scope::kCluster, 8, 1024, {1024, 1024, 1024, 1024}},
-    // "few rows by clusters of eight blocks of one warp (32768: of two)"
-    {0, Scope::kCluster, 2, 256, {1536, 1024, 1024, 1024}},
+    {65536, Scope::kCluster, 8, 1024, {1024, 1024, 1024, 1024}},  // T19
+    {0, Scope::kCluster, 2, 256, {1536, 1024, 1024, 1024}},       // T34
     {0, Scope::kCluster, 4, 256, {1024, 1024, 512, 512}},
     {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, {512, 512, 512, 512}},
 };
@@ -108,15 +98,13 @@ struct LoadOrder {
   // Load the weights before the sum is known, so that they arrive while the threads exchange. Not if a thread would
   // hold eight vectors each of x, of gates and of weights: there are not enough registers for those.
   static constexpr bool kEarlyWeights = kVectors <= 2 || (kHasRegisters && !kWideWeights && !(kGated && kVectors == 8));
-  // Load those weights after the second row was used, but still before the sum: after it was slower, "weights asked for
-  // after the sum, 8 vectors, fused (not kept)".
+  // Load those weights after the second row was used, but still before the sum: after it was slower (T20).
   static constexpr bool kWeightsAfterRows = kHeld >= Held::kTwoRows && kVectors == 8;
-  // Compute the activations of the gates before the sum is known, while the thread waits anyway; they take registers.
-  // "activations of up to 4 vectors computed before the sum is known ..."
+  // Compute the activations of the gates before the sum is known, while the thread waits anyway; they take registers
+  // (T51).
   static constexpr bool kEarlyGate = kVectors <= 4;
   // Put a branch around each store, so that a vector is stored before the next is computed. Without it compilers
-  // compute all vectors first. "a vector stored before the next is computed", and not "the same with 2 vectors, or with
-  // 1024 threads (not kept)".
+  // compute all vectors first (T17). With 2 vectors, or with 1024 threads, it was slower (T18).
   static constexpr bool kStoreOneByOne = kAligned && kVectors > 2 && kEarlyWeights;
   // Unpack s twice, for the sum and for the output, instead of keeping it in float32. A block of 1024 threads has
   // registers for the 16-bit form only, and so has a thread that holds eight vectors of gates.
@@ -125,8 +113,7 @@ struct LoadOrder {
   // their gates.
   static constexpr int kBatch =
       !kHasRegisters && kGated ? 1 : (kHasRegisters || !kRoundEachStep ? 4 : 2) / (kWideWeights ? 2 : 1);
-  // Take the faster reciprocal root, which needs more registers: "the reciprocal root by Newton's steps", and not "the
-  // same with 8 vectors a thread (not kept: spills)".
+  // Take the faster reciprocal root, which needs more registers (T29). With 8 vectors it spilled some (T30).
   static constexpr bool kQuickRoot = kVectors <= 4;
 };
 
@@ -135,17 +122,15 @@ struct TwoPassOrder {
   static constexpr bool kWholeRows = true, kStoreOneByOne = false, kKeepPacked = false;
 };
 
-// Few rows leave most of a GPU idle, so each is spread over the blocks of a cluster ("few rows by clusters ..."). It
-// must read and write more than kWorthSpreading bytes ("the same for fewer bytes a row (not kept)"): one multiprocessor
-// moves that much in about the time that a cluster needs to exchange sums. A multiprocessor may get at most two such
-// blocks ("the same for more rows, 64 (not kept)"), or one if the row is small, because starting blocks takes time as
-// well.
+// Few rows leave most of a GPU idle, so each is spread over the blocks of a cluster (T34). It must read and write more
+// than kWorthSpreading bytes (T35): one multiprocessor moves that much in about the time that a cluster needs to
+// exchange sums. A multiprocessor may get at most two such blocks (T36), or one if the row is small, because starting
+// blocks takes time as well.
 constexpr int64_t kWorthSpreading = 24 * 1024;
 constexpr int blocks_a_processor(int64_t row_bytes) { return row_bytes < 2 * kWorthSpreading ? 1 : 2; }
 
 // Few small rows with gates get two threads a slot, as long as that needs no more than this many blocks a
-// multiprocessor ("the same for 8192 x 128 (not kept)"). Without gates there is too little work to share ("the same
-// without gates (not kept)").
+// multiprocessor (T56). Without gates there is too little work to share (T55).
 constexpr int kWorthSharing = 2;
 
 // The threads of a block of a cluster. There are more if kMaxCluster such blocks are too few for the row.

@@ -94,7 +94,7 @@ def oracle(
 
     Two properties of float32 are part of the contract, and the oracle has them: eps is rounded to float32, and a sum of
     squares that overflows float32 is infinite. Two others are not: squares and products that are subnormal in float32
-    lose some of their bits there, or all (docs/contract.md, "Where float32 shows"). ``each_step`` is the dtype to which
+    lose some of their bits there, or all (docs/contract.md, C6). ``each_step`` is the dtype to which
     ``s * rstd`` is rounded with ``round_each_step``, or None.
     """
     s64 = s.double()

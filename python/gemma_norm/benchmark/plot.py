@@ -19,7 +19,7 @@ COLOURS = {
 }  # fmt: skip
 PANEL = (3.4, 2.8)  # inches
 DETOUR = 0.9
-"""Below this share of its best bandwidth, copy_ has taken a slower path of PyTorch's, which says nothing of the memory."""
+"""Below this share of its best bandwidth, copy_ has taken a slower path, and its time says nothing about the memory."""
 MOST_COLUMNS, MOST_TICKS = 7, 9
 
 
