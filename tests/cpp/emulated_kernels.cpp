@@ -45,7 +45,7 @@ void add_reachable(const Case& variant, int64_t most_hidden, std::set<const void
   p.norm_before_gate = variant.norm_before_gate;
   const gpu::VariantKernels kernels = gpu::find_kernels<Op>(p);
   for (const auto& [aligned, kernel] : kernels_of_plans(variant, most_hidden))
-    all->insert(reinterpret_cast<const void*>(kernels.of_rows[aligned][kernel].function));
+    all->insert(reinterpret_cast<const void*>(kernels.by_alignment[aligned][kernel].function));
 }
 
 }  // namespace
