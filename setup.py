@@ -1,18 +1,22 @@
-"""Builds the native libraries: libgemma_norm_cpu.so always, libgemma_norm_cuda.so and libgemma_norm_hip.so for the toolkits found.
+"""Builds the native libraries.
 
-Device code is compiled by nvcc and hipcc as it is; the PyTorch operators around it are a torch.utils.cpp_extension against the
-stable ABI of PyTorch 2.10, so one build serves every later PyTorch, and its CPU, CUDA and ROCm builds alike.
+libgemma_norm_cpu.so is always built; libgemma_norm_cuda.so and libgemma_norm_hip.so if their toolkits are found.
 
-What would go wrong later stops here, with one line. pip runs this file before it looks for other packages, so nothing
-has been replaced by then; and pip hides what a successful build prints, so a warning would not be seen.
+nvcc and hipcc compile the device code without any translation. The PyTorch operators around it are a
+torch.utils.cpp_extension against the stable ABI of PyTorch 2.10, so one build serves every later PyTorch, in its CPU,
+CUDA and ROCm builds.
+
+Whatever would make the libraries useless stops the build here, with a message of one line. pip runs this file before it
+installs other packages, so nothing has been replaced by then. A warning would not do, because pip hides what a
+successful build prints.
 
 Environment:
     GEMMA_NORM_BACKENDS    comma-separated, out of cpu, cuda, hip: build exactly these (cpu is always built)
-    TORCH_CUDA_ARCH_LIST   as elsewhere, e.g. "9.0;12.0+PTX"; default: every supported one that nvcc knows
-    PYTORCH_ROCM_ARCH      as elsewhere, e.g. "gfx942;gfx1100"; default: every supported one that hipcc can build
-    CUDA_HOME, ROCM_PATH   where the toolkits are, when they are not on the PATH
+    TORCH_CUDA_ARCH_LIST   as in PyTorch, e.g. "9.0;12.0+PTX"; default: every supported one that nvcc knows
+    PYTORCH_ROCM_ARCH      as in PyTorch, e.g. "gfx942;gfx1100"; default: every supported one that hipcc can build
+    CUDA_HOME, ROCM_PATH   where the toolkits are, if they are not on the PATH
     CXX                    the C++ compiler, for nvcc too; default: c++
-    MAX_JOBS               compilers at a time; default: one a processor
+    MAX_JOBS               how many compilers run at a time; default: one for each processor
 """
 
 from __future__ import annotations
@@ -42,21 +46,21 @@ def stop(message: str) -> NoReturn:
 
 
 def check_build_tools() -> None:
-    """Before the imports below, which fail without these in ways that explain nothing."""
+    """Stop if a tool is missing. The imports below would fail then, without an explanation."""
     if sys.platform != "linux":
         stop(f"builds on Linux alone (x86-64, AArch64), got {sys.platform}; Windows has WSL 2, macOS has containers")
     if int(setuptools.__version__.partition(".")[0]) < 77:
         stop(f"needs setuptools 77 or later, got {setuptools.__version__}: pip install 'setuptools>=77' ninja")
     if not find_spec("torch"):
         stop("PyTorch 2.10 or later must be installed first: --no-build-isolation builds against the one that is there")
-    # The tools of an environment that is not activated lie beside its Python.
+    # If the environment is not activated, its tools are not on the PATH, but they are next to its Python.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     if not shutil.which("ninja"):
         stop("ninja was not found: pip install 'setuptools>=77' ninja")
 
 
 check_build_tools()
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it, and pip would show the warning
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs it, and pip would show this
 
 import torch  # noqa: E402
 from setuptools import setup  # noqa: E402
@@ -69,10 +73,12 @@ PACKAGE = "gemma_norm"
 CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp"]
 CPU = ["csrc/torch/schema.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
 GPU = ["csrc/gpu/plan.cpp"]
-# Error messages hold the names of source files. Without the folders of this build, libraries are the same everywhere.
+# Error messages contain the paths of source files. Without the folders of this build in them, libraries are the same
+# wherever they are built.
 PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000", *PREFIXES]
-# libtorch.so must stay a dependency: it brings the GPU runtime's symbols, to which the libraries' own references are weak.
+# libtorch.so must stay a dependency of the libraries. It loads PyTorch's GPU libraries, and the linker would drop it,
+# because the libraries refer to symbols of those only weakly.
 LINK = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 CUDA_ARCHES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
 ROCM_ARCHES = ["gfx90a", "gfx942", "gfx950"]  # CDNA
@@ -83,7 +89,7 @@ MAX_JOBS = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
 
 @dataclass(frozen=True)
 class Torch:
-    """A PyTorch that the libraries are to serve."""
+    """The PyTorch that the libraries will be used with."""
 
     folder: Path
     version: str
@@ -103,8 +109,10 @@ class Torch:
 
 
 def torch_to_serve() -> Torch | None:
-    """PyTorch as the user has it, or None. pip's isolated build hides it behind one of its own, by PYTHONPATH.
-    `python -m build` and uv run an interpreter of their own, from which nothing leads to the user's PyTorch.
+    """The user's own PyTorch, or None if there is none or it cannot be found.
+
+    pip's isolated build has a PyTorch of its own, and puts it first by PYTHONPATH. `python -m build` and uv run an
+    interpreter of their own, from which the user's PyTorch cannot be found.
     """
     prefix, temporary = os.path.realpath(sys.prefix), os.path.realpath(tempfile.gettempdir())
     if prefix.startswith(f"{temporary}/build-env-") or re.search(r"/builds-v\d+/", prefix):
@@ -121,8 +129,10 @@ def torch_to_serve() -> Torch | None:
 
 
 def gpu_backend(served: Torch | None) -> dict[str, str]:
-    """The GPU library that must not be missing, and why. Where PyTorch is not installed yet, the machine's GPU tells:
-    PyPI's PyTorch, which pip brings then, is a CUDA build everywhere.
+    """The GPU library that must not be missing, and why.
+
+    If PyTorch is not installed yet, this depends on the machine's GPU. pip will then install PyPI's PyTorch, which is
+    always a CUDA build.
     """
     if served and served.hip:
         return {"hip": f"this PyTorch ({served.version}) is a ROCm {served.hip} build"}
@@ -134,7 +144,11 @@ def gpu_backend(served: Torch | None) -> dict[str, str]:
 
 
 def find_tool(name: str, variables: list[str], home: str | None, places: list[str]) -> str | None:
-    """The path of a compiler: where a variable says, else where PyTorch found it, on the PATH, or in a usual place."""
+    """The path of a compiler.
+
+    If one of the variables is set, only its folder counts. Otherwise these are tried: ``home``, where PyTorch found
+    the toolkit; the PATH; and the usual places.
+    """
 
     def within(folders: list[str]) -> str | None:
         numbers = lambda path: [int(n) for n in re.findall(r"\d+", path)]  # noqa: E731
@@ -179,7 +193,7 @@ class Cuda(Toolkit):
         return f"nvcc {release[1] if release else '?'}", sorted({f.rsplit("code=", 1)[1] for f in self.arch_flags()})
 
     def arch_flags(self) -> list[str]:
-        """PyTorch's own reading of TORCH_CUDA_ARCH_LIST, for its CPU builds too."""
+        """PyTorch's own interpretation of TORCH_CUDA_ARCH_LIST, which works in its CPU builds too."""
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             known = output(self.compiler, "--list-gpu-arch").split()
             usable = [a for a in CUDA_ARCHES if f"compute_{a.replace('.', '')}" in known]
@@ -192,7 +206,7 @@ class Cuda(Toolkit):
                 "-Xfatbin", "-compress-all", *self.host_compiler(), *self.arch_flags()]  # fmt: skip
 
     def host_compiler(self) -> list[str]:
-        """CXX, unless nvcc's own variables name one: it takes the option only once."""
+        """CXX as nvcc's host compiler, unless nvcc's own variables name one: nvcc accepts that option only once."""
         own = " ".join(os.environ.get(f"NVCC_{name}", "") for name in ("PREPEND_FLAGS", "APPEND_FLAGS"))
         if not os.environ.get("CXX") or os.environ.get("NVCC_CCBIN") or re.search("-ccbin|-compiler-bindir", own):
             return []
@@ -200,7 +214,7 @@ class Cuda(Toolkit):
         return ["-ccbin", shutil.which(compiler) or compiler]
 
     def link(self) -> list[str]:
-        """The CUDA runtime. Where nvcc is a script that calls another nvcc, only the latter's TOP is the toolkit."""
+        """The CUDA runtime. nvcc may be a script that calls another nvcc; then only the other's TOP is the toolkit."""
         command = [self.compiler, "-dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
         told = re.findall(r"^#\$ TOP=(.+)$", subprocess.run(command, capture_output=True, text=True).stderr, re.M)
         homes = dict.fromkeys(Path(home).resolve() for home in (Path(self.compiler).resolve().parents[1], *told))
@@ -220,7 +234,7 @@ class Hip(Toolkit):
     def __init__(self) -> None:
         places = ["/opt/rocm", "/opt/rocm/core*", "/opt/rocm-*"]
         self.compiler = find_tool(self.tool, self.variables, cpp_extension.ROCM_HOME, places)
-        self.environment = {"HIP_PLATFORM": "amd"}  # else hipcc chooses nvcc where there is one
+        self.environment = {"HIP_PLATFORM": "amd"}  # otherwise hipcc uses nvcc if it finds one
         self._arches: list[str] = []
 
     def describe(self) -> tuple[str, list[str]]:
@@ -252,12 +266,12 @@ class Hip(Toolkit):
                 *PREFIXES, *self.parallel(), *(f"--offload-arch={a}" for a in self.arches())]  # fmt: skip
 
     def parallel(self) -> list[str]:
-        """Several targets at once: ROCm's clang has an option for that; LLVM's, in Debian's hipcc, has none."""
+        """The option that compiles several targets at once. ROCm's clang has it, but Debian's hipcc uses LLVM's."""
         flag, first = f"-parallel-jobs={MAX_JOBS}", f"--offload-arch={self.arches()[0]}"
         return [flag] if len(self.arches()) > 1 and self._compiles(first, flag) else []
 
     def link(self) -> list[str]:
-        return []  # not libamdhip64: PyTorch brings its own, and two in one process corrupt each other
+        return []  # not libamdhip64: PyTorch loads its own copy, and two in one process corrupt each other
 
 
 TOOLKITS = {"cuda": Cuda(), "hip": Hip()}
@@ -293,10 +307,10 @@ def extension(name: str) -> cpp_extension.CppExtension:
 
 
 class BuildLibraries(cpp_extension.BuildExtension):
-    """Compiles each device's kernels with its own compiler, then everything else with PyTorch's extension builder."""
+    """Compiles the kernels of each device with its own compiler, and the rest with PyTorch's extension builder."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", "/") + ".so"  # no Python in them, so no Python ABI in their names
+        return fullname.replace(".", "/") + ".so"  # without a Python ABI, since the libraries do not use Python
 
     def build_extensions(self) -> None:
         if not shutil.which(CXX[0]):
@@ -313,14 +327,15 @@ class BuildLibraries(cpp_extension.BuildExtension):
                 ext.extra_link_args += toolkit.link()
         super().build_extensions()
         version = self.distribution.get_version()
-        text = f'"""Written by setup.py."""\n\nVERSION = {version!r}\nTORCH_VERSION = {torch.__version__!r}\nBUILD = {info!r}\n'
+        text = '"""Written by setup.py."""\n\n'
+        text += f"VERSION = {version!r}\nTORCH_VERSION = {torch.__version__!r}\nBUILD = {info!r}\n"
         package = Path(self.build_lib) / PACKAGE
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build_info.py").write_text(text)
         self.remove_stale(package)
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install: the package's own folder takes what was built."""
+        """For an editable install: copy what was built into the package's own folder."""
         package = ROOT / "python" / PACKAGE
         (package / "lib").mkdir(exist_ok=True)
         super().copy_extensions_to_source()
@@ -333,7 +348,10 @@ class BuildLibraries(cpp_extension.BuildExtension):
                 library.unlink()
 
     def compile_kernels(self, toolkit: Toolkit, architectures: list[str]) -> list[str]:
-        """Through ninja, MAX_JOBS sources at a time: again only when a source, a header or the command has changed."""
+        """Compile the kernels with ninja, MAX_JOBS sources at a time.
+
+        A source is compiled again only if it, a header or the command has changed.
+        """
         folder = ROOT / "build" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         targets = {folder / f"{toolkit.tool}_{source.stem}.o": source for source in toolkit.sources}
@@ -357,7 +375,7 @@ class BuildLibraries(cpp_extension.BuildExtension):
 
 
 class BuildModules(build_py):
-    """Empties build/lib first: all that lies there goes into the wheel, modules that were deleted since included."""
+    """Empties build/lib first. All files there go into the wheel, even modules that have been deleted since."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -366,7 +384,7 @@ class BuildModules(build_py):
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-<platform>: native libraries, but nothing that depends on the Python version."""
+    """Tags the wheel py3-none-<platform>: it has native libraries, but none that depends on the Python version."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -1,7 +1,8 @@
-// The C interface of gemma_norm: one function a device runs any operator of the library. What an operator computes is in its file
-// in ops/; what it takes is in its OpInfo (core/op_info.h).
-// A function checks its arguments before anything is written, and neither throws (but see Call::before_write), prints (but see
-// GEMMA_NORM_PRINT_PLAN in gpu/plan.h), exits nor synchronises.
+// The C interface of gemma_norm. There is one function for each kind of device, and it runs any operator of the
+// library. An operator's file in ops/ says what it computes; its OpInfo (core/op_info.h) says which tensors it takes.
+//
+// Each function checks all arguments before it writes anything. It does not throw (except what Call::before_write
+// throws), print (except with GEMMA_NORM_PRINT_PLAN, see gpu/plan.h), exit or synchronise.
 #pragma once
 
 #include <cstddef>
@@ -15,26 +16,26 @@ constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2
 
 enum class Status : int32_t {
   kOk,
-  kInvalidArgument,  // the message names op, argument, expected and got
-  kDeviceError,      // the message is the runtime's
+  kInvalidArgument,  // the message names the operator, the argument, what was expected and what came
+  kDeviceError,      // the message is that of the CUDA or HIP runtime
 };
 
-// A view of strided memory; strides count elements. The last dimension is the one that is normalised.
+// A view of strided memory. Strides count elements. The last dimension is the one that is normalised.
 struct Tensor {
   void* data;
   const int64_t* sizes;    // [dims]
   const int64_t* strides;  // [dims]
   int32_t dims;
   DType dtype;
-  const char* dtype_name;  // for messages; names the dtype also when it is kOther
+  const char* dtype_name;  // for messages; it names the dtype even where `dtype` is kOther
 };
 
-// Every tensor that an operator may take or give: an index into the arrays of a call and of its checked parameters.
+// Every tensor that an operator can take or return. It indexes the arrays of Call and RowParams.
 enum Operand : int32_t {
   kX,            // [..., hidden]
   kWeight,       // [hidden]
   kResidual,     // [..., hidden]
-  kPost,         // [..., hidden]; Python's post_residual_addition
+  kPost,         // [..., hidden]; post_residual_addition in Python
   kGate,         // [..., hidden]
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
@@ -46,51 +47,55 @@ constexpr const char* kOperandNames[kOperands] = {"x",    "weight", "residual", 
 
 constexpr int64_t kWholeRow = INT64_MAX;
 
-// Every option of an operator, under its name in the schema. Operators that have no such option leave it as it is here.
+// Every option of any operator, by its name in the schema. A call of an operator that lacks an option leaves its
+// default.
 struct Options {
   double eps = 1e-6;               // finite, >= 0
   bool gemma = false;              // multiply by 1 + weight
-  bool round_each_step = false;    // to x's dtype, as a model in plain PyTorch does; else once, at the end
-  bool sigmoid = false;            // the gate's activation, else silu
-  bool norm_before_gate = true;    // the norm's result is gated, else what is normalised
-  int64_t group_size = kWholeRow;  // elements of a row that are normalised together
+  bool round_each_step = false;    // round to x's dtype after each step, as a model in plain PyTorch does
+  bool sigmoid = false;            // the gate's activation is the logistic function; otherwise silu
+  bool norm_before_gate = true;    // gate the result of the norm; otherwise gate x, and normalise the product
+  int64_t group_size = kWholeRow;  // this many elements of a row are normalised together
 };
 
 struct OpInfo;
 
-// One call of an operator. An output may be an input itself (in place: same pointer, shape and strides); otherwise it must not
-// overlap any input.
+// One call of an operator. An output may be an input itself (in place: same pointer, shape and strides); otherwise it
+// must not overlap any input.
 struct Call {
   const OpInfo* op;
-  const Tensor* tensors[kOperands];  // null for what the operator has not, and for an optional operand that is left out
+  const Tensor* tensors[kOperands];  // null for an operand that the operator lacks, or that is left out
   Options options;
-  // Called once, after the last check and before the first write; null: not called. What it throws passes through: nothing has
-  // been written then.
+  // Called once, after the last check and before the first write, unless it is null. If it throws, nothing has been
+  // written, and the exception reaches the caller.
   void (*before_write)(const void* context) = nullptr;
   const void* context = nullptr;
 };
 
-// The message of a status that is not kOk, always terminated.
+// Describes a status other than kOk. Always terminated by a null character.
 struct Message {
   char text[512];
 };
 
-// Splits [0, count) into ranges of at least `grain` and calls body(context, begin, end) for each, on any thread; returns when
-// all are done.
-using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+// Splits [0, count) into ranges of at least `grain`, calls body(context, begin, end) for each of them on any thread,
+// and returns when all calls have returned.
+using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
+                             void* context);
 
 }  // namespace gemma_norm
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-// The operator whose torch name is `name` ("rms_norm", "add_rms_norm", ...), or null.
+// The operator that torch.ops.gemma_norm has as `name`, such as "rms_norm" or "rms_norm.out"; null if there is none.
 const gemma_norm::OpInfo* gemma_norm_op(const char* name);
 
-// Runs on the calling thread and on whatever threads `parallel_for` brings (null: the calling thread alone).
-gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for, gemma_norm::Message* message);
+// Runs on the calling thread and on the threads of `parallel_for`; if that is null, on the calling thread alone.
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for,
+                                  gemma_norm::Message* message);
 
-// Enqueue on `stream` (a cudaStream_t or hipStream_t of the current device) and return; pointers are device pointers.
+// These enqueue the work on `stream`, a cudaStream_t or hipStream_t of the current device, and return. All tensors are
+// in device memory.
 gemma_norm::Status gemma_norm_cuda(const gemma_norm::Call* call, void* stream, gemma_norm::Message* message);
 gemma_norm::Status gemma_norm_hip(const gemma_norm::Call* call, void* stream, gemma_norm::Message* message);
 }

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Runs a command on a clone of HEAD in a bare Debian 12 with make, git and python3, where nothing is left over from before.
+# Runs a command in a clone of HEAD on a newly installed, bare Debian 12 that has only make, git and python3.
 #
-#     sudo tests/fresh.sh 'make demo'       -u: as an ordinary user, who has no root and no sudo
+#     sudo tests/fresh.sh [-u] 'make demo'       -u: as an ordinary user without sudo
 #
 # Needs root, debootstrap, and 4 GB in $FRESH (default /var/tmp/gemma_norm-fresh). The bare system is kept there for the
-# next time, the rest is removed. Taken over from this machine: Debian's mirror, apt's and pip's settings with the local
-# folders that pip's settings name, certificates, name resolution. Caches, other variables, GPUs, packages are not.
+# next run; everything else is removed. These are taken over from this machine: Debian's mirror, the settings of apt and
+# pip, local files and folders that pip's settings name, certificates, and name resolution. Nothing else is: no caches,
+# no other variables, no GPUs, no packages.
 set -euo pipefail
 
 if [ "${1:-}" != --inside ]; then
   [ "$(id -u)" = 0 ] || { echo "tests/fresh.sh: needs root, to make a root file system" >&2; exit 2; }
   command -v debootstrap >/dev/null || { echo "tests/fresh.sh: apt-get install debootstrap" >&2; exit 2; }
-  # What is mounted below is mounted in a namespace of its own, and so goes with this process however it ends.
+  # The mounts below are made in a namespace of their own, so they vanish with this process, however it ends.
   exec unshare --mount --propagation private "$0" --inside "$@"
 fi
 shift
@@ -22,7 +23,7 @@ command=${1:-make demo}
 repository=$(cd "$(dirname "$0")/.." && pwd)
 base=${FRESH:-/var/tmp/gemma_norm-fresh}
 mkdir -p "$base"
-find "$base" -maxdepth 1 -name 'work.*' -mmin +600 -exec rm -rf {} +  # of a run that was killed
+find "$base" -maxdepth 1 -name 'work.*' -mmin +600 -exec rm -rf {} +  # left by a run that was killed
 work=$(mktemp -d "$base/work.XXXXXX")
 root=$work/root
 
@@ -33,7 +34,7 @@ clean() {
 trap clean EXIT
 trap 'exit 130' INT TERM
 
-# The bare system.
+# Install the bare system, or unpack the one that was kept.
 if [ ! -f "$base/bookworm.tar" ]; then
   mirror=$(sed -nE 's/^URIs: *([^ ]+).*/\1/p; s/^deb +(\[[^]]*\] +)?([^ ]+) +bookworm .*/\2/p' \
     /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null | head -1 || true)
@@ -44,16 +45,17 @@ else
   mkdir "$root" && tar -C "$root" -xf "$base/bookworm.tar"
 fi
 
-# The way out of it.
+# Let it reach the package servers.
 apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90fetch" 2>/dev/null || true
 for path in /etc/resolv.conf /etc/hosts /etc/ssl /etc/pip.conf /etc/xdg/pip; do
   if [ ! -e "$path" ]; then continue; fi
   mkdir -p "$root$(dirname "$path")"
-  cp -rL --remove-destination "$path" "$root$(dirname "$path")/" 2>/dev/null || true  # dangling links of /etc/ssl
+  cp -rL --remove-destination "$path" "$root$(dirname "$path")/" 2>/dev/null || true  # /etc/ssl has dangling links
 done
 mkdir -p "$root$home/.config"
 cp -r ~/.config/pip "$root$home/.config/" 2>/dev/null || true
-# Files and folders that pip's settings name. An index's packages lie beside its pages: it takes the folder around it.
+# The files and folders that pip's settings name. The packages of a local index are next to its pages, so the folder
+# around the pages is taken.
 named() {
   { env | sed -n 's/^PIP_//p'; cat /etc/pip.conf /etc/xdg/pip/pip.conf ~/.config/pip/pip.conf 2>/dev/null || true; } |
     sed -nE "s/^($1) *= *//Ip" | tr ' ' '\n' | sed 's,^file://,,'

@@ -9,7 +9,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-SCOPES = ["wave", "block", "cluster", "stream"]  # gemma_norm::Scope
+SCOPES = ["wave", "block", "cluster", "two passes"]  # gemma_norm::Scope
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def parse(demangled: str) -> KernelName:
     if not matched:
         raise ValueError(f"not a kernel of this project: {demangled}")
     form, x, weight, round_each_step = (word.removeprefix("gemma_norm::") for word in matched[1].split(", "))
-    scope, *vectors, threads, aligned = matched[2].split(", ")  # normalize_stream has no number of vectors
+    scope, *vectors, threads, aligned = matched[2].split(", ")  # normalize_in_two_passes has no number of vectors
     return KernelName(
         form=form,
         x=x,

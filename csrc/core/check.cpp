@@ -9,12 +9,12 @@
 namespace gemma_norm {
 namespace {
 
-// A check writes the message and returns false, or passes.
+// Each check returns true if the call passes it. Otherwise it writes the message and returns false.
 class Checker {
  public:
   Checker(const Call& call, Message* message) : call_(call), message_(message) {}
 
-  bool run() {
+  bool passes() {
     for (const OperandRule& rule : *call_.op) {
       const Tensor* const t = call_.tensors[rule.operand];
       if (!t && !rule.optional) return invalid("%s is needed, got none", kOperandNames[rule.operand]);
@@ -33,9 +33,9 @@ class Checker {
     return false;
   }
 
-  struct Shape {
+  struct ShapeText {
     char text[256];
-    explicit Shape(const Tensor& t) {
+    explicit ShapeText(const Tensor& t) {
       int n = std::snprintf(text, sizeof text, "[");
       for (int d = 0; d < t.dims && n < static_cast<int>(sizeof text) - 32; ++d)
         n += std::snprintf(text + n, sizeof text - n, "%s%lld", d ? ", " : "", static_cast<long long>(t.sizes[d]));
@@ -66,7 +66,8 @@ class Checker {
         return t.dtype != DType::kOther ||
                invalid("%s must have dtype float32, float16 or bfloat16, got %s", name_of(rule), t.dtype_name);
       case DTypes::kLikeX:
-        return t.dtype == x().dtype || invalid("%s must have x's dtype %s, got %s", name_of(rule), x().dtype_name, t.dtype_name);
+        return t.dtype == x().dtype ||
+               invalid("%s must have x's dtype %s, got %s", name_of(rule), x().dtype_name, t.dtype_name);
       case DTypes::kXOrFloat32:
         return t.dtype == x().dtype || t.dtype == DType::kFloat32 ||
                invalid("%s must have dtype %s%s, got %s", name_of(rule), x().dtype_name,
@@ -89,28 +90,28 @@ class Checker {
     if (t.dims > kMaxDims)
       return invalid("%s must have at most %d dimensions, got %d", name_of(rule), kMaxDims, static_cast<int>(t.dims));
     return t.sizes[t.dims - 1] >= 1 ||
-           invalid("%s must have a last dimension of at least 1, got shape %s", name_of(rule), Shape(t).text);
+           invalid("%s must have a last dimension of at least 1, got shape %s", name_of(rule), ShapeText(t).text);
   }
 
   bool check_shape_of_x(const OperandRule& rule, const Tensor& t) {
     bool same = t.dims == x().dims;
     for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == x().sizes[d];
-    return same || invalid("%s must have x's shape %s, got %s", name_of(rule), Shape(x()).text, Shape(t).text);
+    return same || invalid("%s must have x's shape %s, got %s", name_of(rule), ShapeText(x()).text, ShapeText(t).text);
   }
 
   bool check_hidden(const OperandRule& rule, const Tensor& t) {
-    return (t.dims == 1 && t.sizes[0] == hidden()) ||
-           invalid("%s must have shape [%lld], got %s", name_of(rule), static_cast<long long>(hidden()), Shape(t).text);
+    return (t.dims == 1 && t.sizes[0] == hidden()) || invalid("%s must have shape [%lld], got %s", name_of(rule),
+                                                              static_cast<long long>(hidden()), ShapeText(t).text);
   }
 
   bool check_last_dimension(const OperandRule& rule, const Tensor& t) {
-    return is_contiguous(t) || invalid("%s must have a contiguous last dimension (stride 1), got stride %lld", name_of(rule),
-                                       static_cast<long long>(t.strides[t.dims - 1]));
+    return is_contiguous(t) || invalid("%s must have a contiguous last dimension (stride 1), got stride %lld",
+                                       name_of(rule), static_cast<long long>(t.strides[t.dims - 1]));
   }
 
   bool check_contiguous(const OperandRule& rule, const Tensor& t) {
-    return is_contiguous(t) ||
-           invalid("%s must be contiguous (stride 1), got stride %lld", name_of(rule), static_cast<long long>(t.strides[0]));
+    return is_contiguous(t) || invalid("%s must be contiguous (stride 1), got stride %lld", name_of(rule),
+                                       static_cast<long long>(t.strides[0]));
   }
 
   static bool is_contiguous(const Tensor& t) { return t.strides[t.dims - 1] == 1 || t.sizes[t.dims - 1] == 1; }
@@ -128,29 +129,34 @@ class Checker {
     if (!std::isfinite(static_cast<float>(options.eps)) || options.eps < 0)
       return invalid("eps must be finite in float32 and at least 0, got %g", options.eps);
     if (options.gemma && !weight) return invalid("gemma must be False without a weight, got True");
-    if (options.round_each_step && options.gemma) return invalid("round_each_step must be False with gemma=True, got True");
+    if (options.round_each_step && options.gemma)
+      return invalid("round_each_step must be False with gemma=True, got True");
     if (options.round_each_step && weight && weight->dtype != x().dtype)
-      return invalid("weight must have x's dtype %s with round_each_step=True, got %s", x().dtype_name, weight->dtype_name);
+      return invalid("weight must have x's dtype %s with round_each_step=True, got %s", x().dtype_name,
+                     weight->dtype_name);
     return options.group_size == kWholeRow || (options.group_size > 0 && hidden() % options.group_size == 0) ||
            invalid("group_size must divide x's last dimension %lld, got %lld", static_cast<long long>(hidden()),
                    static_cast<long long>(options.group_size));
   }
 
-  // What is written must not disturb what is still to be read. Every element of a row is read by the thread that writes it, so an
-  // output may be an input with rows, element for element, or lie apart from it. Threads share what has no rows.
+  // A write must not change an element that another thread still has to read. The thread that writes an element of a
+  // row has read the same element of every input row before, so an output may be exactly such an input; otherwise they
+  // must not overlap. The weight is read for all rows, so no output may overlap it.
   bool check_memory() {
     const OpInfo& op = *call_.op;
     for (const OperandRule& a : op)
       for (const OperandRule* b = &a + 1; b < op.end(); ++b)
         if (a.written() && b->written() && overlap(tensor(a), tensor(*b)))
-          return invalid("%s must not overlap %s, which is also written, got overlapping memory", name_of(*b), name_of(a));
+          return invalid("%s must not overlap %s, which is also written, got overlapping memory", name_of(*b),
+                         name_of(a));
     for (const OperandRule& out : op) {
       if (!out.written()) continue;
       if (overlaps_itself(tensor(out)))
         return invalid("%s is written and must not overlap itself, got a tensor with shared elements", name_of(out));
       for (int rows = 0; rows < 2; ++rows)
         for (const OperandRule& in : op)
-          if (!in.written() && in.has_rows() == (rows == 1) && call_.tensors[in.operand] && !check_apart(out, in)) return false;
+          if (!in.written() && in.has_rows() == (rows == 1) && call_.tensors[in.operand] && !check_apart(out, in))
+            return false;
     }
     return true;
   }
@@ -174,9 +180,10 @@ class Checker {
   Message* message_;
 };
 
-// The leading dimensions, collapsed: one joins the one inside it when every tensor steps evenly over both. Innermost first. Where a
-// row has several groups of `hidden` elements, these are the innermost dimension, which none joins: the weight is the same in all
-// others.
+// The leading dimensions, innermost first, and collapsed: a dimension is merged with the one inside it if in every
+// tensor one stride leads through both. If each row consists of several groups of `hidden` elements, the groups are the
+// innermost dimension. No other is merged with it, since the weight has a stride along the groups and along no other
+// dimension.
 struct Dimensions {
   int count = 0;
   int64_t sizes[kMaxDims + 1], strides[kOperands][kMaxDims + 1];
@@ -221,7 +228,7 @@ struct Dimensions {
 }  // namespace
 
 Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message) {
-  if (!Checker(call, message).run()) return Status::kInvalidArgument;
+  if (!Checker(call, message).passes()) return Status::kInvalidArgument;
 
   RowParams& p = *params;
   p = {};
@@ -235,7 +242,8 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
   p.eps = static_cast<float>(options.eps);
   p.inv_hidden = 1.0f / static_cast<float>(p.hidden);
   p.weight_offset = options.gemma ? 1.0f : -0.0f;
-  p.round_each_step = options.round_each_step && x.dtype != DType::kFloat32;  // float32 is rounded at each step as it is
+  // In float32 the option changes nothing: the arithmetic rounds each step to float32 anyway.
+  p.round_each_step = options.round_each_step && x.dtype != DType::kFloat32;
   p.sigmoid = options.sigmoid;
   p.norm_before_gate = options.norm_before_gate;
 
@@ -261,7 +269,8 @@ RowParams select_slice(const RowParams& params, const RowSlices& slices, int64_t
   for (int d = 0; d < slices.dims; ++d) {
     for (int o = 0; o < kOperands; ++o)
       if (p.data[o])
-        p.data[o] = static_cast<char*>(p.data[o]) + index % slices.sizes[d] * slices.strides[o][d] * size_of(p.dtypes[o]);
+        p.data[o] =
+            static_cast<char*>(p.data[o]) + index % slices.sizes[d] * slices.strides[o][d] * size_of(p.dtypes[o]);
     index /= slices.sizes[d];
   }
   return p;

@@ -1,4 +1,5 @@
-// What an operator takes and gives, as data. check.cpp interprets it and names no operator and no operand.
+// The tensors of an operator and the rules for each, as data. check.cpp interprets these rules, so a new operator needs
+// no new checks.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +9,24 @@
 namespace gemma_norm {
 
 enum class Extent : int8_t {
-  kRows,    // [..., hidden], from which the shapes of all others follow: x's
-  kLikeX,   // x's shape, any strides, the last dimension contiguous
-  kHidden,  // [hidden], contiguous, shared by all rows
+  kRows,    // [..., hidden]: that of x, which determines the shapes of all other operands
+  kLikeX,   // x's shape, with strides of its own and a contiguous last dimension
+  kHidden,  // [hidden], contiguous, the same for all rows
 };
 
 enum class DTypes : int8_t {
   kFloat,         // float32, float16 or bfloat16
   kLikeX,         // x's
   kXOrFloat32,    // x's or float32
-  kWeight,        // x's or float32; where x is float32, any of kFloat
+  kWeight,        // x's or float32; if x is float32, any of kFloat
   kLikeResidual,  // residual's
 };
 
 enum class Use : int8_t {
   kRead,     // an argument
-  kNew,      // written: a new tensor, which is returned
-  kWritten,  // written: an argument, which is returned
-  kInPlace,  // written: the memory of the argument `in_place_of`
+  kNew,      // an output: a new tensor, which is returned
+  kWritten,  // an output: an argument, which is returned
+  kInPlace,  // an output: the memory of the argument `in_place_of`
 };
 
 struct OperandRule {
@@ -33,17 +34,19 @@ struct OperandRule {
   Extent extent;
   DTypes dtypes;
   Use use = Use::kRead;
-  Operand in_place_of = kNoOperand;  // of an output: the input that messages name where the two are the same memory
+  Operand in_place_of = kNoOperand;  // of an output: the input that messages name if both are the same memory
   bool optional = false;
 
   constexpr bool written() const { return use != Use::kRead; }
   constexpr bool has_rows() const { return extent != Extent::kHidden; }
 };
 
-// The rules that operators share.
+// Rules that several operators use.
 constexpr OperandRule kXRule = {kX, Extent::kRows, DTypes::kFloat};
 constexpr OperandRule kWeightRule = {kWeight, Extent::kHidden, DTypes::kWeight};
-constexpr OperandRule like_x(Operand operand, DTypes dtypes = DTypes::kLikeX) { return {operand, Extent::kLikeX, dtypes}; }
+constexpr OperandRule like_x(Operand operand, DTypes dtypes = DTypes::kLikeX) {
+  return {operand, Extent::kLikeX, dtypes};
+}
 constexpr OperandRule output(Operand operand, Use use, Operand in_place_of, DTypes dtypes = DTypes::kLikeX) {
   return {operand, Extent::kLikeX, dtypes, use, in_place_of};
 }
@@ -52,21 +55,26 @@ constexpr OperandRule optional(OperandRule rule) {
   return rule;
 }
 
-// Operands are checked in the order of their rules: x first, as all others are compared with it, then the weight, then the other
-// inputs in the schema's order, then the outputs.
+// Operands are checked in the order of their rules. That order is: x, with which all others are compared; the weight;
+// the other inputs in the order of the schema; the outputs.
 struct OpInfo {
-  const char* name;            // in messages: "rms_norm"
-  const char* torch_name;      // with its overload: "rms_norm.out"
-  const char* schema;          // of the arguments and results, after torch_name
-  const char* differentiable;  // what to call instead where a derivative is wanted, after "gemma_norm."
+  const char* name;            // for messages, such as "rms_norm"
+  const char* torch_name;      // in torch.ops.gemma_norm, with the overload, such as "rms_norm.out"
+  const char* schema;          // what follows the torch_name in the schema: arguments and results
+  const char* differentiable;  // for messages: what has a derivative, after "gemma_norm."
   const OperandRule* rules;
   int32_t rule_count;
-  uint64_t operands = 0;  // a bit for each
+  uint64_t operands = 0;  // bit o is set if the operator has Operand o
 
   template <int kCount>
   constexpr OpInfo(const char* name, const char* torch_name, const char* schema, const char* differentiable,
                    const OperandRule (&rules)[kCount])
-      : name(name), torch_name(torch_name), schema(schema), differentiable(differentiable), rules(rules), rule_count(kCount) {
+      : name(name),
+        torch_name(torch_name),
+        schema(schema),
+        differentiable(differentiable),
+        rules(rules),
+        rule_count(kCount) {
     for (const OperandRule& rule : rules) operands |= uint64_t{1} << rule.operand;
   }
   constexpr bool has(Operand operand) const { return operands >> operand & 1; }

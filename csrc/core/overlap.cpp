@@ -7,11 +7,11 @@
 namespace gemma_norm {
 namespace {
 
-// [first byte, one past the last byte) of a tensor.
-struct Extent {
+// The first byte of a tensor and the one after its last.
+struct ByteRange {
   int64_t begin, end;
 
-  explicit Extent(const Tensor& t) {
+  explicit ByteRange(const Tensor& t) {
     const int64_t item = size_of(t.dtype);
     begin = reinterpret_cast<int64_t>(t.data);
     end = begin + item * t.sizes[t.dims - 1];
@@ -19,15 +19,15 @@ struct Extent {
   }
 };
 
-// A tensor as equal runs of bytes: run i of `starts` begins at the sum of its coordinates times `strides`. Dimensions of size 1
-// are gone, and inner ones that continue the run are part of it.
-struct Runs {
+// A tensor as pieces of contiguous bytes, all of one length. The last dimension is a piece, or part of one: dimensions
+// that lie next to each other without a gap are merged into it, and those of size 1 are dropped.
+struct Pieces {
   int64_t begin;  // the first byte
-  int64_t bytes;  // of one run
+  int64_t bytes;  // of each piece
   int dims = 0;
   int64_t sizes[64], strides[64];  // in bytes, smallest stride first
 
-  explicit Runs(const Tensor& t) {
+  explicit Pieces(const Tensor& t) {
     const int64_t item = size_of(t.dtype);
     begin = reinterpret_cast<int64_t>(t.data);
     bytes = item * t.sizes[t.dims - 1];
@@ -54,7 +54,7 @@ struct Runs {
     return g;
   }
 
-  // The first byte of every run, sorted; dimensions of stride 0 name the same bytes again and count once.
+  // The first byte of every piece, sorted. A dimension of stride 0 repeats the same pieces, which are listed once.
   std::vector<int64_t> starts() const {
     std::vector<int64_t> all{begin};
     for (int d = 0; d < dims; ++d) {
@@ -80,12 +80,13 @@ bool same_memory(const Tensor& a, const Tensor& b) {
 }
 
 bool overlap(const Tensor& a, const Tensor& b) {
-  const Extent p(a), q(b);
+  const ByteRange p(a), q(b);
   if (p.end <= q.begin || q.end <= p.begin) return false;
-  const Runs x(a), y(b);
+  const Pieces x(a), y(b);
   const int64_t g = y.stride_gcd(x.stride_gcd(0));
-  if (g == 0) return true;  // two single runs whose extents meet
-  // Interleaved slices of one buffer (the q and k of a fused qkv): every run starts at the same residue modulo g.
+  if (g == 0) return true;  // a single piece each, and the two address ranges meet
+  // Interleaved slices of one buffer, such as q and k of a fused qkv: modulo g, all pieces of a tensor start at the
+  // same place, so comparing two places is enough.
   const int64_t shift = ((y.begin - x.begin) % g + g) % g;
   if (x.bytes <= shift && shift + y.bytes <= g) return false;
   const std::vector<int64_t> xs = x.starts(), ys = y.starts();
@@ -101,9 +102,9 @@ bool overlap(const Tensor& a, const Tensor& b) {
 }
 
 bool overlaps_itself(const Tensor& a) {
-  const Runs x(a);
+  const Pieces x(a);
   int64_t extent = x.bytes;
-  bool nested = true;  // each dimension steps over all that lies inside it: the usual case, and proof enough
+  bool nested = true;  // each stride is at least the extent of the dimensions inside it: then no two pieces can meet
   for (int d = 0; d < x.dims; ++d) {
     if (x.strides[d] == 0) return true;
     nested = nested && x.strides[d] >= extent;

@@ -1,17 +1,18 @@
-// Do two strided tensors share memory? Exact for any strides, and a few compares when their extents are apart.
+// Whether two strided tensors share memory. The answer is exact for any strides. It takes a few comparisons if the two
+// address ranges are disjoint, the usual case.
 #pragma once
 
 #include "../gemma_norm.h"
 
 namespace gemma_norm {
 
-// The same bytes in the same order.
+// Both tensors have the same elements at the same addresses.
 bool same_memory(const Tensor& a, const Tensor& b);
 
-// Some byte belongs to both. A last dimension of stride 1 is taken for granted, as is a size of at least 1 everywhere.
+// Some byte belongs to both tensors. The last dimension must be contiguous, and no dimension empty.
 bool overlap(const Tensor& a, const Tensor& b);
 
-// Two indices of the tensor name the same byte (an expanded tensor, for one).
+// Two elements of the tensor share a byte, as in an expanded tensor. The same conditions.
 bool overlaps_itself(const Tensor& a);
 
 }  // namespace gemma_norm

@@ -19,7 +19,7 @@ namespace gemma_norm {
 namespace {
 
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = false, kStreams = true;
+  static constexpr bool kPacksBFloat16 = false, kHasNontemporalStores = true;
 
   __m256 v[4];
 
@@ -38,15 +38,17 @@ struct F32x32 {
   }
   template <class T>
   void store(T* p) const {
-    for (int j = 0; j < 4; j += 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8 * j), narrow(v[j], v[j + 1], p));
+    for (int j = 0; j < 4; j += 2)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8 * j), narrow(v[j], v[j + 1], p));
   }
 
-  void stream(float* p) const {
+  void store_nontemporal(float* p) const {
     for (int j = 0; j < 4; ++j) _mm256_stream_ps(p + 8 * j, v[j]);
   }
   template <class T>
-  void stream(T* p) const {
-    for (int j = 0; j < 4; j += 2) _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 8 * j), narrow(v[j], v[j + 1], p));
+  void store_nontemporal(T* p) const {
+    for (int j = 0; j < 4; j += 2)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 8 * j), narrow(v[j], v[j + 1], p));
   }
   static void fence() { _mm_sfence(); }
 
@@ -58,17 +60,19 @@ struct F32x32 {
             _mm256_fmadd_ps(a.v[2], b.v[2], c.v[2]), _mm256_fmadd_ps(a.v[3], b.v[3], c.v[3])};
   }
 
-  // For exponential.h.
+  // The operations that exponential.h needs.
   static F32x32 all(float f) { return broadcast(f); }
   static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
   static F32x32 clamp(const F32x32& g, float low, float high) {
     F32x32 r;
-    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_min_ps(_mm256_max_ps(g.v[j], _mm256_set1_ps(low)), _mm256_set1_ps(high));
+    for (int j = 0; j < 4; ++j)
+      r.v[j] = _mm256_min_ps(_mm256_max_ps(g.v[j], _mm256_set1_ps(low)), _mm256_set1_ps(high));
     return r;
   }
   static F32x32 one_unless_nan(const F32x32& g) {
     F32x32 r;
-    for (int j = 0; j < 4; ++j) r.v[j] = _mm256_blendv_ps(_mm256_set1_ps(1), g.v[j], _mm256_cmp_ps(g.v[j], g.v[j], _CMP_UNORD_Q));
+    for (int j = 0; j < 4; ++j)
+      r.v[j] = _mm256_blendv_ps(_mm256_set1_ps(1), g.v[j], _mm256_cmp_ps(g.v[j], g.v[j], _CMP_UNORD_Q));
     return r;
   }
   static F32x32 power_of_two(const F32x32& n) {
@@ -84,7 +88,8 @@ struct F32x32 {
 
   // sum + odd elements^2 + even elements^2, in this order.
   static F32x32 add_squares_of_pairs(const F32x32& sum, const BFloat16* p) {
-    return {add_squares(sum.v[0], p), add_squares(sum.v[1], p + 16), add_squares(sum.v[2], p + 32), add_squares(sum.v[3], p + 48)};
+    return {add_squares(sum.v[0], p), add_squares(sum.v[1], p + 16), add_squares(sum.v[2], p + 32),
+            add_squares(sum.v[3], p + 48)};
   }
 
   F32x32 without_payload() const {
@@ -102,7 +107,9 @@ struct F32x32 {
   static __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 load8(const Float16* p) { return _mm256_cvtph_ps(words(p)); }
-  static __m256 load8(const BFloat16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16)); }
+  static __m256 load8(const BFloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16));
+  }
 
   static __m256 add_squares(__m256 sum, const BFloat16* p) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -1,5 +1,5 @@
-// 32 floats in AVX-512's registers (F, BW, DQ, VL), for avx512.cpp and avx512_bf16.cpp. Part of row_kernel.h: the anonymous
-// namespace is the same.
+// 32 floats in AVX-512's registers (F, BW, DQ, VL), for avx512.cpp and avx512_bf16.cpp. Part of row_kernel.h, with the
+// same anonymous namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -13,8 +13,8 @@ namespace {
 
 template <bool kHasBf16>
 struct F32x32 {
-  // Without AVX512-BF16 the loop is bound by arithmetic, not by loads from L1: smaller weights gain nothing.
-  static constexpr bool kPacksBFloat16 = kHasBf16, kStreams = true;
+  // Without AVX512-BF16 the loop is bound by arithmetic and not by loads from L1, so packed weights would gain nothing.
+  static constexpr bool kPacksBFloat16 = kHasBf16, kHasNontemporalStores = true;
 
   __m512 lo, hi;
 
@@ -24,7 +24,7 @@ struct F32x32 {
   static F32x32 load(const Float16* p) { return {_mm512_cvtph_ps(load16(p)), _mm512_cvtph_ps(load16(p + 16))}; }
   static F32x32 load(const BFloat16* p) { return {widen(load16(p)), widen(load16(p + 16))}; }
 
-  // Lane j of lo beside lane j of hi, each in half a lane.
+  // Orders 32 weights so that 32-bit lane j holds elements j and j + 16, which become lane j of lo and of hi.
   static void pack(const BFloat16* p, BFloat16* packed) {
     const __m512i from =
         _mm512_add_epi32(_mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(16 << 16));
@@ -45,15 +45,15 @@ struct F32x32 {
   }
   void store(BFloat16* p) const { _mm512_storeu_si512(p, bfloat()); }
 
-  void stream(float* p) const {
+  void store_nontemporal(float* p) const {
     _mm512_stream_ps(p, lo);
     _mm512_stream_ps(p + 16, hi);
   }
-  void stream(Float16* p) const {
+  void store_nontemporal(Float16* p) const {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half(lo));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p + 16), half(hi));
   }
-  void stream(BFloat16* p) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bfloat()); }
+  void store_nontemporal(BFloat16* p) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bfloat()); }
   static void fence() { _mm_sfence(); }
 
   F32x32 operator+(const F32x32& b) const { return {lo + b.lo, hi + b.hi}; }
@@ -63,7 +63,7 @@ struct F32x32 {
     return {_mm512_fmadd_ps(a.lo, b.lo, c.lo), _mm512_fmadd_ps(a.hi, b.hi, c.hi)};
   }
 
-  // For exponential.h.
+  // The operations that exponential.h needs.
   static F32x32 all(float f) { return broadcast(f); }
   static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
   static F32x32 clamp(const F32x32& g, float low, float high) {
@@ -103,14 +103,15 @@ struct F32x32 {
 
   static __m512i lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
-  // Word j to the upper half of lane j: one shuffle, where widening and shifting would be two operations.
+  // Moves word j to the upper half of lane j by one shuffle. Widening and shifting would be two operations.
   static __m512 widen(__m256i words) {
     const __m512i from = _mm512_slli_epi32(lane_numbers(), 16);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, from, _mm512_castsi256_si512(words)));
   }
 
   static __m512 add_squares(__m512 sum, __m512i pairs) {
-    // Two fused multiply-adds, the odd one first: so Intel's manual, and Zen 4 and Sapphire Rapids when tried.
+    // Two fused multiply-adds, that of the odd elements first. Intel's manual says so, and so it was on Zen 4 and
+    // Sapphire Rapids.
     if constexpr (kHasBf16) return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)pairs);
     const __m512 odd = odds(pairs), even = evens(pairs);
     return _mm512_fmadd_ps(even, even, _mm512_fmadd_ps(odd, odd, sum));
@@ -134,13 +135,15 @@ struct F32x32 {
   }
   __m512i bfloat() const {
     if constexpr (kHasBf16) {
-      // The conversion makes zeros of subnormal numbers. A zero in the result may be one: all are rounded again by integers then.
+      // The conversion turns subnormal numbers into zeros. If any result is a zero, it may have been one, so all lanes
+      // are then rounded with integer arithmetic instead.
       __m512i words = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
-      asm("" : "+v"(words));  // clang 19 would recognise bfloat16 numbers and compare them one by one
+      asm("" : "+v"(words));  // else clang 19 takes them for bfloat16 numbers and compares them one by one
       const __mmask32 zeros = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7fff));
       if (__builtin_expect(zeros == 0, 1)) return words;
     }
-    // The upper halves of all lanes: of lane j's two words, the first is word 4j + 1, the second 4j + 3.
+    // Takes the upper half of each lane, which is the odd one of its two words: word 2j + 1 of lo for result j, then of
+    // hi.
     const __m512i from =
         _mm512_add_epi32(_mm512_mullo_epi32(lane_numbers(), _mm512_set1_epi32(0x40004)), _mm512_set1_epi32(0x30001));
     return _mm512_permutex2var_epi16(rounded(lo), from, rounded(hi));

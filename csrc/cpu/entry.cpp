@@ -1,4 +1,5 @@
-// The C entry of the CPU: check, choose the instruction set, split the rows over threads.
+// The CPU's function of the C interface: it checks the call, chooses the instruction set, and splits the rows over
+// threads.
 #include <cstdint>
 
 #include "../core/check.h"
@@ -7,7 +8,8 @@
 namespace gemma_norm {
 namespace {
 
-// Elements that are worth another thread: about 4 us of work, a few times what waking one costs. Also PyTorch's own measure.
+// The least number of elements for which another thread is worth its start: about 4 us of work, a few times as long as
+// waking a thread takes. PyTorch itself uses the same number.
 constexpr int64_t kGrain = 32768;
 
 struct Work {

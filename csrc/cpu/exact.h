@@ -1,5 +1,6 @@
-// Products and sums are rounded one by one: a fused multiply-add rounds once where an instruction set without it rounds twice. To
-// be included before any code. (Clang's -ffp-contract=fast overrules this.)
+// Makes compilers round each product and each sum. If they contracted one with the other, the instruction sets that
+// have a fused multiply-add would give other bits than those that have none. Include this before any code. (Clang's
+// -ffp-contract=fast overrides it.)
 #pragma once
 
 #if defined(__clang__)

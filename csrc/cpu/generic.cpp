@@ -1,4 +1,4 @@
-// The row kernel in plain C++, for processors that no other file is for.
+// The row kernel in plain C++, for processors that none of the other files supports.
 #include <cstdint>
 #include <cstring>
 
@@ -23,10 +23,11 @@ float to_float(uint32_t u) {
 float widen(float f) { return f; }
 float widen(BFloat16 b) { return to_float(uint32_t{b.bits} << 16); }
 
-// Both float16 conversions compute every case and select, so that compilers vectorise them.
+// Both conversions of float16 compute the result of each case and then select one, so that compilers can vectorise
+// them.
 float widen(Float16 h) {
   const uint32_t rest = h.bits & 0x7fffu;
-  const float normal = to_float((rest << 13) + (224u << 23)) * 0x1p-112f;  // 224: exponent 31, of infinity and NaN, becomes 255
+  const float normal = to_float((rest << 13) + (224u << 23)) * 0x1p-112f;  // 224 turns exponent 31 (Inf, NaN) into 255
   const float subnormal = to_float(rest | to_bits(0.5f)) - 0.5f;
   return to_float((h.bits & 0x8000u) << 16 | to_bits(rest < 0x400 ? subnormal : normal));
 }
@@ -35,21 +36,22 @@ void narrow(float f, float* to) { *to = f; }
 
 void narrow(float f, BFloat16* to) {
   const uint32_t u = to_bits(f);
-  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // a NaN without a payload below stays one
+  to->bits = static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);  // a NaN with an empty lower half stays a NaN
 }
 
 void narrow(float f, Float16* to) {
   const uint32_t u = to_bits(f);
   const uint32_t rest = u & 0x7fffffff;
   const uint32_t normal = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
-  const uint32_t subnormal = to_bits(to_float(rest) + 0.5f) - to_bits(0.5f);  // the addition rounds to multiples of 2^-24
+  // The addition rounds to a multiple of 2^-24.
+  const uint32_t subnormal = to_bits(to_float(rest) + 0.5f) - to_bits(0.5f);
   const uint32_t special = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
   const uint32_t half = rest < 0x38800000 ? subnormal : rest < 0x47800000 ? normal : special;
   to->bits = static_cast<uint16_t>((u >> 16 & 0x8000) | half);
 }
 
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = false, kStreams = false;
+  static constexpr bool kPacksBFloat16 = false, kHasNontemporalStores = false;
 
   float v[kLanes];
 
@@ -72,7 +74,7 @@ struct F32x32 {
   }
 
   template <class T>
-  void stream(T* p) const {
+  void store_nontemporal(T* p) const {
     store(p);
   }
   static void fence() {}
@@ -94,7 +96,7 @@ struct F32x32 {
     return r;
   }
 
-  // For exponential.h.
+  // The operations that exponential.h needs.
   static F32x32 all(float f) { return broadcast(f); }
   [[gnu::noinline]] static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) {
     F32x32 r;
@@ -149,12 +151,14 @@ struct F32x32 {
   }
 
  private:
-  // As if rounded once, for 16-bit numbers a and b: double holds their product, and where it must round the sum, the smaller term
-  // is far below half a unit of the larger in float32.
+  // a * b + c, rounded once, if a and b have 16 bits. Their product is exact in double. If the sum is not exact in
+  // double, the smaller term is far below half a unit in the last place of the larger one in float32, so rounding twice
+  // does no harm.
   static float multiply_add(float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }
 
-  // a * b + c rounded once, of any finite numbers. double holds the product; the sum is rounded to odd, which cannot lie half way
-  // between two floats unless it is exact (Boldo and Melquiond 2008), before it is rounded to a float.
+  // a * b + c, rounded once, for any finite numbers. The product is exact in double. The sum is rounded to double by
+  // rounding to odd: such a number lies half way between two floats only if it is exact, so rounding it to float
+  // afterwards gives the correct result (Boldo and Melquiond 2008).
   static float rounded_once(float a, float b, float c) {
     const double product = static_cast<double>(a) * b, sum = product + c;
     const double of_c = sum - product, error = (product - (sum - of_c)) + (c - of_c);

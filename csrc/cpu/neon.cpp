@@ -10,7 +10,7 @@ namespace gemma_norm {
 namespace {
 
 struct F32x32 {
-  static constexpr bool kPacksBFloat16 = false, kStreams = false;
+  static constexpr bool kPacksBFloat16 = false, kHasNontemporalStores = false;
 
   float32x4_t v[8];
 
@@ -46,7 +46,7 @@ struct F32x32 {
   }
 
   template <class T>
-  void stream(T* p) const {
+  void store_nontemporal(T* p) const {
     store(p);
   }
   static void fence() {}
@@ -68,7 +68,7 @@ struct F32x32 {
     return r;
   }
 
-  // For exponential.h.
+  // The operations that exponential.h needs.
   static F32x32 all(float f) { return broadcast(f); }
   static F32x32 fma(const F32x32& a, const F32x32& b, const F32x32& c) { return multiply_add(a, b, c); }
   static F32x32 clamp(const F32x32& g, float low, float high) {

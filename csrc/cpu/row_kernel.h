@@ -1,18 +1,22 @@
-// The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (generic.cpp, avx2.cpp, ...).
+// The row kernel, written once over a vector type V of 32 floats, which each instruction set supplies (generic.cpp,
+// avx2.cpp, ...).
 //
-// Each row is passed over twice, the second time out of the cache:
-//   statistics  s, stored unless it is x itself; rstd = 1 / sqrt(mean(s^2) + eps)
-//   normalize   y = the operator's formula of s, rstd and weight + offset
-// A thread with many rows does the second of a row and the first of the next one side by side: memory is read while the
-// processor computes, and the latencies of a row's end (tree, root, division) hide behind other rows.
+// There are two passes over each row. The second finds the row in the cache.
 //
-// The bits are the same on every instruction set, NaN payloads aside. Every operation on V does what IEEE operations would do, lane
-// by lane (see LaneSum for the one that does not quite), and the order of a sum of squares depends on hidden and dtype alone: a
-// lane adds up the same one or two elements of every step, chunk by chunk, and one fixed tree adds up the lanes. The last,
-// incomplete step of a row is padded with zeros, which change no sum.
+//   statistics  computes s, stores it unless it is x itself, and computes rstd = 1 / sqrt(mean(s^2) + eps)
+//   normalize   computes y, the operator's formula of s, rstd and weight + offset
 //
-// All of this is in an anonymous namespace and calls no inline function of the standard library: the linker must never merge
-// what is compiled here for one instruction set with that of another.
+// A thread with many rows interleaves the second pass over a row with the first pass over the next row. Memory is then
+// read while the processor computes, and the latencies at the end of a row (tree, root, division) overlap with work on
+// another row.
+//
+// All instruction sets give the same bits, except for the payloads of NaNs. Each operation on V does in each lane what
+// the IEEE operation does (LaneSum explains the one exception). The order in which squares are added depends only on
+// hidden and dtype: a lane adds the same one or two elements of every step, chunk by chunk, and one fixed tree adds the
+// lanes. The last, incomplete step of a row is padded with zeros, which change no sum.
+//
+// All code here is in an anonymous namespace and calls no inline function of the standard library. Otherwise the linker
+// could merge a function compiled for one instruction set with the same function compiled for another.
 #pragma once
 
 #include <cstdint>
@@ -27,36 +31,40 @@
 namespace gemma_norm {
 namespace {
 
-// --- How a thread goes about its rows
+// --- The strategy of a thread
 
-// A thread with at least this many rows first converts or packs the weights, once, and reserves a buffer for the sums of two rows.
-// Longer rows do not fit into the buffers and are done one by one.
+// A thread with at least kManyRows rows first converts or packs the weights, once, and reserves a buffer for s of two
+// rows. Rows of more than kBufferElements do not fit into these buffers and are computed one by one.
 constexpr int64_t kManyRows = 4;
 constexpr int64_t kBufferElements = 16384;
 
-// From here on, float32 weights, two bfloat16 rows and the outputs of one do not fit into an innermost cache of 32 KiB. Packed
-// weights make 1024 x 4096 take 14 % less time, and 8 % more where all fits.
+// The smallest hidden size for which float32 weights, two bfloat16 rows and the output of one do not fit into an L1
+// cache of 32 KiB. Packed weights reduced the time of 1024 x 4096 by 14 %, but increased it by 8 % where all of these
+// fit (docs/tuning-log.md, T79).
 constexpr int64_t kPackedFrom = (32 << 10) / (sizeof(float) + 3 * sizeof(BFloat16)) + 1;
 
-// An output of so many bytes is written around the caches: most of it would leave them before anybody reads it, and an ordinary
-// store first reads from memory what it overwrites. At this size, norm and copy in turn took 10 % less time. At half of it, they
-// took 14 % less where one thread wrote all of it, but 40 % more where two did: the second number is for one thread's part.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-constexpr int64_t kStreamBytesOfThread = kStreamBytes / 2;
+// An output of at least this many bytes, or of which one thread writes at least the second number, is written around
+// the caches by nontemporal stores. Most of it would leave the caches before anybody reads it, and an ordinary store
+// first reads the memory that it overwrites. A norm followed by a copy then took 10 % less time at kNontemporalBytes.
+// At half that size they took 14 % less if one thread wrote all of it, but 40 % more if two threads did; hence the two
+// numbers (T75).
+constexpr int64_t kNontemporalBytes = int64_t{16} << 20;
+constexpr int64_t kNontemporalBytesOfThread = kNontemporalBytes / 2;
 
 struct Strategy {
-  bool beside;  // each row's second pass goes beside the next row's first
-  bool packed;  // the weights are kept in 16 bits, not in float32; only beside
-  bool stream;  // outputs are written around the caches; the sum only beside
+  bool beside;       // the second pass over a row is interleaved with the first pass over the next
+  bool packed;       // the weights are packed in 16 bits instead of converted to float32; only with `beside`
+  bool nontemporal;  // outputs are written around the caches; residual_out only with `beside`
 };
 
-// Whether to write an output around the caches: it is large, none of it is in them as an input, and it is made of whole lines.
+// Whether to write an output around the caches: it must be large, must not be an input, which is in the caches already,
+// and its rows must consist of whole cache lines.
 template <class T>
-bool streams(const RowParams& p, int64_t rows, Operand output) {
+bool worth_nontemporal(const RowParams& p, int64_t rows, Operand output) {
   constexpr int64_t kItem = sizeof(T);
   const void* const out = p.data[output];
   const int64_t row_bytes = p.hidden * kItem;
-  if (p.rows * row_bytes < kStreamBytes && rows * row_bytes < kStreamBytesOfThread) return false;
+  if (p.rows * row_bytes < kNontemporalBytes && rows * row_bytes < kNontemporalBytesOfThread) return false;
   for (int o = 0; o < kOperands; ++o)
     if (o != output && out == p.data[o]) return false;
   bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
@@ -69,16 +77,17 @@ Strategy choose(const RowParams& p, int64_t rows) {
   using V = typename C::V;
   Strategy strategy{};
   strategy.beside = rows >= kManyRows && weight_count(p) <= kBufferElements;
-  strategy.packed = kPacks<V, typename C::W> && strategy.beside && p.hidden >= kPackedFrom && weight_count(p) == p.hidden;
+  strategy.packed =
+      kPacks<V, typename C::W> && strategy.beside && p.hidden >= kPackedFrom && weight_count(p) == p.hidden;
   const bool stores_sum = p.data[kResidualOut] && strategy.beside;
-  strategy.stream =
-      V::kStreams && streams<typename C::X>(p, rows, kOut) && (!stores_sum || streams<typename C::S>(p, rows, kResidualOut));
+  strategy.nontemporal = V::kHasNontemporalStores && worth_nontemporal<typename C::X>(p, rows, kOut) &&
+                         (!stores_sum || worth_nontemporal<typename C::S>(p, rows, kResidualOut));
   return strategy;
 }
 
 // --- The second pass
 
-// Writes a row's outputs. Prepared weights reach to the end of the last vector.
+// The second pass over a row: vector() for kLanes elements, rest() for all elements from i on.
 template <class C, class Factors>
 class Normalizer {
   using V = typename C::V;
@@ -86,13 +95,13 @@ class Normalizer {
   using S = typename C::S;
 
  public:
-  Normalizer(const RowParams& p, Factors factors, const Row<C>& row, float rstd, bool stream)
-      : p_(p), factors_(factors), row_(row), rstd_(V::broadcast(rstd)), stream_(stream) {}
+  Normalizer(const RowParams& p, Factors factors, const RowPointers<C>& row, float rstd, bool nontemporal)
+      : p_(p), factors_(factors), row_(row), rstd_(V::broadcast(rstd)), nontemporal_(nontemporal) {}
 
   [[gnu::always_inline]] void vector(int64_t i) const {
     const V y = formula(s_at(i), factors_.template at<V>(row_.weight + i), row_.gate ? row_.gate + i : nullptr);
-    if (V::kStreams && stream_)
-      y.stream(row_.out + i);
+    if (V::kHasNontemporalStores && nontemporal_)
+      y.store_nontemporal(row_.out + i);
     else
       y.store(row_.out + i);
   }
@@ -125,7 +134,7 @@ class Normalizer {
       if constexpr (C::kRoundEachStep) return rounded<V, X>(v);
       return v;
     };
-    if constexpr (sizeof(S) > sizeof(X)) s = s.without_payload();  // see Weights
+    if constexpr (sizeof(S) > sizeof(X)) s = s.without_payload();  // see StoredWeights::sum
     if constexpr (C::Form::Formula::kGated)
       return C::Form::Formula::apply(s, rstd_, factor, activation<C>(p_, gate), round);
     else
@@ -134,14 +143,15 @@ class Normalizer {
 
   const RowParams& p_;
   const Factors factors_;
-  const Row<C> row_;
+  const RowPointers<C> row_;
   const V rstd_;
-  const bool stream_;
+  const bool nontemporal_;
 };
 
-// --- Both
+// --- Both passes
 
-// Calls step(i) for all whole steps of a row and end_chunk() after every chunk of them; returns where the rest begins.
+// Calls step(i) for all whole steps of a row, and end_chunk() after every chunk of steps. Returns the index of the
+// first element after them.
 template <class Step, class EndChunk>
 [[gnu::always_inline]] inline int64_t each_step(int64_t hidden, Step step, EndChunk end_chunk) {
   int64_t i = 0;
@@ -154,39 +164,41 @@ template <class Step, class EndChunk>
 }
 
 template <class C>
-float statistics(const RowParams& p, const Row<C>& row, bool stream) {
-  Squares<C> squares(p, row, stream);
+float statistics(const RowParams& p, const RowPointers<C>& row, bool nontemporal) {
+  Squares<C> squares(p, row, nontemporal);
   const int64_t i = each_step(p.hidden, [&](int64_t i) { squares.add_step(i); }, [&] { squares.end_chunk(); });
   if (i < p.hidden) squares.add_rest(i, p.hidden - i);
   return squares.rstd();
 }
 
 template <class C, class Factors>
-void normalize(const RowParams& p, Factors factors, const Row<C>& row, float rstd, bool stream) {
-  Normalizer<C, Factors>(p, factors, row, rstd, stream).rest(0, p.hidden);
+void normalize(const RowParams& p, Factors factors, const RowPointers<C>& row, float rstd, bool nontemporal) {
+  Normalizer<C, Factors>(p, factors, row, rstd, nontemporal).rest(0, p.hidden);
 }
 
-// Brings in what a V will want soon.
+// Prefetches the kLanes elements from i on.
 template <class T>
 [[gnu::always_inline]] inline void prefetch(const T* row, int64_t i) {
   constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < kLanes; j += kLine) __builtin_prefetch(row + i + j, 0, 2);
 }
 
-// Normalises `row` and returns the rstd of `next`, while the memory in `ahead` is brought in.
+// The second pass over `row` and the first pass over `next`, interleaved. Also prefetches the rows of `ahead`. Returns
+// the rstd of `next`.
 template <class C, class Factors>
-[[gnu::always_inline]] inline float normalize_beside(const RowParams& p, Factors factors, const Row<C>& row, float rstd,
-                                                     const Row<C>& next, Row<C> ahead, bool stream) {
-  Squares<C> squares(p, next, stream);
-  const Normalizer<C, Factors> normalizer(p, factors, row, rstd, stream);
+[[gnu::always_inline]] inline float normalize_beside(const RowParams& p, Factors factors, const RowPointers<C>& row,
+                                                     float rstd, const RowPointers<C>& next, RowPointers<C> ahead,
+                                                     bool nontemporal) {
+  Squares<C> squares(p, next, nontemporal);
+  const Normalizer<C, Factors> normalizer(p, factors, row, rstd, nontemporal);
   const auto step = [&](int64_t i) {
     squares.add_step(i);
     for (int k = 0; k < kStep; k += kLanes) {
       prefetch(ahead.x, i + k);
-      if (!stream) prefetch(ahead.out, i + k);
+      if (!nontemporal) prefetch(ahead.out, i + k);
       if constexpr (C::kHasResidual) {
         prefetch(ahead.residual, i + k);
-        if (!stream) prefetch(ahead.residual_out, i + k);
+        if (!nontemporal) prefetch(ahead.residual_out, i + k);
       }
       if (C::Op::kInfos[0].has(kGate) && ahead.gate) prefetch(ahead.gate, i + k);
       normalizer.vector(i + k);
@@ -198,97 +210,103 @@ template <class C, class Factors>
   return squares.rstd();
 }
 
-// --- All of a thread's rows, by a strategy
+// --- All rows of a thread, by a strategy
 
-// Row by row. `sum` holds one row, or is null where a row is too long.
+// One row after another. `sum` is a buffer for s of one row, or null if the row is too long for it.
 template <class C, class Factors>
-void run_few(const RowParams& p, Factors factors, typename C::S* sum, bool stream, int64_t begin, int64_t end) {
+void run_few(const RowParams& p, Factors factors, typename C::S* sum, bool nontemporal, int64_t begin, int64_t end) {
   RowCursor<C> cursor(p, begin);
   for (; begin < end; ++begin) {
-    Row<C> row = cursor.next();
+    RowPointers<C> row = cursor.next();
     if constexpr (C::kGatesX) row.sum = sum;
-    normalize<C>(p, factors, row, statistics<C>(p, row, false), stream);
+    normalize<C>(p, factors, row, statistics<C>(p, row, false), nontemporal);
   }
 }
 
-// Each row beside the next. `sums` holds two rows: s, where it is not stored, or around the caches.
+// Each row interleaved with the next. `sums` is a buffer for s of two rows. It is used if s is not stored, or is stored
+// around the caches.
 template <class C, class Factors>
-void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool stream, int64_t begin, int64_t end) {
+void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool nontemporal, int64_t begin,
+                int64_t end) {
   RowCursor<C> cursor(p, begin);
   const auto take = [&](int64_t index) {
-    Row<C> row = cursor.next();
-    if (C::kGatesX || (C::kHasResidual && stream)) row.sum = sums + index % 2 * kBufferElements;
+    RowPointers<C> row = cursor.next();
+    if (C::kGatesX || (C::kHasResidual && nontemporal)) row.sum = sums + index % 2 * kBufferElements;
     return row;
   };
-  Row<C> row = take(begin), next = take(begin + 1);
-  float rstd = statistics<C>(p, row, stream);
+  RowPointers<C> row = take(begin), next = take(begin + 1);
+  float rstd = statistics<C>(p, row, nontemporal);
   for (; begin + 1 < end; ++begin) {
-    const Row<C> after = take(begin + 2);  // perhaps another thread's: it is prefetched at most
-    Row<C> ahead = after;
+    const RowPointers<C> after = take(begin + 2);  // may be another thread's row; it is then only prefetched
+    RowPointers<C> ahead = after;
     ahead.out = next.out;
     if constexpr (C::Form::Formula::kGated) ahead.gate = next.gate;
-    rstd = normalize_beside<C>(p, factors, row, rstd, next, ahead, stream);
+    rstd = normalize_beside<C>(p, factors, row, rstd, next, ahead, nontemporal);
     row = next;
     next = after;
   }
-  normalize<C>(p, factors, row, rstd, stream);
+  normalize<C>(p, factors, row, rstd, nontemporal);
 }
 
-// Large buffers have stack frames of their own, here and below: few rows do not even touch them.
+// The large buffers, here and below, are in functions that are not inlined, so that a call with few rows does not touch
+// their stack frames.
 template <class C, class Factors>
-[[gnu::noinline]] void run_few_with_sum(const RowParams& p, Factors factors, bool stream, int64_t begin, int64_t end) {
+[[gnu::noinline]] void run_few_with_sum(const RowParams& p, Factors factors, bool nontemporal, int64_t begin,
+                                        int64_t end) {
   alignas(kCacheLine) typename C::S sum[kBufferElements];
-  run_few<C>(p, factors, sum, stream, begin, end);
+  run_few<C>(p, factors, sum, nontemporal, begin, end);
 }
 
 template <class C, class Factors>
-[[gnu::noinline]] void run_beside_with_sums(const RowParams& p, Factors factors, bool stream, int64_t begin, int64_t end) {
+[[gnu::noinline]] void run_beside_with_sums(const RowParams& p, Factors factors, bool nontemporal, int64_t begin,
+                                            int64_t end) {
   alignas(kCacheLine) typename C::S sums[C::kIsX ? 1 : 2 * kBufferElements];
-  run_beside<C>(p, factors, sums, stream, begin, end);
+  run_beside<C>(p, factors, sums, nontemporal, begin, end);
 }
 
 template <class C, class Factors>
-[[gnu::noinline]] void run_prepared(const RowParams& p, Factors weights, bool stream, int64_t begin, int64_t end) {
+[[gnu::noinline]] void run_prepared(const RowParams& p, Factors weights, bool nontemporal, int64_t begin, int64_t end) {
   alignas(kCacheLine) float factors[kBufferElements + kLanes];
   const auto prepared = prepare<typename C::V>(weights, weight_count(p), factors);
-  run_beside_with_sums<C>(p, prepared, stream, begin, end);
+  run_beside_with_sums<C>(p, prepared, nontemporal, begin, end);
 }
 
 template <class C, class Factors>
-[[gnu::noinline]] void run_packed(const RowParams& p, Factors weights, bool stream, int64_t begin, int64_t end) {
+[[gnu::noinline]] void run_packed(const RowParams& p, Factors weights, bool nontemporal, int64_t begin, int64_t end) {
   alignas(kCacheLine) typename C::W packed[kBufferElements];
-  run_beside_with_sums<C>(p, pack<typename C::V>(weights, p.hidden, packed), stream, begin, end);
+  run_beside_with_sums<C>(p, pack<typename C::V>(weights, p.hidden, packed), nontemporal, begin, end);
 }
 
 template <class C, class Factors>
-void run(const RowParams& p, Factors factors, const Strategy& strategy, int64_t begin, int64_t end) {
-  const bool stream = strategy.stream;
+void run_strategy(const RowParams& p, Factors factors, const Strategy& strategy, int64_t begin, int64_t end) {
+  const bool nontemporal = strategy.nontemporal;
   if (!strategy.beside) {
     if constexpr (C::kGatesX)
-      if (p.hidden <= kBufferElements) return run_few_with_sum<C>(p, factors, stream, begin, end);
-    run_few<C>(p, factors, nullptr, stream, begin, end);
+      if (p.hidden <= kBufferElements) return run_few_with_sum<C>(p, factors, nontemporal, begin, end);
+    run_few<C>(p, factors, nullptr, nontemporal, begin, end);
   } else if constexpr (!C::kHasWeight) {
-    run_beside_with_sums<C>(p, factors, stream, begin, end);
+    run_beside_with_sums<C>(p, factors, nontemporal, begin, end);
   } else {
     if constexpr (kPacks<typename C::V, typename C::W>)
-      if (strategy.packed) return run_packed<C>(p, factors, stream, begin, end);
-    run_prepared<C>(p, factors, stream, begin, end);
+      if (strategy.packed) return run_packed<C>(p, factors, nontemporal, begin, end);
+    run_prepared<C>(p, factors, nontemporal, begin, end);
   }
 }
 
-// --- From what is known at run time
+// --- The entry: from dtypes and options at run time to compiled code
 
 template <class V, class Op>
-void run(const RowParams& p, int64_t begin, int64_t end) {
+void compute_rows(const RowParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
   with_variant<Op, Float16, BFloat16>(p, [&](auto variant) {
     using C = Choice<V, Op, decltype(variant)>;
     const Strategy strategy = choose<C>(p, end - begin);
     if constexpr (C::kHasWeight) {
       using W = typename C::W;
-      run<C>(p, Weights<typename C::X, W>{static_cast<const W*>(p.data[kWeight]), p.weight_offset}, strategy, begin, end);
+      run_strategy<C>(p, StoredWeights<typename C::X, W>{static_cast<const W*>(p.data[kWeight]), p.weight_offset},
+                      strategy, begin, end);
     } else {
-      run<C>(p, Ones(), strategy, begin, end);
+      run_strategy<C>(p, Ones(), strategy, begin, end);
     }
   });
   V::fence();
@@ -296,7 +314,7 @@ void run(const RowParams& p, int64_t begin, int64_t end) {
 
 template <class V, class... Op>
 constexpr CpuKernels cpu_kernels(OpList<Op...>) {
-  return {{&run<V, Op>...}};
+  return {{&compute_rows<V, Op>...}};
 }
 
 }  // namespace

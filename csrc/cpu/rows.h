@@ -1,4 +1,4 @@
-// Where the rows of a call are, and of what. Part of row_kernel.h: the anonymous namespace is the same.
+// Element types and row pointers. Part of row_kernel.h, with the same anonymous namespace.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ void copy(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
 
-// How a thread goes about its rows, as far as code is compiled for it. V is the vector of floats.
+// The compile-time parameters of the row kernel. V is the vector of floats.
 template <class V_, class Op_, class Variant>
 struct Choice {
   using V = V_;
@@ -38,22 +38,22 @@ struct Choice {
   using W = typename Variant::W;
   static constexpr bool kRoundEachStep = Variant::kRoundEachStep, kHasWeight = Variant::kHasWeight;
   using Source = typename Form::Source;
-  static constexpr bool kIsX = std::is_same_v<Source, InputSource>;  // s is x, else it is written down
+  static constexpr bool kIsX = std::is_same_v<Source, InputSource>;  // s is x itself, so nothing need store it
   static constexpr bool kHasResidual = std::is_same_v<Source, ResidualSource>;
   static constexpr bool kGatesX = std::is_same_v<Source, GatedSource>;
 };
 
-// Where one row of each operand is; null where the call has no such operand.
+// Points to one row of each operand. Null for an operand that the call does not have.
 template <class C>
-struct Row {
+struct RowPointers {
   using X = typename C::X;
   using S = typename C::S;
   X *x = nullptr, *gate = nullptr, *out = nullptr;
   S *residual = nullptr, *post = nullptr, *residual_out = nullptr;
-  S* sum = nullptr;    // where the first pass leaves s for the second: residual_out or a buffer. Null: it leaves none
-  int64_t weight = 0;  // the index of its first weight, that of its group
+  S* sum = nullptr;    // the first pass stores s here for the second: residual_out or a buffer; null: it does not
+  int64_t weight = 0;  // the index of the row's first weight: 0, but for a group that of the group's first element
 
-  // Calls visit(operand, pointer or index) for what the operator has.
+  // Calls visit(operand, pointer) for the operator's operands with rows, and visit(kWeight, weight) if it has groups.
   template <class Visit>
   void each(const Visit& visit) {
     visit_if<kX>(visit, x);
@@ -72,7 +72,7 @@ struct Row {
   }
 };
 
-// Walks the rows of the operands in order; after the last one comes the first.
+// Gives the rows in order, starting with `row`. After the last row comes the first.
 template <class C>
 class RowCursor {
  public:
@@ -87,9 +87,9 @@ class RowCursor {
     }
   }
 
-  Row<C> next() {
+  RowPointers<C> next() {
     row_.sum = row_.residual_out;
-    const Row<C> row = row_;
+    const RowPointers<C> row = row_;
     for (int d = p_.row_dims - 1; d >= 0; --d) {
       move(d, 1);
       if (++at_[d] < p_.sizes[d]) break;
@@ -105,7 +105,7 @@ class RowCursor {
   }
 
   const RowParams& p_;
-  Row<C> row_;
+  RowPointers<C> row_;
   int64_t at_[kMaxRowDims];
 };
 

@@ -1,4 +1,4 @@
-// The first pass over a row: the sum of the inputs and its squares. Part of row_kernel.h: the anonymous namespace is the same.
+// The first pass over a row, which computes s and its squares. Part of row_kernel.h, with the same anonymous namespace.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 namespace gemma_norm {
 namespace {
 
-constexpr int kStep = 2 * kLanes;       // an addition takes some cycles: have more than one under way
-constexpr int64_t kChunk = 64 * kStep;  // what one chain of additions adds up
+constexpr int kStep = 2 * kLanes;       // elements of a step: two vectors, whose additions overlap in time
+constexpr int64_t kChunk = 64 * kStep;  // elements that one chain of additions adds up
 
 template <class V, class T>
 V rounded(V value) {
@@ -28,9 +28,11 @@ template <class C>
                    : formulas::activation<V, formulas::Activation::kSilu>(V::load(gate));
 }
 
-// s of kLanes elements from i on, written to `sum`, and with `stream` to residual_out, around the caches.
+// Computes s for kLanes elements from i on and stores it in `sum`; with `nontemporal` also in residual_out, around the
+// caches.
 template <class C>
-[[gnu::always_inline]] inline void store_sum(const RowParams& p, const Row<C>& row, int64_t i, typename C::S* sum, bool stream) {
+[[gnu::always_inline]] inline void store_sum(const RowParams& p, const RowPointers<C>& row, int64_t i,
+                                             typename C::S* sum, bool nontemporal) {
   using V = typename C::V;
   using S = typename C::S;
   const V x = V::load(row.x + i);
@@ -41,13 +43,14 @@ template <class C>
     if (row.post) r = rounded<V, S>(r + V::load(row.post + i));
     const V s = x + r;
     s.store(sum);
-    if (C::V::kStreams && stream) s.stream(row.residual_out + i);
+    if (C::V::kHasNontemporalStores && nontemporal) s.store_nontemporal(row.residual_out + i);
   }
 }
 
-// s of the last, incomplete step; the rest of `sum` stays or becomes zero.
+// Computes s for the last, incomplete step. What is left of `sum` is zero.
 template <class C>
-[[gnu::noinline]] void rest_of_sum(const RowParams& p, Row<C> row, int64_t i, int64_t rest, typename C::S (&sum)[kStep]) {
+[[gnu::noinline]] void rest_of_sum(const RowParams& p, RowPointers<C> row, int64_t i, int64_t rest,
+                                   typename C::S (&sum)[kStep]) {
   using X = typename C::X;
   using S = typename C::S;
   if constexpr (C::kIsX) {
@@ -55,7 +58,7 @@ template <class C>
   } else {
     X x[kStep] = {}, gate[kStep] = {};
     S residual[kStep] = {}, post[kStep] = {};
-    Row<C> padded;
+    RowPointers<C> padded;
     padded.x = x;
     copy(x, row.x + i, rest);
     if constexpr (C::kGatesX) {
@@ -77,8 +80,9 @@ template <class C>
   }
 }
 
-// How the lanes of a V add up squares: how many elements each takes of a step, and the number that its sum starts from. A 16-bit
-// number's square is exact in float32, underflow aside, so that one operation does for two.
+// How the lanes of a V add squares: kElements is the number of elements of a step that a lane adds, and kStart the
+// number that its sum starts from. The square of a 16-bit number is exact in float32 unless it underflows, so a fused
+// multiply-add gives the same bits as a product and a sum.
 template <class T>
 struct LaneSum {
   static constexpr int kElements = 1;
@@ -94,9 +98,9 @@ struct LaneSum {
   }
 };
 
-// AVX-512's operation for pairs of bfloat16 takes subnormal inputs and sums as zero. Each lane's sum therefore starts at the least
-// normal number, which end_chunk() takes away again: so it is never subnormal, and the square of a subnormal bfloat16, below
-// 2^-252, could not change it anyway.
+// AVX-512's instruction for pairs of bfloat16 treats subnormal inputs and sums as zero. Each lane's sum therefore
+// starts at the least normal number, which end_chunk() subtracts again. So the sum is never subnormal, and the square
+// of a subnormal bfloat16, which is below 2^-252, could not change it anyway.
 template <>
 struct LaneSum<BFloat16> {
   static constexpr int kElements = 2;
@@ -108,7 +112,8 @@ struct LaneSum<BFloat16> {
   }
 };
 
-// A row's squares, added up: sums of sums, as one long chain of additions would drift.
+// Adds up the squares of a row: first in chunks, then the sums of the chunks, because the rounding errors of one long
+// chain of additions would be larger.
 template <class C>
 class Squares {
   using V = typename C::V;
@@ -116,7 +121,8 @@ class Squares {
   using Sums = LaneSum<S>;
 
  public:
-  Squares(const RowParams& p, const Row<C>& row, bool stream) : p_(p), row_(row), stream_(stream) {
+  Squares(const RowParams& p, const RowPointers<C>& row, bool nontemporal)
+      : p_(p), row_(row), nontemporal_(nontemporal) {
     for (int k = 0; k < kSums; ++k) {
       sums_[k] = V::broadcast(0);
       part_[k] = V::broadcast(Sums::kStart);
@@ -129,7 +135,7 @@ class Squares {
     } else {
       S local[kStep];
       S* const sum = C::kHasResidual || row_.sum ? row_.sum + i : local;
-      for (int k = 0; k < kStep; k += kLanes) store_sum<C>(p_, row_, i + k, sum + k, stream_);
+      for (int k = 0; k < kStep; k += kLanes) store_sum<C>(p_, row_, i + k, sum + k, nontemporal_);
       add(sum);
     }
   }
@@ -160,8 +166,8 @@ class Squares {
   }
 
   const RowParams& p_;
-  const Row<C> row_;
-  const bool stream_;
+  const RowPointers<C> row_;
+  const bool nontemporal_;
   V sums_[kSums];
   V part_[kSums];
 };

@@ -1,4 +1,7 @@
-// What rows are multiplied by. Part of row_kernel.h: the anonymous namespace is the same.
+// The factors that rows are multiplied by. Part of row_kernel.h, with the same anonymous namespace.
+//
+// Each type has at<V>(i), the factors of the elements from i on, and rest_at<V>(i, rest), those of the last `rest`
+// elements of a row.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +11,9 @@
 namespace gemma_norm {
 namespace {
 
-// weight + offset in float32.
+// weight + offset in float32, computed from the weights in the caller's memory.
 template <class T, class W>
-struct Weights {
+struct StoredWeights {
   const W* weight;
   float offset;
 
@@ -29,14 +32,15 @@ struct Weights {
   template <class V>
   [[gnu::always_inline]] V sum(const W* w) const {
     const V sum = V::load(w) + V::broadcast(offset);
-    // A float32 weight can be a NaN whose only fraction bits lie below bfloat16's. Rounding it by integer arithmetic would make it
-    // infinite: with the default NaN in place of all, V::store may round without looking.
+    // A float32 weight can be a NaN whose fraction bits are all below those of bfloat16. Rounding it to bfloat16 with
+    // integer arithmetic would give infinity. All NaNs are therefore replaced by the default NaN, and V::store need not
+    // check for them.
     if constexpr (sizeof(W) > sizeof(T)) return sum.without_payload();
     return sum;
   }
 };
 
-// Where there is no weight.
+// The factors if there is no weight.
 struct Ones {
   template <class V>
   [[gnu::always_inline]] V at(int64_t) const {
@@ -48,12 +52,12 @@ struct Ones {
   }
 };
 
-// All weights: those of a row, or of all its groups.
+// The number of weights: those of a row, or of all groups of a row.
 inline int64_t weight_count(const RowParams& p) {
   return p.strides[kWeight][p.row_dims - 1] ? p.hidden * p.sizes[p.row_dims - 1] : p.hidden;
 }
 
-// The same as Weights, computed beforehand and padded.
+// The same factors as those of StoredWeights, computed beforehand and padded to whole vectors.
 struct PreparedWeights {
   const float* factors;
 
@@ -68,7 +72,7 @@ struct PreparedWeights {
 };
 
 template <class V, class T, class W>
-PreparedWeights prepare(const Weights<T, W>& weights, int64_t count, float* factors) {
+PreparedWeights prepare(const StoredWeights<T, W>& weights, int64_t count, float* factors) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) weights.template at<V>(i).store(factors + i);
   if (i < count) weights.template rest_at<V>(i, count - i).store(factors + i);
@@ -80,7 +84,7 @@ constexpr bool kPacks = false;
 template <class V>
 constexpr bool kPacks<V, BFloat16> = V::kPacksBFloat16;
 
-// In half the space of PreparedWeights: the weights as they are, padded and in an order that V is quick to convert.
+// Half as large as PreparedWeights: the 16-bit weights, padded to whole vectors, in an order that V converts quickly.
 template <class W>
 struct PackedWeights {
   const W* weight;
@@ -97,7 +101,7 @@ struct PackedWeights {
 };
 
 template <class V, class T, class W>
-PackedWeights<W> pack(const Weights<T, W>& weights, int64_t hidden, W* packed) {
+PackedWeights<W> pack(const StoredWeights<T, W>& weights, int64_t hidden, W* packed) {
   for (int64_t i = 0; i < hidden; i += kLanes) {
     W padded[kLanes] = {};
     copy(padded, weights.weight + i, hidden - i < kLanes ? hidden - i : kLanes);

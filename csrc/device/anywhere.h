@@ -1,4 +1,4 @@
-// A qualifier for functions that GPU kernels and CPU kernels share.
+// The qualifier of functions that GPU kernels and CPU kernels both call.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIP__)

@@ -12,9 +12,10 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
-#if __CUDA_ARCH__ == 750  // whose multiprocessors hold no more than 1024 threads
+#if __CUDA_ARCH__ == 750  // its multiprocessors hold at most 1024 threads
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) \
-  __global__ void __launch_bounds__(max_threads, (min_blocks) * (max_threads) > 1024 ? 1024 / (max_threads) : (min_blocks))
+  __global__ void __launch_bounds__(max_threads,   \
+                                    (min_blocks) * (max_threads) > 1024 ? 1024 / (max_threads) : (min_blocks))
 #else
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #endif
@@ -43,9 +44,9 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 }
 
 GEMMA_NORM_DEVICE Vector16 vector16(uint4 v) { return {v.x, v.y, v.z, v.w}; }
-// Not the read-only path: with overlapped launches the kernel before may have written this memory.
+// Not a read-only load (ld.global.nc): if launches overlap, the previous kernel may still write this memory.
 GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*reinterpret_cast<const uint4*>(p)); }
-// Evict-first loads and stores are slower, in place above all (docs/performance.md).
+// Evict-first loads and stores were slower, above all in place (docs/tuning-log.md, T10 to T13 and T41).
 GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return load(p); }
 GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
@@ -55,10 +56,13 @@ GEMMA_NORM_DEVICE Vector8 load(const Vector8* p) {
   return {v.x, v.y};
 }
 GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) { return load(p); }
-GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) { *reinterpret_cast<uint2*>(p) = make_uint2(v.word[0], v.word[1]); }
+GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(v.word[0], v.word[1]);
+}
 constexpr bool kLoadsBeforeStores = false;
 GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}
 GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
+GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
@@ -112,11 +116,11 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Everything a kernel reads may come from the kernel before it, the weight too (a training step, a weight update).
+// A kernel waits before it reads anything, even the weight: the previous kernel may be an optimiser that updates it.
 template <class... Pointers>
 GEMMA_NORM_DEVICE void wait_for_previous_kernel(Pointers... needed) {
 #if __CUDA_ARCH__ >= 900
-  // The branch, never taken, keeps the compiler from waiting first and working out the addresses afterwards.
+  // The branch is never taken. It makes the compiler compute the addresses before the wait instead of after it.
   asm volatile("{\n .reg .pred p;\n setp.eq.u64 p, %0, 0;\n @p trap;\n griddepcontrol.wait;\n}" ::"l"(
                    (reinterpret_cast<uint64_t>(needed) | ...))
                : "memory");
@@ -128,10 +132,11 @@ GEMMA_NORM_DEVICE void allow_next_kernel() {
 #endif
 }
 
-// Numbers travel by st.async, which the inbox's mbarrier counts. The cluster's own barrier, were it to order memory, would
-// flush it to the whole GPU: a microsecond.
+// Blocks send their numbers with st.async, and the receiving inbox's mbarrier counts them. The cluster's own barrier is
+// used only in its relaxed form, because its release form also makes writes to global memory visible to the whole GPU,
+// which takes a microsecond.
 constexpr bool kHasClusters = true;
-// Of the GPUs that are compiled for now: facts() tells of no clusters on others.
+// For any other target, facts() reports no clusters.
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100)
 constexpr bool kTargetHasClusters = true;
 #else
@@ -174,7 +179,8 @@ GEMMA_NORM_DEVICE void send(float* number, Inbox* inbox, int rank, float v) {
       "r"(shared_address(inbox)), "r"(rank), "r"(__float_as_uint(v))
       : "memory");
 }
-// The mbarrier's phases are the exchanges. Numbers of the next one may come before it is expected: they are counted all the same.
+// Each exchange is a phase of the mbarrier. Numbers of the next exchange may arrive before expect_numbers() announces
+// them; they are counted as well.
 GEMMA_NORM_DEVICE void wait_for_numbers(Inbox* inbox, int exchange) {
   asm volatile(
       "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
@@ -184,7 +190,8 @@ GEMMA_NORM_DEVICE void wait_for_numbers(Inbox* inbox, int exchange) {
 }
 GEMMA_NORM_DEVICE void expect_numbers(Inbox* inbox, int numbers) {
   if (threadIdx.x == 0)
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)), "r"(number_bytes(numbers))
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(inbox)),
+                 "r"(number_bytes(numbers))
                  : "memory");
 }
 
@@ -193,10 +200,11 @@ using Error = cudaError_t;
 constexpr Error kSuccess = cudaSuccess;
 inline const char* error_text(Error e) {
   if (e != cudaErrorNoKernelImageForDevice) return cudaGetErrorString(e);
-  return "this library has no code for this GPU: gemma_norm.libraries() names both, TORCH_CUDA_ARCH_LIST is what to build for";
+  return "this library has no code for this GPU: gemma_norm.libraries() names both, TORCH_CUDA_ARCH_LIST is what to "
+         "build for";
 }
 
-// Of the current device, asked for once. `kernel` is any of this library's.
+// The facts of the current device, queried once for each device. `kernel` may be any kernel of this library.
 static Error facts(DeviceFacts* result, const void* kernel) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];  // 0: not yet; else 1 + overlap_launch + 2 * clusters + 4 * processors
@@ -209,10 +217,10 @@ static Error facts(DeviceFacts* result, const void* kernel) {
     if (const Error e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
     if (const Error e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
     if (const Error e = cudaFuncGetAttributes(&attributes, kernel)) return e;
-    // Code compiled for less than sm_90 has no wait in it, also when the driver translated its PTX for a newer GPU.
+    // Code compiled for a target below sm_90 contains no wait, even if the driver translated its PTX for a newer GPU.
     const bool has_sm90_code = major >= 9 && attributes.ptxVersion >= 90;
     int cluster = 1;
-    if (has_sm90_code && major <= 10) {  // a slice of a GPU may have too few multiprocessors side by side
+    if (has_sm90_code && major <= 10) {  // a slice of a GPU (MIG) may have too few neighbouring multiprocessors
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(kMaxCluster);
       config.blockDim = dim3(32);
@@ -258,7 +266,7 @@ using Arithmetic = Scalar;
 template <bool kQuick>
 GEMMA_NORM_DEVICE float reciprocal_root(float v) {
   if constexpr (kQuick) return newton_reciprocal_root(v);
-  return 1.0f / __fsqrt_rn(v);  // calls for rare values, across which the compiler moves nothing
+  return 1.0f / __fsqrt_rn(v);  // contains calls for rare values, so the compiler moves nothing across it
 }
 
 }  // namespace gemma_norm::device

@@ -1,6 +1,6 @@
-// The host plays a GPU, for tests: each thread of a block is a fiber, and the blocks run one after another (those of a cluster take
-// turns). See platform.h for what each name promises. What runs the fibers is tests/cpp/emulated_machine.cpp; no shipped library
-// has any of this in it.
+// A GPU emulated on the host, for tests. Each thread of a block is a fiber. The blocks run one after another, except
+// that those of a cluster take turns. See platform.h for what each name promises. tests/cpp/emulated_machine.cpp runs
+// the fibers. No shipped library contains any of this.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 
 namespace gemma_norm::device {
 
-// Where the fiber that runs now is.
+// The place of the running fiber in its grid.
 struct Here {
   int thread, block_threads, wave_width;
   int64_t block;
@@ -26,11 +26,12 @@ struct Here {
 };
 extern Here here;
 
-// Both return once all threads of the block, or all lanes of the wave, are there; a launch in which that cannot happen fails.
+// Each returns once all threads of the block, or all lanes of the wave, have called it. If that cannot happen, the
+// launch fails.
 void block_barrier();
-float value_of_lane(int distance, float v);  // v of the lane whose index is this one's ^ distance
+float value_of_lane(int distance, float v);
 
-// The threads of a cluster's blocks arrive, then wait for all to have arrived.
+// A barrier for all threads of a cluster: each arrives, then waits until all have arrived.
 void cluster_arrive();
 void cluster_wait();
 void store_in_block(float* shared, int rank, float v);
@@ -49,8 +50,8 @@ inline void wait_for_numbers(Inbox*, int) {
 }
 inline void expect_numbers(Inbox*, int) {}
 
-// One block runs at a time, so all kernels have the same variables. The machine knows of them before any kernel runs: it fills them
-// with garbage before each block, and keeps those of a cluster's blocks apart.
+// One block runs at a time, so a variable in shared memory is a global variable here. Each is registered before any
+// kernel runs. The machine fills it with garbage before each block, and keeps a copy for each block of a cluster.
 void add_shared_variable(void* data, size_t size);
 template <class T>
 struct SharedMemory {
@@ -64,7 +65,8 @@ T& shared_memory() {
   return shared<T>.memory;
 }
 
-// Ends the launch with an error; the fiber does not go on. (AddressSanitizer stumbles over [[noreturn]] on a fiber's stack.)
+// Ends the launch with an error and does not return. (It is not declared [[noreturn]], because AddressSanitizer
+// mishandles calls of such functions on a fiber's stack.)
 void fail(const char* what);
 
 inline int thread_index() { return here.thread; }
@@ -85,7 +87,8 @@ inline void allow_next_kernel() {}
 
 template <class Vector>
 void check_access(const Vector* p) {
-  if (reinterpret_cast<uintptr_t>(p) % alignof(Vector)) fail("an access to a vector at an address that is no multiple of its size");
+  if (reinterpret_cast<uintptr_t>(p) % alignof(Vector))
+    fail("an access to a vector at an address that is no multiple of its size");
   if (!here.waited_for_previous_kernel) fail("an access to memory before wait_for_previous_kernel");
 }
 template <class Vector>
@@ -105,6 +108,7 @@ void store_once(Vector* p, Vector v) {
 constexpr bool kLoadsBeforeStores = false;
 inline void wait_for_load(const Vector16&) {}
 inline void keep_packed(Vector16*) {}
+inline void leave_unset(Vector16* v) { *v = {}; }
 
 template <class To, class From>
 To bit_cast(From from) {
@@ -117,7 +121,7 @@ inline float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 inline uint32_t as_bits(float f) { return bit_cast<uint32_t>(f); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float clamp(float v, float low, float high) { return std::fmin(std::fmax(v, low), high); }
-// These are as inexact as hardware may be.
+// The approximations are as inexact as the device layer allows, so that the steps that refine them are tested.
 inline float approximate_reciprocal(float v) { return as_float(as_bits(1 / v) + as_bits(v) % 3 - 1); }
 inline float approximate_rsqrt(float v) {
   const float exact = static_cast<float>(1 / std::sqrt(static_cast<double>(v)));
@@ -128,16 +132,17 @@ inline bool in_all_lanes(bool condition) { return condition; }
 inline float float16_value(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // As the low exponent of a float the bits are 2^112 times too small; the product is exact, subnormals included.
+  // Read as a float, these bits are 2^112 times too small. The product is exact, for subnormals too.
   return as_float(sign | as_bits(as_float(magnitude << 13) * 0x1p112f));
 }
 
-// To nearest even; a NaN stays one and is made quiet.
+// Rounds to nearest even. A NaN stays a NaN and becomes quiet.
 inline uint32_t float16_bits(float f) {
   const uint32_t bits = as_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return sign | 0x7e00u | (magnitude >> 13 & 0x3ffu);
-  if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // from 65536
-  // Below float16's normal range: the last bit of 0.5 is float16's smallest number, so the addition rounds as it should.
+  if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // 65536 and more become infinite
+  // Below float16's normal range: the last bit of 0.5f is worth float16's smallest number, so adding 0.5f rounds to a
+  // multiple of that.
   if (magnitude < 0x38800000u) return sign | (as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f));
   return sign | ((magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
 }
@@ -175,7 +180,7 @@ constexpr Error kSuccess = nullptr;
 inline const char* error_text(Error e) { return e; }
 
 Error facts(DeviceFacts* result, const void* kernel);
-// `blocks` is the number of clusters times their size, which is 1 where there are none.
+// `blocks` counts all blocks of the grid; `cluster` is how many form a cluster, 1 without clusters.
 Error run_grid(const void* kernel, int64_t blocks, int threads, int cluster, const std::function<void()>& thread);
 
 template <class... Args>

@@ -1,4 +1,4 @@
-// What the host knows of a GPU.
+// What the host must know of a GPU to plan and launch a kernel.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +9,17 @@ constexpr int32_t kMaxCluster = 8;  // blocks of a thread block cluster
 
 struct DeviceFacts {
   int32_t wave_width;      // 32, or 64 on AMD CDNA
-  int64_t max_threads;     // the most threads a launch may have in all (HIP: 2^32 - 1)
+  int64_t max_threads;     // the largest number of threads in a launch (HIP: 2^32 - 1)
   bool overlap_launch;     // the next kernel may start before this one ends (programmatic dependent launch)
-  int32_t max_cluster;     // blocks that can exchange sums directly (thread block clusters); 1 where there is no such thing
-  int32_t processors = 0;  // streaming multiprocessors; needed where there are clusters or overlap_launch
+  int32_t max_cluster;     // blocks of the largest thread block cluster; 1 if the GPU has no clusters
+  int32_t processors = 0;  // streaming multiprocessors; needed only with clusters or overlap_launch
 };
 
-// How many threads to start.
+// How many threads a launch starts.
 struct Grid {
-  int64_t groups;  // blocks, or clusters
+  int64_t groups;  // clusters; blocks if there are no clusters
   int32_t block_threads;
-  int32_t cluster;  // blocks of a group
+  int32_t cluster;  // blocks of a cluster; 1 if there are no clusters
 };
 
 }  // namespace gemma_norm

@@ -10,7 +10,7 @@
 #include "types.h"
 
 #define GEMMA_NORM_DEVICE __device__ __forceinline__
-// At least two waves a SIMD, hence at most 256 registers: tests/amdgpu asserts how many more fit.
+// At least two waves fit on a SIMD, so a thread has at most 256 registers. tests/amdgpu asserts how many waves fit.
 #define GEMMA_NORM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, 2)
 
 namespace gemma_norm::device {
@@ -18,14 +18,14 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
 GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
-// Waves exchange data through LDS alone, so this waits for LDS accesses alone. __syncthreads() also waits for the wave's own
-// stores to global memory: compiled by clang 15 on gfx90a, by newer ones on RDNA.
+// Waves exchange data only through LDS, so this barrier waits only for LDS accesses. __syncthreads() would also wait
+// for the wave's own stores to global memory, with clang 15 on gfx90a and with newer versions on RDNA.
 GEMMA_NORM_DEVICE void block_barrier() {
 #if defined(__GFX9__) || defined(__GFX10__) || defined(__GFX11__)
   asm volatile("s_waitcnt lgkmcnt(0)\n\ts_barrier" ::: "memory");
 #elif defined(__GFX12__)
   asm volatile("s_wait_dscnt 0x0\n\ts_barrier_signal -1\n\ts_barrier_wait -1" ::: "memory");
-#else  // __syncthreads(), which is a call in the headers of ROCm 5 that newer compilers do not inline
+#else  // what __syncthreads() does; in ROCm 5's headers that is a call, which newer compilers do not inline
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
@@ -38,30 +38,33 @@ GEMMA_NORM_DEVICE T& shared_memory() {
   return memory;
 }
 
-// Of the target being compiled; the host asks the device (facts). ROCm 7 has no macro or constant for it any more.
+// The wave width of the target being compiled for; ROCm 7 has no macro or constant for it any more. The host asks the
+// device instead (see facts()).
 #if defined(__GFX9__)
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 64; }
 #else
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 #endif
-// On wave 64, true only if it is true in every lane, so that the branch is uniform. With a divergent branch, compilers keep
-// the values loaded on its two sides in separate registers.
+// On wave 64, true only if the condition is true in every lane, so that the branch is uniform. In a divergent branch,
+// compilers keep the values loaded on its two sides in separate registers.
 GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return wave_width() == 64 ? __all(condition) != 0 : condition; }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
 
-// Lanes exchange through the VALU's data-parallel primitives: no LDS instruction, no wait.
+// Lanes exchange values through the data-parallel primitives (DPP) of vector instructions, which need no LDS access and
+// no wait.
 template <int Control>
 GEMMA_NORM_DEVICE float dpp(float v) {
   return as_float(__builtin_amdgcn_update_dpp(0, as_bits(v), Control, 0xf, 0xf, true));
 }
-constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141, kMirrorRow = 0x140;  // a row is 16 lanes
+constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141,
+              kMirrorRow = 0x140;  // a row is 16 lanes
 
 GEMMA_NORM_DEVICE float lane_value(float v, int lane) { return as_float(__builtin_amdgcn_readlane(as_bits(v), lane)); }
 
 GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
-  // Each step adds the other half of a group whose halves are each uniform already, so a mirror serves as an exchange.
+  // Before each step, all lanes of a half-group hold the same value, so mirroring the group swaps its halves.
   if (lanes > 1) v += dpp<kSwapNeighbours>(v);
   if (lanes > 2) v += dpp<kSwapPairs>(v);
   if (lanes > 4) v += dpp<kMirrorHalfRow>(v);
@@ -77,37 +80,44 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
-using Float2 = float __attribute__((ext_vector_type(2)));  // what CDNA computes at once
+using Float2 = float __attribute__((ext_vector_type(2)));  // CDNA computes two floats at once
 using UInt2 = uint32_t __attribute__((ext_vector_type(2)));
 using Vector4 = uint32_t __attribute__((ext_vector_type(4)));
-// Said to be global memory, which compilers do not always infer: flat accesses, which could be LDS, are slower.
+// Pointers to global memory. Compilers do not always infer that, and then make flat accesses, which may go to LDS and
+// are slower.
 using GlobalVector4 = Vector4 __attribute__((address_space(1)));
 using GlobalUInt2 = UInt2 __attribute__((address_space(1)));
 GEMMA_NORM_DEVICE Vector16 vector16(Vector4 v) { return {v.x, v.y, v.z, v.w}; }
 GEMMA_NORM_DEVICE Vector16 load(const Vector16* p) { return vector16(*(const GlobalVector4*)p); }
-GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) { return vector16(__builtin_nontemporal_load((const GlobalVector4*)p)); }
+GEMMA_NORM_DEVICE Vector16 load_once(const Vector16* p) {
+  return vector16(__builtin_nontemporal_load((const GlobalVector4*)p));
+}
 GEMMA_NORM_DEVICE void store_once(Vector16* p, Vector16 v) {
   __builtin_nontemporal_store(Vector4{v.word[0], v.word[1], v.word[2], v.word[3]}, (GlobalVector4*)p);
 }
 GEMMA_NORM_DEVICE Vector8 vector8(UInt2 v) { return {v.x, v.y}; }
 GEMMA_NORM_DEVICE Vector8 load(const Vector8* p) { return vector8(*(const GlobalUInt2*)p); }
-GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) { return vector8(__builtin_nontemporal_load((const GlobalUInt2*)p)); }
+GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) {
+  return vector8(__builtin_nontemporal_load((const GlobalUInt2*)p));
+}
 GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
   __builtin_nontemporal_store(UInt2{v.word[0], v.word[1]}, (GlobalUInt2*)p);
 }
-// CDNA counts loads and stores together. Behind a branch around a store, compilers do not know how many accesses have
-// followed the load that they must wait for, so they wait for all, the store included. RDNA counts them apart, and the order
-// makes no difference, but on gfx1250 clang 22 would take 50 registers more for it.
+// CDNA counts outstanding loads and stores in one counter. After a branch around a store, compilers do not know how
+// many accesses followed the load that they must wait for, so they wait for all, the store included. RDNA has a counter
+// for each, and the order makes no difference; but on gfx1250, clang 22 would need 50 more registers to load first.
 #if defined(__gfx1250__) || defined(__gfx1251__)
 constexpr bool kLoadsBeforeStores = false;
 #else
 constexpr bool kLoadsBeforeStores = true;
 #endif
-// Neither is an instruction. The first only reads a word: reading and writing them all would cost registers.
+// Neither emits an instruction. wait_for_load only reads one word, because reading and writing all four would take
+// registers.
 GEMMA_NORM_DEVICE void wait_for_load(const Vector16& v) { asm volatile("" ::"v"(v.word[0])); }
 GEMMA_NORM_DEVICE void keep_packed(Vector16* v) {
   asm volatile("" : "+v"(v->word[0]), "+v"(v->word[1]), "+v"(v->word[2]), "+v"(v->word[3]));
 }
+GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GEMMA_NORM_DEVICE float clamp(float v, float low, float high) { return __builtin_amdgcn_fmed3f(v, low, high); }
@@ -148,7 +158,7 @@ GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
 GEMMA_NORM_DEVICE float keep_nan(float v) { return v == v ? v : as_float(0x7fc00000u); }
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
-  // In the upper halves, to nearest even; a NaN with a lower half could become Inf or zero.
+  // Rounds to nearest even in the upper halves. A NaN whose lower half is not 0 could become Inf or zero.
   const UInt2 bits = {as_bits(f[0]), as_bits(f[1])}, rounded = bits + (bits >> 16 & 1u) + 0x7fffu;
   return __builtin_amdgcn_perm(rounded.y, rounded.x, 0x07060302u);
 }
@@ -156,7 +166,8 @@ GEMMA_NORM_DEVICE uint32_t pack<bfloat16>(const float* f) {
 template <>
 GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   Float2 value = {f[0], f[1]};
-  // Compilers would make one v_fma_mixlo_f16 of a product and its rounding. It adds +0, so a zero's sign would be lost.
+  // Keeps compilers from merging a product and its rounding into one v_fma_mixlo_f16. That instruction adds +0, so -0
+  // would become +0.
   asm("" : "+v"(value));
   return __builtin_bit_cast(uint32_t, __builtin_convertvector(value, _Float16 __attribute__((ext_vector_type(2)))));
 }
@@ -172,10 +183,11 @@ using Error = hipError_t;
 constexpr Error kSuccess = hipSuccess;
 inline const char* error_text(Error e) {
   if (e != hipErrorNoBinaryForGpu && e != hipErrorInvalidDeviceFunction) return hipGetErrorString(e);
-  return "this library has no code for this GPU: gemma_norm.libraries() names both, PYTORCH_ROCM_ARCH is what to build for";
+  return "this library has no code for this GPU: gemma_norm.libraries() names both, PYTORCH_ROCM_ARCH is what to build "
+         "for";
 }
 
-// Of the current device, asked for once.
+// The facts of the current device, queried once for each device.
 static Error facts(DeviceFacts* result, const void*) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];  // 0: not yet; else the wave width
@@ -205,8 +217,8 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 
 namespace gemma_norm::device {
 
-// CDNA computes two floats at once. Left to compilers, they would take single ones: the clamp and the approximation, which are
-// instructions of one float, keep them from seeing the pairs between.
+// The arithmetic of two floats, which CDNA computes at once. Compilers do not find these pairs themselves: the clamp
+// and the approximation are instructions on one float, and the operations between them are then on one float as well.
 struct Pair {
   static constexpr int kCount = 2;
   static GEMMA_NORM_DEVICE Float2 load(const float* f) { return {f[0], f[1]}; }
@@ -219,8 +231,12 @@ struct Pair {
   static GEMMA_NORM_DEVICE Float2 clamp(Float2 g, float low, float high) {
     return {device::clamp(g.x, low, high), device::clamp(g.y, low, high)};
   }
-  static GEMMA_NORM_DEVICE Float2 one_unless_nan(Float2 g) { return {Scalar::one_unless_nan(g.x), Scalar::one_unless_nan(g.y)}; }
-  static GEMMA_NORM_DEVICE Float2 power_of_two(Float2 n) { return {Scalar::power_of_two(n.x), Scalar::power_of_two(n.y)}; }
+  static GEMMA_NORM_DEVICE Float2 one_unless_nan(Float2 g) {
+    return {Scalar::one_unless_nan(g.x), Scalar::one_unless_nan(g.y)};
+  }
+  static GEMMA_NORM_DEVICE Float2 power_of_two(Float2 n) {
+    return {Scalar::power_of_two(n.x), Scalar::power_of_two(n.y)};
+  }
   static GEMMA_NORM_DEVICE Float2 reciprocal(Float2 d) {
     return refine_reciprocal<Pair>(d, Float2{approximate_reciprocal(d.x), approximate_reciprocal(d.y)});
   }

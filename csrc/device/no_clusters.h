@@ -1,5 +1,5 @@
-// For targets without thread block clusters: the names, so that the kernels compile. No plan for such a device has clusters, or
-// slots of two threads.
+// For targets without thread block clusters: functions that let the kernels compile and are never called. No plan for
+// such a device has clusters, or slots that two threads share.
 #pragma once
 
 namespace gemma_norm::device {

@@ -1,38 +1,61 @@
-// The narrow device layer. Everything that differs between platforms is behind these names, in namespace gemma_norm::device:
+// The device layer. Everything that differs between platforms is behind these names, in namespace gemma_norm::device.
 //
-//   GEMMA_NORM_DEVICE, GEMMA_NORM_KERNEL(max_threads, min_blocks)      qualifiers
-//   thread_index() block_threads() block_index()                              ints; the last is an int64_t
-//   wave_width()                                                             lanes of a wave (warp): 32 or 64
-//   block_barrier()              orders the block's accesses to shared memory, not those to global memory
-//   shared_memory<T>()           a T in the block's shared memory, one of each type T in a kernel; at first its bytes are anything
-//   sum_over_lanes(v, lanes)     every lane gets the sum over its aligned group of `lanes` (a power of two <= wave_width()),
-//                                added as a balanced binary tree, neighbours first
-//   value_of_lane(distance, v)   v of the lane whose index is this one's ^ distance, in all lanes at once; where there are clusters
-//   load_once(p) store_once(p, v)  a Vector16 or Vector8 that this kernel touches once: not worth a place in the caches
-//   load(p)                        one that others will want too
-//   kLoadsBeforeStores             a load behind a store may have to wait for it: kernels load first what they can
-//   wait_for_load(v)               what waits for v's load waits here, not after a later store
-//   keep_packed(v)                 what v was unpacked to before does not stay in registers: it is unpacked again
-//   in_all_lanes(condition)        for a branch: where a device gains by it, of the wave as one; elsewhere of this lane alone
-//   as_float(bits) as_bits(f) fma(a, b, c)                                   IEEE, round to nearest even
-//   reciprocal_root<kQuick>(v)     1 / sqrt(v), v >= 0: the root rounded to nearest even, then its reciprocal; kQuick: for kernels
-//                                  with registers to spare
-//   Arithmetic                     what exponential.h computes with: of Arithmetic::kCount floats at once, load(f) and store(v, f)
-//   unpack<T>(word, f) pack<T>(f)  a 32-bit word of T (float, float16, bfloat16) to its one or two floats and back
-//   keep_nan(v)                    v; a NaN as one that pack<bfloat16> keeps: needed where its lower 16 bits may not be 0
-//   wait_for_previous_kernel(pointers...) allow_next_kernel()               overlapped launches; nothing where there are none;
-//                                                                           the pointers are worked out before the wait
+//   GEMMA_NORM_DEVICE                qualifier of functions
+//   GEMMA_NORM_KERNEL(max_threads, min_blocks)  qualifier of kernels
+//   thread_index() block_threads()   ints
+//   block_index()                    an int64_t
+//   wave_width()                     lanes of a wave (NVIDIA: warp): 32 or 64
+//   block_barrier()                  orders the block's accesses to shared memory, but not those to global memory
+//   shared_memory<T>()               a T in the block's shared memory, uninitialised; a kernel has one for each
+//                                    type T
+//   sum_over_lanes(v, lanes)         in every lane, the sum over its aligned group of `lanes` lanes (a power of
+//                                    two, at most wave_width()), added as a balanced binary tree, neighbours first
+//   value_of_lane(distance, v)       the v of the lane whose index is this lane's ^ distance; all lanes must call
+//                                    it; only on devices with clusters
+//   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in
+//                                    the caches
+//   load(p)                          for one that will be read again
+//   kLoadsBeforeStores               if true, a load that follows a store may have to wait for it, so kernels load
+//                                    first
+//   wait_for_load(v)                 whoever uses v later waits for its load here, hence not for a store after this
+//                                    point
+//   keep_packed(v)                   makes the compiler forget what v was unpacked to, so that it frees those
+//                                    registers and unpacks v again later
+//   leave_unset(v)                   for a Vector16 that is copied before it is set, though nothing uses its value.
+//                                    Nothing on GPUs; on the host v is set to 0, since compilers would warn
+//   in_all_lanes(condition)          the condition of a branch; it may be false in a lane whose own condition is
+//                                    true: on some devices it is true only if the condition is true in all lanes of
+//                                    the wave
+//   as_float(bits) as_bits(f)        the same bits as another type
+//   fma(a, b, c)                     a * b + c, rounded once, to nearest even
+//   clamp(v, low, high)              min(max(v, low), high); for a NaN, either bound
+//   reciprocal_root<kQuick>(v)       1 / sqrt(v) for v >= 0: the root is rounded to nearest even, then its
+//                                    reciprocal; kQuick may be faster and takes more registers
+//   Arithmetic                       the arithmetic that exponential.h needs, on Arithmetic::kCount floats at a
+//                                    time
+//   unpack<T>(word, f) pack<T>(f)    converts a 32-bit word of T (float, float16, bfloat16) to its one or two
+//                                    floats, and back
+//   keep_nan(v)                      v, with any NaN replaced by one that pack<bfloat16> keeps; without this,
+//                                    pack<bfloat16> may turn a NaN whose lower 16 bits are not 0 into another value
+//   wait_for_previous_kernel(p...)   waits until the previous kernel's writes are visible, if launches overlap; the
+//                                    pointers p are computed before the wait
+//   allow_next_kernel()              the next kernel may start, if launches overlap
 //
-//   kHasClusters (some target of this toolkit has thread block clusters) and kTargetHasClusters (the one compiled for now has);
-//   where true, called by every thread of every block of a cluster:
-//   cluster_index() cluster_rank() cluster_blocks()       of the cluster in the grid, of the block in it; how many there are in it
-//   open_inbox(inbox, numbers)    before all else: each block will get so many numbers from each, itself included, in an exchange
-//   wait_for_inboxes()            until all blocks have opened theirs; before the first exchange
-//   send(number, inbox, rank, v)  (by one thread) v to the same variable of the block of that rank
-//   wait_for_numbers(inbox, exchange)  until all numbers of the exchange have come; exchanges count from 0
-//   expect_numbers(inbox, numbers)     after that, where there will be another exchange
+//   kHasClusters                     some target of this toolkit has thread block clusters
+//   kTargetHasClusters               the target being compiled for has them; only then the following are called, by
+//                                    every thread of every block of a cluster
+//   cluster_index()                  the index of the cluster in the grid
+//   cluster_rank()                   the index of the block in its cluster
+//   cluster_blocks()                 how many blocks the cluster has
+//   open_inbox(inbox, numbers)       before anything else: in each exchange, every block will receive this many
+//                                    numbers from every block, itself included
+//   wait_for_inboxes()               until all blocks have opened theirs; before the first exchange
+//   send(number, inbox, rank, v)     called by one thread: writes v to the variable `number` of the block of that
+//                                    rank
+//   wait_for_numbers(inbox, n)       until all numbers of exchange n have arrived; exchanges count from 0
+//   expect_numbers(inbox, numbers)   after that, if another exchange follows
 //
-// and for the host side: Stream, launch(kernel, grid, stream, facts, args...), facts(), Error and error_text().
+// The host side has Stream, launch(kernel, grid, stream, facts, args...), facts(), Error and error_text().
 #pragma once
 
 #if defined(__HIP__)

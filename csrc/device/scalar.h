@@ -1,4 +1,5 @@
-// The arithmetic of one float, for exponential.h. Needs fma(), as_bits(), as_float(), clamp() and approximate_reciprocal().
+// The arithmetic that exponential.h needs, on one float at a time. Include it after fma(), as_bits(), as_float(),
+// clamp() and approximate_reciprocal() are declared.
 #pragma once
 
 namespace gemma_norm::device {

@@ -1,4 +1,4 @@
-// Storage types, the same on every platform: bits only, conversions are the device layer's.
+// Storage types, the same on every platform. They hold bits; the device layer converts them (platform.h).
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// From the C interface to an operator's kernels, which each have a source of their own: this one instantiates none.
+// From the C interface to an operator's kernels. The kernels of each operator are compiled in a source of their own, so
+// this header instantiates none.
 #pragma once
 
 #include "../device/platform.h"
@@ -6,15 +7,15 @@
 
 namespace gemma_norm::gpu {
 
-// In launch.cuh.
+// Checks the call and launches the kernels of `Op`. Defined in launch.cuh.
 template <class Op>
-Status run(const Call& call, device::Stream stream, Message* message);
+Status launch_op(const Call& call, device::Stream stream, Message* message);
 
-// Of the operator that the call names.
-inline Status run(const Call& call, device::Stream stream, Message* message) {
+// Finds the operator of the call and launches its kernels.
+inline Status dispatch(const Call& call, device::Stream stream, Message* message) {
   if (Ops::index(call.op) < 0) return no_such_operator(call, message);
   Status status = Status::kOk;
-  Ops::visit(call.op, [&](auto op) { status = run<decltype(op)>(call, stream, message); });
+  Ops::visit(call.op, [&](auto op) { status = launch_op<decltype(op)>(call, stream, message); });
   return status;
 }
 

@@ -1,4 +1,4 @@
-// From a checked call to the one kernel that serves it, the same way on every device.
+// Checks a call, chooses the one kernel that serves it and launches that, in the same way on every device.
 #pragma once
 
 #include <cstdio>
@@ -11,10 +11,11 @@
 #include "row_kernel.cuh"
 
 namespace gemma_norm::gpu {
-namespace {  // the tests link CUDA's and the emulated device's into one program
+namespace {  // unnamed, because the tests link the CUDA and the emulated versions into one program
 
-// Can every access be a whole, aligned vector? A property of this call's memory: it picks the instructions, never the shape. What
-// is narrower than s has vectors of 8 bytes.
+// Whether every access can be a whole, aligned vector. This depends on the addresses and strides of the call. It
+// decides which instructions access memory, but never the shape, and so no bits. A vector takes 16 bytes, or 8 in an
+// operand whose elements are half as wide as those of s.
 bool is_aligned(const RowParams& p, const LaunchPlan& plan, DType row_dtype) {
   const int64_t items = kVectorBytes / size_of(row_dtype);
   bool aligned = plan.whole_vectors;
@@ -29,33 +30,34 @@ bool is_aligned(const RowParams& p, const LaunchPlan& plan, DType row_dtype) {
 
 struct Kernel {
   void (*function)(RowParams, Launch);
-  int32_t resident_threads;  // that a multiprocessor holds at least
+  int32_t resident_threads;  // at least this many fit on a multiprocessor
 };
 
-// The kernel of row `kRow` of tuning.h. Picking single elements for many vectors would spill registers: such rows are streamed, in
-// the same shape, hence with the same result.
+// The kernel of entry `kRow` of kKernels (tuning.h), or none if no plan can choose that entry. Accessing single
+// elements takes registers, and a kernel that holds many vectors as well would spill some. Unaligned rows that need
+// more than a wave are therefore read in two passes, in the same shape and hence with the same result.
 template <class V, bool kAligned, size_t kRow>
 constexpr Kernel make_kernel() {
   constexpr KernelTuning kTuning = kKernels[kRow];
   constexpr Scope kScope = kTuning.scope;
   constexpr int kVectors = kTuning.vectors, kThreads = kTuning.max_block_threads;
-  constexpr bool kSpreadOnly = kTuning.row_vectors == 0;  // and such rows are aligned
-  if constexpr (((kScope == Scope::kCluster || kSpreadOnly) && !device::kHasClusters) || kResidentThreads<V, kRow> == 0 ||
-                (kSpreadOnly && !kAligned)) {
-    return {};  // of no plan
-  } else if constexpr (kScope == Scope::kWave || (kAligned && kScope != Scope::kStream)) {
+  constexpr bool kSpreadOnly = kTuning.row_vectors == 0;  // only aligned rows are spread
+  if constexpr (((kScope == Scope::kCluster || kSpreadOnly) && !device::kHasClusters) ||
+                kResidentThreads<V, kRow> == 0 || (kSpreadOnly && !kAligned)) {
+    return {};
+  } else if constexpr (kScope == Scope::kWave || (kAligned && kScope != Scope::kTwoPasses)) {
     return {&normalize_rows<V, kScope, kVectors, kThreads, kAligned>, kAligned ? kResidentThreads<V, kRow> : kThreads};
   } else {
-    constexpr Scope kStreamScope = kScope == Scope::kCluster ? kScope : Scope::kStream;
-    constexpr int kStreamThreads = kScope == Scope::kCluster || kThreads > 512 ? 1024 : 512;
-    return {&normalize_stream<V, kStreamScope, kStreamThreads, kAligned>, kStreamThreads};
+    constexpr Scope kTwoPassScope = kScope == Scope::kCluster ? kScope : Scope::kTwoPasses;
+    constexpr int kTwoPassThreads = kScope == Scope::kCluster || kThreads > 512 ? 1024 : 512;
+    return {&normalize_in_two_passes<V, kTwoPassScope, kTwoPassThreads, kAligned>, kTwoPassThreads};
   }
 }
 
-// What serves a variant: a kernel for each row of tuning.h, for whole, aligned vectors or not; and what a plan must know of it.
+// The kernels of a variant, one for each entry of kKernels, and what a plan depends on.
 struct VariantKernels {
-  const Kernel* of_rows[2];  // [aligned]
-  DType row_dtype;           // of s
+  const Kernel* by_alignment[2];  // [is_aligned], each an array of kKernelCount
+  DType row_dtype;                // of s
   Held held;
 };
 
@@ -78,22 +80,25 @@ VariantKernels find_kernels(const RowParams& p) {
   return found;
 }
 
-device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, RowParams p, LaunchPlan plan, const DeviceFacts& facts,
-                          device::Stream stream) {
+device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, RowParams p, LaunchPlan plan,
+                          const DeviceFacts& facts, device::Stream stream) {
   const bool aligned = is_aligned(p, plan, kernels.row_dtype);
   int64_t row_bytes = 0;
   for (int o = 0; o < kOperands; ++o) row_bytes += p.data[o] ? p.hidden * size_of(p.dtypes[o]) : 0;
-  // Rows that are picked element by element keep their plan: they are streamed, for which spreading was never measured.
+  // Unaligned rows keep their plan: they are read in two passes, and spreading those was never measured.
   if (aligned) plan = spread(plan, p.rows, row_bytes, facts);
   if (prints_plans()) print_plan(info, p, kernels.row_dtype, plan, aligned);
-  const Kernel kernel = kernels.of_rows[aligned][plan.kernel];
+  const Kernel kernel = kernels.by_alignment[aligned][plan.kernel];
   const int64_t most = max_blocks(plan, facts);
   device::Error error = device::kSuccess;
-  for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess; p.first_row += most * plan.rows_per_block()) {
+  for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess;
+       p.first_row += most * plan.rows_per_block()) {
     const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
                   groups = all < most ? all : most;
-    const bool room = 2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
-    const Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors, plan.whole_vectors, room};
+    const bool room =
+        2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
+    const Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors,
+                        plan.whole_vectors, room};
     error = device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, p, launch);
   }
   return error;
@@ -101,9 +106,10 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
 
 }  // namespace
 
-// Each operator's source instantiates it (csrc/cuda/rms_norm.cu), and with it all of the operator's kernels.
+// An operator's source, such as csrc/cuda/rms_norm.cu, instantiates this function, and with it all kernels of the
+// operator.
 template <class Op>
-Status run(const Call& call, device::Stream stream, Message* message) {
+Status launch_op(const Call& call, device::Stream stream, Message* message) {
   RowParams params;
   RowSlices slices;
   if (const Status status = check(call, &params, &slices, message); status != Status::kOk) return status;
@@ -115,7 +121,8 @@ Status run(const Call& call, device::Stream stream, Message* message) {
     const VariantKernels kernels = find_kernels<Op>(params);
     const LaunchPlan plan = make_plan(params.hidden, kernels.row_dtype, facts, kernels.held);
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
-      error = launch_rows(*call.op, kernels, slices.count == 1 ? params : select_slice(params, slices, i), plan, facts, stream);
+      error = launch_rows(*call.op, kernels, slices.count == 1 ? params : select_slice(params, slices, i), plan, facts,
+                          stream);
   }
   if (error == device::kSuccess) return Status::kOk;
   std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", call.op->name, device::error_text(error));

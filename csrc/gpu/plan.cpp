@@ -12,8 +12,9 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Distributes the plan's slots over the blocks of a cluster, `threads` a block, doubled until kMaxCluster blocks suffice. That
-// stays a power of two, so that the tree over the slots, and with it every bit, is that of a single block.
+// Distributes the plan's slots over the blocks of a cluster. A block gets `threads` threads, doubled until kMaxCluster
+// blocks suffice. The number stays a power of two, so that the tree over the slots, and with it every bit, is that of a
+// single block.
 void use_cluster(LaunchPlan* plan, int32_t threads) {
   while (threads * kMaxCluster < plan->slots) threads *= 2;
   plan->scope = Scope::kCluster;
@@ -30,8 +31,8 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Hel
   const bool has_clusters = device.max_cluster == kMaxCluster;
   const Shape* const shape = find_shape(row_vectors, has_clusters);
   const KernelTuning* const kernel = std::find_if(std::begin(kKernels), std::end(kKernels), [&](const KernelTuning& k) {
-    return (shape ? row_vectors <= k.row_vectors : k.scope == Scope::kStream) && (has_clusters || k.scope != Scope::kCluster) &&
-           k.resident_threads[static_cast<int>(held)];
+    return (shape ? row_vectors <= k.row_vectors : k.scope == Scope::kTwoPasses) &&
+           (has_clusters || k.scope != Scope::kCluster) && k.resident_threads[static_cast<int>(held)];
   });
   LaunchPlan plan{};
   plan.kernel = static_cast<int32_t>(kernel - kKernels);
@@ -41,8 +42,9 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Hel
   plan.cluster = 1;
   plan.slot_threads = 1;
   plan.whole_vectors = hidden % items == 0;
-  plan.slots = shape ? static_cast<int32_t>(divide_up(row_vectors, shape->vectors)) : kStreamSlots;
-  plan.vectors = shape ? shape->vectors : static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
+  plan.slots = shape ? static_cast<int32_t>(divide_up(row_vectors, shape->vectors)) : kTwoPassSlots;
+  plan.vectors =
+      shape ? shape->vectors : static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, plan.slots), INT32_MAX));
   switch (plan.scope) {
     case Scope::kWave:
       plan.group_threads = 1;
@@ -58,7 +60,7 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Hel
 }
 
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device) {
-  if (device.max_cluster != kMaxCluster || plan.scope == Scope::kStream) return plan;
+  if (device.max_cluster != kMaxCluster || plan.scope == Scope::kTwoPasses) return plan;
   LaunchPlan wide = plan;
   if (plan.scope == Scope::kWave) {
     if (plan.vectors != 2 || 2 * plan.group_threads > device.wave_width) return plan;
@@ -73,7 +75,7 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
   const bool pays =
       row_bytes > kWorthSpreading && rows * wide.cluster <= int64_t{blocks_a_processor(row_bytes)} * device.processors;
   if (!pays || wide.block_threads >= plan.block_threads) return plan;
-  wide.max_block_threads = kClusterBlockThreads;  // rows that take larger blocks are not spread
+  wide.max_block_threads = kClusterBlockThreads;  // a row that needs larger blocks is not spread
   wide.kernel = find_kernel(Scope::kCluster, plan.vectors, kClusterBlockThreads);
   return wide;
 }
@@ -83,12 +85,12 @@ int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
 }
 
 std::string describe(const LaunchPlan& plan, DType dtype) {
-  constexpr const char* kScopes[] = {"wave", "block", "cluster", "stream"};
+  constexpr const char* kScopes[] = {"wave", "block", "cluster", "two passes"};
   const auto items = std::to_string(kVectorBytes / size_of(dtype));
-  return std::string(kScopes[static_cast<int>(plan.scope)]) + ": " + std::to_string(plan.slots * plan.slot_threads) + " of " +
-         std::to_string(plan.group_threads) + " threads a row, " + std::to_string(plan.rows_per_block()) + " rows a block, " +
-         std::to_string(plan.vectors / plan.slot_threads) + " x " + items + (plan.whole_vectors ? " consecutive" : " interleaved") +
-         " elements a thread";
+  return std::string(kScopes[static_cast<int>(plan.scope)]) + ": " + std::to_string(plan.slots * plan.slot_threads) +
+         " of " + std::to_string(plan.group_threads) + " threads a row, " + std::to_string(plan.rows_per_block()) +
+         " rows a block, " + std::to_string(plan.vectors / plan.slot_threads) + " x " + items +
+         (plan.whole_vectors ? " consecutive" : " interleaved") + " elements a thread";
 }
 
 bool prints_plans() {
@@ -102,8 +104,8 @@ bool prints_plans() {
 void print_plan(const OpInfo& op, const RowParams& params, DType row_dtype, const LaunchPlan& plan, bool aligned) {
   constexpr const char* kDTypes[] = {"float32", "float16", "bfloat16", "none"};
   const auto dtype = [&](Operand operand) { return kDTypes[static_cast<int>(params.dtypes[operand])]; };
-  std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " + dtype(kX) +
-                     ", weight " + dtype(kWeight) + ": " + describe(plan, row_dtype);
+  std::string text = std::string("gemma_norm: ") + op.name + ", hidden " + std::to_string(params.hidden) + ", " +
+                     dtype(kX) + ", weight " + dtype(kWeight) + ": " + describe(plan, row_dtype);
   if (plan.cluster > 1) text += ", " + std::to_string(plan.cluster) + " blocks a cluster";
   text += aligned ? ", 16 bytes an access\n" : ", an element an access\n";
   static std::mutex mutex;

@@ -1,6 +1,7 @@
-// Which kernel a row gets, and on how many threads: a pure function of hidden size, dtype, operator and device facts, never of the
-// number of rows, so that a row's bits do not depend on what else is in the batch. (How many blocks share those threads may: see
-// spread().) Knows nothing of any GPU runtime: tested without one.
+// The launch plan: which kernel computes a row, with how many threads. It is a pure function of hidden size, dtype,
+// operator and device facts. It does not depend on the number of rows, so a row has the same bits whatever else is in
+// the batch. (spread() does look at the number of rows, but it only distributes the same work over more threads.)
+// Nothing here needs a GPU runtime, so the tests run without one.
 #pragma once
 
 #include <cstdint>
@@ -14,35 +15,37 @@
 namespace gemma_norm {
 
 struct LaunchPlan {
-  int32_t kernel;             // of kKernels
-  Held held;                  // by its threads
-  Scope scope;                // the kernel's
-  int32_t vectors;            // that a slot owns (kStream: of which one is held at a time)
-  int32_t slots;              // that own part of a row
-  int32_t slot_threads;       // threads of a slot: 1, or as many as it has vectors (see spread())
-  int32_t group_threads;      // threads that work on a row: rounded up to a power of two (kWave) or to whole waves or blocks
+  int32_t kernel;             // an index into kKernels
+  Held held;                  // what the kernel's threads hold
+  Scope scope;                // of the kernel
+  int32_t vectors;            // vectors that a slot owns (kTwoPasses: it holds one at a time)
+  int32_t slots;              // slots that a row is cut into
+  int32_t slot_threads;       // threads that share a slot: 1, or one for each of its vectors (see spread())
+  int32_t group_threads;      // threads of a row: a power of two (kWave), whole waves, or whole blocks (kCluster)
   int32_t block_threads;      // threads of a block
-  int32_t max_block_threads;  // what the kernel is compiled for
-  int32_t cluster;            // blocks that work on a row: 1 but for kCluster
-  bool whole_vectors;         // hidden is a multiple of the vector
-  int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }  // of each block, or cluster
+  int32_t max_block_threads;  // the largest block that the kernel is compiled for
+  int32_t cluster;            // blocks of a row: 1 except for kCluster
+  bool whole_vectors;         // hidden is a multiple of the number of elements in a vector
+  // Rows of a block, or of a cluster.
+  int32_t rows_per_block() const { return cluster > 1 ? 1 : block_threads / group_threads; }
 };
 
 LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Held held = Held::kRow);
 
-// The plan for this many rows, of `row_bytes` to read and write each. Where they leave most of the GPU idle, a row's threads are
-// spread over the blocks of a cluster, or a small row with gates gets two threads a slot, one for each of its vectors: the same
-// slots, which own the same elements, in the same tree. The same bits, therefore. On GPUs with clusters alone: it was measured on
-// those.
+// The plan for `rows` rows, each of which reads and writes `row_bytes`. Few rows leave most of a GPU idle. Then the
+// threads of a row are spread over the blocks of a cluster, or a small row with gates gets two threads for each slot,
+// one for each of the slot's vectors. Each slot owns the same elements as before, and the slots are added in the same
+// tree, so the bits are the same. Only GPUs with clusters do this, since it was measured on no others.
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device);
 
-// The most blocks (kCluster: clusters) that one launch may have.
+// The largest number of blocks (kCluster: of clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
 
-// Such as "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread". The dtype is that of s.
+// For example "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread". `dtype` is that
+// of s.
 std::string describe(const LaunchPlan& plan, DType dtype);
 
-// With GEMMA_NORM_PRINT_PLAN=1 in the environment, writes each plan to stderr the first time that it is used.
+// If the environment has GEMMA_NORM_PRINT_PLAN=1, each plan is written to stderr the first time it is used.
 bool prints_plans();
 void print_plan(const OpInfo& op, const RowParams& params, DType row_dtype, const LaunchPlan& plan, bool aligned);
 

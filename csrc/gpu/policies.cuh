@@ -1,6 +1,6 @@
-// The parts of operators (ops/parts.h) as GPU kernels do them. Each works on vectors of one slot: `first(k)` is the index of the
-// k-th vector's first element, `step` the distance to the next, `end` the end of the row; all count from where the thread's
-// pointers point.
+// The parts of operators (ops/parts.h) in GPU kernels. Each works on the vectors of one slot: `first(k)` is the index
+// of the first element of the k-th vector, `step` the distance to the vector's next element, and `end` the end of the
+// row. Indices count from the element that the thread's pointers point to.
 #pragma once
 
 #include "../device/exponential.h"
@@ -9,12 +9,13 @@
 
 namespace gemma_norm::gpu {
 
-// The activations of a vector of gates.
+// The activations of a vector of gates, in place or into `a`.
 template <formulas::Activation kActivation, int kCount>
 GEMMA_NORM_DEVICE void activate(float (&gates)[kCount]) {
   using M = device::Arithmetic;
 #pragma unroll
-  for (int i = 0; i < kCount; i += M::kCount) M::store(formulas::activation<M, kActivation>(M::load(gates + i)), gates + i);
+  for (int i = 0; i < kCount; i += M::kCount)
+    M::store(formulas::activation<M, kActivation>(M::load(gates + i)), gates + i);
 }
 template <class X, int kCount>
 GEMMA_NORM_DEVICE void activate(Vector16 gate, bool sigmoid, float (&a)[kCount]) {
@@ -28,9 +29,10 @@ GEMMA_NORM_DEVICE void activate(Vector16 gate, bool sigmoid, float (&a)[kCount])
 
 // --- Sources
 
-// The vectors of s, kVectors at a time: load() asks for the memory, sum() makes s of it; again() has one vector of s once more, in
-// a kernel that does not hold it. kReuse: whether the kernel reads s again. What a thread holds of the second row meanwhile is no
-// member of it: with arrays as members, nvcc 13.0 splits 16-byte stores and spills.
+// A source gives the vectors of s, kVectors at a time. load() starts the loads, sum() turns what they bring into s. In
+// a kernel that does not hold s, read_again() gives one vector of s a second time; kReuse says whether the kernel calls
+// it. The vectors of the second row (residual or gate) are not members of the source but are passed to it, because nvcc
+// 13.0 splits 16-byte stores and spills registers if arrays are members.
 template <class Source, class V, int kVectors, class Order, Reuse kReuse>
 struct SourceOf;
 
@@ -44,16 +46,18 @@ struct SourceOf<InputSource, V, kVectors, Order, kReuse> {
   GEMMA_NORM_DEVICE SourceOf(const RowParams& p, const RowIndex& row, int start) : x(row.pointer<X>(p, kX, start)) {}
 
   template <bool kAligned, class First, class End>
-  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&)[kVectors], const First& first, int step, End end) const {
+  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&)[kVectors], const First& first, int step,
+                              End end) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, kReuse, kCount>(x, first(k), step, end);
   }
   static constexpr bool kSumsBeforeStores = false;
   template <bool kAligned, class First, class End, class BeforeStores>
-  GEMMA_NORM_DEVICE void sum(Vector16 (&)[kVectors], Second (&)[kVectors], const First&, int, End, const BeforeStores&) const {}
+  GEMMA_NORM_DEVICE void sum(Vector16 (&)[kVectors], Second (&)[kVectors], const First&, int, End,
+                             const BeforeStores&) const {}
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE Vector16 again(Index first, int step, End end) const {
+  GEMMA_NORM_DEVICE Vector16 read_again(Index first, int step, End end) const {
     return load_items<kAligned, Reuse::kNone, kCount>(x, first, step, end);
   }
 };
@@ -77,16 +81,19 @@ struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
         p(p) {}
 
   template <bool kAligned, class First, class End>
-  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end) const {
+  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step,
+                              End end) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, Reuse::kNone, kCount>(x, first(k), step, end);
     if constexpr (Order::kWholeRows) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) r[k] = load_items<kAligned, Reuse::kNone, kCount>(residual, first(k), step, end);
+      for (int k = 0; k < kVectors; ++k)
+        r[k] = load_items<kAligned, Reuse::kNone, kCount>(residual, first(k), step, end);
     }
   }
 
-  // The sums are worked out, and before_stores() is called, before any sum is stored; else nobody calls it.
+  // If true, sum() first computes all sums, then calls before_stores(), then stores the sums. If false, it stores each
+  // sum when it is computed and never calls before_stores().
   static constexpr bool kSumsBeforeStores = Order::kWholeRows && device::kLoadsBeforeStores;
   template <bool kAligned, class First, class End, class BeforeStores>
   GEMMA_NORM_DEVICE void sum(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end,
@@ -127,7 +134,7 @@ struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE Vector16 again(Index first, int step, End end) const {  // each thread reads what it wrote itself
+  GEMMA_NORM_DEVICE Vector16 read_again(Index first, int step, End end) const {  // the thread wrote these itself
     return load_items<kAligned, Reuse::kNone, kCount>(residual_out, first, step, end);
   }
 };
@@ -144,12 +151,16 @@ struct SourceOf<GatedSource, V, kVectors, Order, kReuse> {
       : x(row.pointer<X>(p, kX, start)), gate(row.pointer<X>(p, kGate, start)), p(p) {}
 
   template <bool kAligned, class First, class End>
-  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&g)[kVectors], const First& first, int step, End end) const {
+  GEMMA_NORM_DEVICE void load(Vector16 (&s)[kVectors], Second (&g)[kVectors], const First& first, int step,
+                              End end) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) s[k] = load_items<kAligned, kReuse, kCount>(x, first(k), step, end);
     if (Order::kWholeRows && p.data[kGate]) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) g[k] = load_items<kAligned, kReuse, kCount>(gate, first(k), step, end);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) device::leave_unset(&g[k]);
     }
   }
 
@@ -165,7 +176,7 @@ struct SourceOf<GatedSource, V, kVectors, Order, kReuse> {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE Vector16 again(Index first, int step, End end) const {
+  GEMMA_NORM_DEVICE Vector16 read_again(Index first, int step, End end) const {
     const Vector16 s = load_items<kAligned, Reuse::kNone, kCount>(x, first, step, end);
     return gated(s, p.data[kGate] ? load_items<kAligned, Reuse::kNone, kCount>(gate, first, step, end) : Vector16{});
   }
@@ -185,7 +196,8 @@ struct SourceOf<GatedSource, V, kVectors, Order, kReuse> {
 
 // --- Statistics
 
-// The sum of squares. Each of a slot's vectors adds to as many running sums as it has elements; these are added pairwise.
+// The sum of squares. A slot has one running sum for each element of a vector; every vector of the slot adds its
+// squares to them. At the end the running sums are added pairwise.
 template <class X>
 struct SquareSum {
   static constexpr int kNumbers = 1;
@@ -197,7 +209,8 @@ struct SquareSum {
 #pragma unroll
     for (int i = 0; i < kItems<X>; ++i) sum[i] = device::fma(f[i], f[i], sum[i]);
   }
-  // A slot's two vectors, of which this thread has number `own`, and the lane 2^log2_slots away the other. Both lanes get the sum.
+  // The same for two threads that share a slot: this one holds the slot's vector number `own`, the lane 2^log2_slots
+  // away the other one. They swap vectors, and both add both in the same order.
   GEMMA_NORM_DEVICE void add_pair(Vector16 s, int own, int log2_slots) {
     Vector16 other, first, second;
 #pragma unroll
@@ -209,13 +222,13 @@ struct SquareSum {
     add(first);
     add(second);
   }
-  // For the exchange.
+  // What a thread contributes to the exchange.
   GEMMA_NORM_DEVICE void total(float (&numbers)[kNumbers]) {
     if constexpr (kItems<X> == 8) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] += sum[i + 4];
     }
-    numbers[0] = (sum[0] + sum[2]) + (sum[1] + sum[3]);  // neighbours last: CDNA computes them as pairs
+    numbers[0] = (sum[0] + sum[2]) + (sum[1] + sum[3]);  // neighbours last: CDNA adds two floats at once
   }
 };
 
@@ -233,27 +246,27 @@ struct FinishOf {
   using X = typename V::X;
   using S = typename V::S;
   using W = typename V::W;
-  static constexpr int kCount = kItems<S>;  // elements of a vector of s, of which weights take one vector or two, or none
+  static constexpr int kCount = kItems<S>;  // elements of a vector of s; their weights take up to two vectors
   static constexpr int kWeightVectors = !V::kHasWeight ? 0 : sizeof(W) > sizeof(S) ? 2 : 1;
   static constexpr int kWeightCount = kCount / (kWeightVectors == 2 ? 2 : 1);
-  // A NaN of s can have fraction bits that out has not.
+  // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
   static constexpr bool kKeepNan = std::is_same_v<X, bfloat16> && sizeof(S) > sizeof(X);
 
   X* out;
   const W* weight;
   const X* gate = nullptr;
   const RowParams& p;
-  struct SomeWeights {
+  struct WeightVectors {
     Vector16 v[kWeightVectors ? kWeightVectors : 1];
   };
   struct Nothing {};
-  using Weights = std::conditional_t<V::kHasWeight, SomeWeights, Nothing>;
-  // A vector's gates and then, once activate_gate() is called, their activations.
-  struct SomeGate {
+  using HeldWeights = std::conditional_t<V::kHasWeight, WeightVectors, Nothing>;
+  // The gates of a vector and, once activate_gate() was called, their activations.
+  struct GateVector {
     Vector16 packed;
     float activation[kCount];
   };
-  using Gate = std::conditional_t<Formula::kGated, SomeGate, Nothing>;
+  using Gate = std::conditional_t<Formula::kGated, GateVector, Nothing>;
 
   GEMMA_NORM_DEVICE FinishOf(const RowParams& p, const RowIndex& row, int start)
       : out(row.pointer<X>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {
@@ -278,17 +291,17 @@ struct FinishOf {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void load(Weights& w, Index first, int step, End end) const {
+  GEMMA_NORM_DEVICE void load(HeldWeights& w, Index first, int step, End end) const {
     if constexpr (V::kHasWeight) {
 #pragma unroll
       for (int i = 0; i < kWeightVectors; ++i)
-        w.v[i] = load_items<kAligned, Reuse::kSome, kWeightCount>(weight, first + static_cast<Index>(i) * kWeightCount * step, step,
-                                                                  end);
+        w.v[i] = load_items<kAligned, Reuse::kSome, kWeightCount>(
+            weight, first + static_cast<Index>(i) * kWeightCount * step, step, end);
     }
   }
 
-  // What waits for the load waits here.
-  GEMMA_NORM_DEVICE void wait_for(const Weights& w) const {
+  // See device::wait_for_load.
+  GEMMA_NORM_DEVICE void wait_for(const HeldWeights& w) const {
     if constexpr (V::kHasWeight) {
 #pragma unroll
       for (int i = 0; i < kWeightVectors; ++i) device::wait_for_load(w.v[i]);
@@ -296,7 +309,8 @@ struct FinishOf {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void store(Vector16 s, const Weights& w, const Gate& gate, float rstd, Index first, int step, End end) const {
+  GEMMA_NORM_DEVICE void store(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd, Index first, int step,
+                               End end) const {
     float y[kCount], f[kCount];
     unpack_items<S>(s, y);
     if constexpr (V::kHasWeight) {

@@ -1,12 +1,14 @@
-// Exchanges: every thread of a row gives numbers and gets their sums over all threads of the row. Each is added as one balanced
-// binary tree over the threads' indices: the same bits at every wave width, and however many blocks share the threads.
+// Exchanges: every thread of a row contributes some numbers and gets the sum of each over all threads of the row. The
+// sum is one balanced binary tree over the threads' indices, so its bits depend neither on the wave width nor on the
+// number of blocks that share the threads.
 //
-// A kernel may exchange several numbers at once, and several times: it numbers its exchanges 0, 1, 2, ... (`use`, the same in all
-// threads) and sets kUses to 2, so that there are two copies of the shared memory, of which exchange n takes copy n % 2. Two are
-// enough: a thread comes to exchange n + 2, and writes to the copy of exchange n, only after the barrier of exchange n + 1, before
-// which all threads have read what they wanted of exchange n. In a cluster the same holds for other blocks' numbers: a block sends
-// its numbers of exchange n + 2 only when it has those of n + 1 from all blocks, which each sends after its own threads have met
-// again and hence have read those of n.
+// A kernel may exchange several numbers at once, and may do so several times. It then numbers its exchanges 0, 1, 2,
+// ... (`use`, the same in all threads) and sets kUses to 2. There are then two copies of the shared memory, and
+// exchange n uses copy n % 2. Two copies are enough: a thread writes for exchange n + 2 only after the barrier of
+// exchange n + 1, and before that barrier all threads have read the results of exchange n. The same holds between the
+// blocks of a cluster: a block sends its numbers of exchange n + 2 only after it has received those of exchange n + 1
+// from all blocks, and each block sends those only after its own threads have met at a barrier, hence have read the
+// results of exchange n.
 #pragma once
 
 #include "../device/platform.h"
@@ -16,21 +18,21 @@
 namespace gemma_norm::gpu {
 
 constexpr int kMaxWaves = kMaxBlockThreads / 32;
-static_assert(kMaxWaves <= 32 && kMaxCluster == 8, "as many terms are added below");
+static_assert(kMaxWaves <= 32 && kMaxCluster == 8, "the functions below add exactly so many terms");
 
 template <int kNumbers, int kUses>
 struct BlockSums {
   Vector16 of_waves[kUses][kNumbers][kMaxWaves / 4];
 };
 
-// What a block gets from each block of its cluster.
+// The numbers that a block receives from each block of its cluster.
 template <int kNumbers, int kUses>
 struct alignas(16) ClusterSums {
   float of_blocks[kUses][kNumbers][kMaxCluster];
   device::Inbox inbox;
 };
 
-// Over the block, of at most kThreads.
+// Sums over the threads of a block, of which there are at most kThreads.
 template <int kThreads, int kUses, int kNumbers>
 GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], int use) {
   const int width = device::wave_width(), waves = device::block_threads() / width;
@@ -50,8 +52,8 @@ GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], int use) {
       const int i = lane % kMaxWaves;
       v[n] = device::sum_over_lanes(i < waves ? reinterpret_cast<const float*>(sums[n])[i] : 0.0f, kMaxWaves);
     } else {
-      // Every thread reads all partial sums, a broadcast, which is faster than another exchange between lanes. There are at least
-      // two waves here, so the first two need no check.
+      // Every thread reads the sums of all waves. This is a broadcast, which is faster than another exchange between
+      // lanes. There are at least two waves here, so the first two sums need no check.
       float sum[4] = {};
 #pragma unroll
       for (int i = 0; i < (kThreads / width + 3) / 4; ++i) {
@@ -67,7 +69,7 @@ GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], int use) {
   }
 }
 
-// Over the blocks of the cluster, each of which has its own sums.
+// Sums over the blocks of a cluster. Before, each block has its own sum in all its threads.
 template <int kUses, int kNumbers>
 GEMMA_NORM_DEVICE void sum_over_cluster(float (&v)[kNumbers], int use) {
   auto& sums = device::shared_memory<ClusterSums<kNumbers, kUses>>();
@@ -89,14 +91,14 @@ GEMMA_NORM_DEVICE void sum_over_cluster(float (&v)[kNumbers], int use) {
   }
 }
 
-// Before all else in a kernel that exchanges kNumbers numbers, in every thread.
+// Every thread of a kernel that exchanges kNumbers numbers calls this before anything else.
 template <Scope kScope, int kNumbers, int kUses = 1>
 GEMMA_NORM_DEVICE void open_exchanges() {
   if constexpr (kScope == Scope::kCluster)
     device::open_inbox(&device::shared_memory<ClusterSums<kNumbers, kUses>>().inbox, kNumbers);
 }
 
-// Over the threads of a row.
+// Sums over the threads of a row.
 template <Scope kScope, int kThreads, int kUses = 1, int kNumbers>
 GEMMA_NORM_DEVICE void sum_over_row(float (&v)[kNumbers], const Launch& launch, int use = 0) {
   if constexpr (kScope == Scope::kWave) {

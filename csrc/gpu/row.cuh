@@ -1,4 +1,5 @@
-// How a thread reaches its part of a row: where the row is, which elements a slot owns, and how they become floats.
+// How a thread finds its part of a row: where the row starts, which elements a slot owns, and how they are converted to
+// floats.
 #pragma once
 
 #include <type_traits>
@@ -15,16 +16,16 @@ constexpr int kItems = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
 
-// The part of a LaunchPlan that a kernel needs.
+// What a kernel needs of its LaunchPlan.
 struct Launch {
   int32_t slots;
-  int32_t log2_slots;  // kWave: of the power of two that slots are rounded up to
+  int32_t log2_slots;  // kWave: log2 of `slots` rounded up to a power of two
   int32_t vectors;
   bool whole_vectors;
-  bool room_for_next = false;  // for as many blocks again
+  bool room_for_next = false;  // a second grid of this size would fit on the GPU at the same time
 };
 
-// Index of the first element of slot's k-th vector, and the step to the vector's next element.
+// The index of the first element of the slot's k-th vector, and the step to the vector's next element.
 template <bool kWholeVectors, class T, class Index>
 GEMMA_NORM_DEVICE Index first_item(const Launch& launch, int slot, int k) {
   const Index vector = static_cast<Index>(k) * launch.slots;
@@ -32,19 +33,19 @@ GEMMA_NORM_DEVICE Index first_item(const Launch& launch, int slot, int k) {
 }
 GEMMA_NORM_DEVICE int item_step(const Launch& launch) { return launch.whole_vectors ? 1 : launch.slots; }
 
-// In place of a row's end, where all of a slot's elements are known to lie before it.
+// Takes the place of a row's end if all elements of the slot are known to lie before it.
 struct NoEnd {};
 template <class Index>
 GEMMA_NORM_DEVICE bool operator<(Index, NoEnd) {
   return true;
 }
 
-// Whether what is loaded is wanted again, by this kernel or another: worth a place in the caches.
+// Whether this kernel or another will read the same memory again, so that it is worth a place in the caches.
 enum class Reuse { kNone, kSome };
 
-// A slot's k-th vector of a row: kCount elements, which take 16 bytes or 8, the first ones then. What lies past the row's end reads
-// as 0 and is not written. Aligned: whole accesses. Otherwise element by element, for any alignment: the same elements in the same
-// places, so the same results.
+// Loads and stores of kCount elements of a row. They are a whole Vector16 or its first 8 bytes. Elements past the end
+// of the row are read as 0 and not written. With kAligned, a vector is one access. Otherwise each element is an access
+// of its own, for any alignment; each element has the same place in the vector, so the results are the same.
 template <bool kAligned, Reuse kReuse, int kCount, class T, class Index, class End>
 GEMMA_NORM_DEVICE Vector16 load_items(const T* row, Index first, int step, End end) {
   constexpr bool kWhole = kCount == kItems<T>;
@@ -111,7 +112,7 @@ GEMMA_NORM_DEVICE Vector16 pack_items(const float (&f)[kCount]) {
   return v;
 }
 
-// Of elements of A and of B, rounded to B.
+// a + b, for vectors of elements of A and of B, rounded to B.
 template <class A, class B>
 GEMMA_NORM_DEVICE Vector16 add_rounded(Vector16 a, Vector16 b) {
   float x[kItems<B>], y[kItems<B>];
@@ -122,7 +123,7 @@ GEMMA_NORM_DEVICE Vector16 add_rounded(Vector16 a, Vector16 b) {
   return pack_items<B>(x);
 }
 
-// One number, rounded to T and back.
+// `v` rounded to T, as a float.
 template <class T>
 GEMMA_NORM_DEVICE float rounded(float v) {
   float f[2] = {v, 0.0f};
@@ -130,7 +131,8 @@ GEMMA_NORM_DEVICE float rounded(float v) {
   return f[0];
 }
 
-// A row's coordinates. Division is slow, in 64 bits more so: none for one dimension, 32 bits unless the batch is huge.
+// The coordinates of a row. Division is slow, above all in 64 bits: one dimension needs none, and two need 32 bits
+// unless the batch is huge.
 struct RowIndex {
   int64_t outer, inner;
 
@@ -140,7 +142,7 @@ struct RowIndex {
     outer = (row | size) >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
     inner = row - outer * size;
   }
-  // The row's element `start` of an operand whose elements are of type T.
+  // Points to the row's element `start` in an operand with elements of type T.
   template <class T>
   GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand, int64_t start) const {
     const auto& strides = p.strides[operand];

@@ -1,10 +1,11 @@
-// The kernels. Each is source -> statistic -> finish, of an operator's parts (policies.cuh):
+// The kernels. Each puts the parts of an operator (policies.cuh) one after the other:
 //
-//   s = the source, such as round(x + residual), which is stored;   rstd = 1 / sqrt(mean(s^2) + eps);   y = the finish of s and
-//   rstd
+//   source      s, such as round(x + residual), which is also stored
+//   statistic   rstd = 1 / sqrt(mean(s^2) + eps)
+//   finish      y, from s, rstd, the weight and the gate
 //
-// The sum of squares has one order for all of them: a slot's vectors, then the slots as a binary tree. It is a function of hidden
-// and dtype (shapes.h), and beyond 8192 vectors also of whether the GPU has clusters.
+// All kernels add the squares in the same order: the vectors of each slot, then the slots as a binary tree. This order
+// depends on hidden and dtype (shapes.h) and, for rows of more than 8192 vectors, on whether the GPU has clusters.
 #pragma once
 
 #include "policies.cuh"
@@ -24,7 +25,8 @@ constexpr Held kHeld = V::Form::kGated     ? Held::kRowAndGates
 template <class V, int kRow>
 constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<V>)];
 
-// Which slot of which row a thread is. kPairs: there are two threads a slot, and this one owns its vector number `vector` alone.
+// The slot and row of a thread. With kPairs, two threads share a slot, and this thread has only the slot's vector
+// number `vector`.
 template <Scope kScope, bool kPairs = false>
 struct Place {
   int slot;
@@ -46,36 +48,39 @@ struct Place {
   }
 };
 
-// Rows of up to kVectors * slots vectors, read once and held in registers. kScope is kWave (several rows a block, each by
-// a power of two of lanes of one wave), kBlock (one row a block) or kCluster (one row a cluster of blocks). A block has kThreads
-// threads at most. kWave with one vector: two threads a slot.
+// Normalises rows that are read once and held in registers, kVectors vectors a slot. kScope is kWave (a block has
+// several rows, each on a power of two of lanes of one wave), kBlock (a block has one row) or kCluster (a cluster of
+// blocks has one row). A block has at most kThreads threads. kWave with one vector means that two threads share a slot
+// of two vectors.
 template <class V, Scope kScope, int kVectors, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResidentThreads<V, find_kernel(kScope, kVectors, kThreads)> / kThreads : 1))
 normalize_rows(RowParams p, Launch launch) {
   constexpr bool kPairs = kScope == Scope::kWave && kVectors == 1;
-  if constexpr ((kScope == Scope::kCluster || kPairs) && !device::kTargetHasClusters) return;  // no plan of such a GPU has these
+  // No plan for a GPU without clusters has these kernels: compiled for such a GPU, they are empty.
+  if constexpr ((kScope == Scope::kCluster || kPairs) && !device::kTargetHasClusters) return;
   using S = typename V::S;
-  using Order =
-      LoadOrder<kVectors, kThreads, kHeld<V>, sizeof(S), kWideWeights<V>, V::Form::Formula::kGated, V::kRoundEachStep, kAligned>;
+  using Order = LoadOrder<kVectors, kThreads, kHeld<V>, sizeof(S), kWideWeights<V>, V::Form::Formula::kGated,
+                          V::kRoundEachStep, kAligned>;
   using Source = SourceOf<typename V::Form::Source, V, kVectors, Order, Reuse::kNone>;
   using Finish = FinishOf<V>;
 
   open_exchanges<kScope, SquareSum<S>::kNumbers>();
   const Place<kScope, kPairs> place(p, launch);
-  // Threads without a part of a row still take part in the exchanges.
+  // A thread that owns no part of a row still takes part in the exchanges.
   const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
   const int step = item_step(launch);
-  // All that follows is relative to it.
+  // The pointers below point to element `start` of the row, and all indices count from there.
   const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, place.vector) : 0;
   const auto first = [&](int k) { return first_item<kAligned, S, int>(launch, kAligned ? 0 : place.slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
-  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);  // a block's row is uniform
+  // All threads of a block have the same row unless kScope is kWave; the compiler then keeps it in scalar registers.
+  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);
   const Source source(p, row, start);
   const Finish finish(p, row, start);
   Vector16 s[kVectors];
   typename Source::Second second[kVectors];
   typename Finish::Gate gate[kVectors];
-  typename Finish::Weights w[kVectors];
+  typename Finish::HeldWeights w[kVectors];
   const auto load_weights = [&](auto end) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) finish.template load<kAligned>(w[k], first(k), step, end);
@@ -89,14 +94,14 @@ normalize_rows(RowParams p, Launch launch) {
     if constexpr (Order::kEarlyWeights && !Order::kWeightsAfterRows) load_weights(end);
   };
 
-  // What needs no memory is done by now.
+  // Nothing above reads memory that the previous kernel may have written.
   device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.gate);
-  // Overlapped launches: from here on the next kernel's blocks may start; they stop at their own wait_for_previous_kernel(). This
-  // early only if as many blocks again fit on the GPU: else its first blocks would crowd some multiprocessors, and it is allowed
-  // after the exchange.
+  // Overlapped launches: from here on the blocks of the next kernel may start; they stop at their own
+  // wait_for_previous_kernel(). They are allowed this early only if a second grid of this size fits on the GPU as well.
+  // Otherwise its first blocks would crowd some multiprocessors, so they are allowed after the exchange.
   if (launch.room_for_next) device::allow_next_kernel();
   if (kAligned && device::in_all_lanes(first(kVectors - 1) < end)) {
-    load(NoEnd{});  // no conditions: the loads go out back to back
+    load(NoEnd{});  // without conditions, so that the loads go out back to back
   } else {
     load(end);
   }
@@ -133,7 +138,7 @@ normalize_rows(RowParams p, Launch launch) {
   for (int k = 0; k < kVectors; ++k) {
     if (Order::kStoreOneByOne && !(first(k) < end)) break;
     if constexpr (!Order::kEarlyWeights) {
-      if (k % Order::kBatch == 0)  // a load cannot move up before a store
+      if (k % Order::kBatch == 0)  // in batches, since the compiler moves no load up past a store
         for (int i = k; i < k + Order::kBatch; ++i) {
           finish.template load<kAligned>(w[i], first(i), step, end);
           if constexpr (!Order::kWholeRows) finish.template load_gate<kAligned>(gate[i], first(i), step, end);
@@ -144,11 +149,12 @@ normalize_rows(RowParams p, Launch launch) {
   }
 }
 
-// Rows that no block can hold, or whose elements must be picked one by one: read for the sum, then again, from the cache as far
-// as it reaches, for the output. By a block, or (kScope is kCluster) by a cluster of them.
+// Normalises rows in two passes: the first reads a row for the sum of squares, the second reads it again for the
+// output, from the cache if it is still there. For rows that are too large for the registers of a block, and for
+// unaligned ones. A row has a block, or a cluster of blocks if kScope is kCluster.
 template <class V, Scope kScope, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, 1)
-normalize_stream(RowParams p, Launch launch) {
+normalize_in_two_passes(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;
   using S = typename V::S;
   open_exchanges<kScope, SquareSum<S>::kNumbers>();
@@ -156,7 +162,7 @@ normalize_stream(RowParams p, Launch launch) {
   const int step = item_step(launch);
   const int64_t end = place.slot < launch.slots ? p.hidden : 0;
   const RowIndex row(p, place.row);
-  using Source = SourceOf<typename V::Form::Source, V, 1, StreamOrder, Reuse::kSome>;
+  using Source = SourceOf<typename V::Form::Source, V, 1, TwoPassOrder, Reuse::kSome>;
   using Finish = FinishOf<V>;
   const Source source(p, row, 0);
   const Finish finish(p, row, 0);
@@ -180,11 +186,11 @@ normalize_stream(RowParams p, Launch launch) {
   for (int k = 0; k < launch.vectors; ++k) {
     const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);
     typename Finish::Gate gate;
-    typename Finish::Weights w;
+    typename Finish::HeldWeights w;
     finish.template load_gate<kAligned>(gate, first, step, end);
     finish.template load<kAligned>(w, first, step, end);
     finish.activate_gate(gate);
-    const Vector16 s = source.template again<kAligned>(first, step, end);
+    const Vector16 s = source.template read_again<kAligned>(first, step, end);
     finish.template store<kAligned>(s, w, gate, rstd, first, step, end);
   }
 }

@@ -1,11 +1,13 @@
 // RMSNorm with a gate, as in linear attention and state space models:
 //
-//   y = round(x * rstd(x) * weight * act(gate))                        norm_before_gate
-//   y = round(s * rstd(s) * weight),   s = x * act(gate) in float32    else
+//   y = round(x * rstd(x) * weight * act(gate))                        with norm_before_gate
+//   y = round(s * rstd(s) * weight),   s = x * act(gate) in float32    without
 //
-// act is silu, or the logistic function with `sigmoid`; without a gate it is 1. rstd is as in rms_norm.h, of each group of
-// `group_size` elements by itself. With round_each_step the products are rounded one by one: round(round(round(x * rstd) * weight)
-// * act(gate)) and round(round(s * rstd) * weight).
+// act is silu, or the logistic function with `sigmoid`. Without a gate it is 1. rstd is that of rms_norm.h, for each
+// group of `group_size` elements separately. With round_each_step, each product is rounded:
+//
+//   y = round(round(round(x * rstd(x)) * weight) * act(gate))
+//   y = round(round(s * rstd(s)) * weight)
 #pragma once
 
 #include "../core/op_info.h"
@@ -13,7 +15,7 @@
 
 namespace gemma_norm {
 
-// What is normalised is gated.
+// The form without norm_before_gate: the input is gated, then normalised.
 struct GatedInputRmsNorm : Form<GatedSource, formulas::Scale> {
   static constexpr bool kFloat32Rows = true, kWeightIsOptional = false, kGemma = false, kGroups = true;
 };
@@ -25,7 +27,8 @@ struct GatedRmsNorm : Form<InputSource, formulas::ScaleAndGate> {
     p.norm_before_gate ? visit(GatedRmsNorm()) : visit(GatedInputRmsNorm());
   }
   static constexpr OperandRule kRules[] = {kXRule, kWeightRule, optional(like_x(kGate)), output(kOut, Use::kNew, kX)};
-  static constexpr OperandRule kOutRules[] = {kXRule, kWeightRule, optional(like_x(kGate)), output(kOut, Use::kWritten, kX)};
+  static constexpr OperandRule kOutRules[] = {kXRule, kWeightRule, optional(like_x(kGate)),
+                                              output(kOut, Use::kWritten, kX)};
   static constexpr OpInfo kInfos[] = {
       {"gated_rms_norm", "gated_rms_norm",
        "(Tensor x, Tensor? gate, Tensor weight, float eps=1e-6, bool sigmoid=False, bool norm_before_gate=True, "

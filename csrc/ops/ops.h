@@ -1,4 +1,4 @@
-// The table of operators. A new one is a file in this folder and a name in this list.
+// The table of operators. A new operator is a file in this folder and a name in Ops below.
 #pragma once
 
 #include "gated_rms_norm.h"
@@ -6,7 +6,8 @@
 
 namespace gemma_norm {
 
-// Each type has kernels of its own, which serve all of its kInfos.
+// Each type of the list has kernels of its own. They serve all operators of its kInfos, such as rms_norm and
+// rms_norm.out.
 template <class... Op>
 struct OpList {
   static constexpr int kCount = sizeof...(Op);
@@ -16,7 +17,7 @@ struct OpList {
     return info >= One::kInfos && info < One::kInfos + sizeof One::kInfos / sizeof One::kInfos[0];
   }
 
-  // Calls visit(op) for each.
+  // Calls visit(op) for each type.
   template <class Visit>
   static void each(const Visit& visit) {
     (visit(Op{}), ...);
@@ -29,14 +30,14 @@ struct OpList {
     (visit_infos(Op{}), ...);
   }
 
-  // Which of them has this info.
+  // The index of the type that has this info; -1 if none has.
   static int index(const OpInfo* info) {
     int i = 0, found = -1;
     ((found = has<Op>(info) ? i : found, ++i), ...);
     return found;
   }
 
-  // Calls visit(op) for the one whose info this is.
+  // Calls visit(op) for the type that has this info.
   template <class Visit>
   static void visit(const OpInfo* info, const Visit& visit) {
     const auto visit_if = [&](auto op) {
@@ -48,7 +49,7 @@ struct OpList {
 
 using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm>;
 
-// Writes the message for a call whose operator is not in the table.
+// Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);
 
 }  // namespace gemma_norm

@@ -1,32 +1,34 @@
-// The parts that operators are made of: where s comes from, and what is made of it once 1 / rms is known. Each is written once, for
-// GPU kernels (gpu/policies.cuh) and CPU kernels (cpu/row_kernel.h) alike.
+// The parts of operators: sources, which say how s is computed, and formulas, which say what is computed from s once
+// rstd is known. gpu/policies.cuh and cpu/row_kernel.h implement the sources; the formulas are written here, once for
+// GPUs and CPUs.
 #pragma once
 
 #include "../device/anywhere.h"
 
 namespace gemma_norm {
 
-// s is x.
+// s = x.
 struct InputSource {
   static constexpr bool kTwoRows = false;
 };
 
-// s = round(x + residual), or round(x + round(residual + post)) if there is a post. It is stored in residual_out.
+// s = round(x + residual), or round(x + round(residual + post)) if the call has a post. It is stored in residual_out.
 struct ResidualSource {
   static constexpr bool kTwoRows = true;
 };
 
-// s = x * activation(gate) in float32, or x if there is no gate. It is stored nowhere.
+// s = x * activation(gate) in float32, or x if the call has no gate. It is not stored.
 struct GatedSource {
   static constexpr bool kTwoRows = true;
 };
 
-// Formulas. V is a float (an element in a GPU's lane) or a vector of them (on a CPU). Each operation rounds by itself, as IEEE
-// says: no product may be contracted with a sum. Several instruction sets instantiate these templates. Each V is a type in an
-// unnamed namespace, so every instantiation has a name of its own and the linker cannot replace one by another.
+// V is a float (an element in a GPU's lane) or a vector of floats (on a CPU). Each operation is rounded as IEEE 754
+// says; a product must not be contracted with a sum. Several instruction sets instantiate these templates. Their types
+// V are in unnamed namespaces, so each instantiation has a name of its own, and the linker cannot replace one by
+// another.
 namespace formulas {
 
-// `round` is to x's dtype, or nothing where a call rounds once, at the end. `factor` is the weight, 1 + weight, or 1.
+// `round` rounds to x's dtype with round_each_step, and otherwise does nothing. `factor` is weight, 1 + weight, or 1.
 
 struct Scale {
   static constexpr bool kGated = false;
@@ -39,7 +41,8 @@ struct Scale {
 struct ScaleAndGate {
   static constexpr bool kGated = true;
   template <class V, class Round>
-  GEMMA_NORM_ANYWHERE static V apply(const V& s, const V& rstd, const V& factor, const V& activation, const Round& round) {
+  GEMMA_NORM_ANYWHERE static V apply(const V& s, const V& rstd, const V& factor, const V& activation,
+                                     const Round& round) {
     return round(round(s * rstd) * factor) * activation;
   }
 };

@@ -6,8 +6,8 @@
 //   y = round(s * rstd * (gemma ? 1 + weight : weight)),   rstd = 1 / sqrt(mean(s^2) + eps)
 //   y = round(round(s * rstd) * weight)      with round_each_step
 //
-// round() is to nearest even: of y to x's dtype, of s to the residual's, which may be float32. Everything else is float32. y goes
-// to `out`, s to `residual_out`.
+// round() rounds to nearest even: y to x's dtype, and s to the residual's, which may be float32. All arithmetic is in
+// float32. y is written to `out`, s to `residual_out`.
 #pragma once
 
 #include "../core/op_info.h"
@@ -24,16 +24,17 @@ struct RmsNorm : Form<InputSource, formulas::Scale> {
   static constexpr OperandRule kOutRules[] = {kXRule, optional(kWeightRule), output(kOut, Use::kWritten, kX)};
   static constexpr OpInfo kInfos[] = {
       {"rms_norm", "rms_norm",
-       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False) -> Tensor", "rms_norm",
-       kRules},
+       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False) -> Tensor",
+       "rms_norm", kRules},
       {"rms_norm", "rms_norm.out",
-       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False, *, Tensor(a!) out)"
+       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False, *, Tensor(a!) "
+       "out)"
        " -> Tensor(a!)",
        "rms_norm without out", kOutRules},
   };
 };
 
-// The same where the residual is float32 and x is not.
+// The form of AddRmsNorm for a float32 residual and a 16-bit x.
 struct AddToFloat32RmsNorm : Form<ResidualSource, formulas::Scale> {
   static constexpr bool kFloat32Rows = true, kTakesFloat32 = false;
 };

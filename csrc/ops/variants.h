@@ -1,4 +1,4 @@
-// From what is known of a call at run time to the code that is compiled for it.
+// From the dtypes and options of a call, known at run time, to the code that was compiled for them.
 #pragma once
 
 #include <type_traits>
@@ -8,19 +8,19 @@
 
 namespace gemma_norm {
 
-// What an operator computes, where it does not say otherwise. An operator that computes different things, by its options or dtypes,
-// has a Form for each.
+// What an operator computes. These are the defaults; an operator's own form overrides some. An operator whose options
+// or dtypes select between different computations has a Form for each.
 template <class Source_, class Formula_>
 struct Form {
   using Source = Source_;
   using Formula = Formula_;
   static constexpr bool kTwoRows = Source::kTwoRows;
   static constexpr bool kGated = Formula::kGated || std::is_same_v<Source, GatedSource>;
-  static constexpr bool kFloat32Rows = false;  // s is float32, whatever x is
+  static constexpr bool kFloat32Rows = false;  // s is float32 even if x is not
   static constexpr bool kTakesFloat32 = true;  // x may be float32
   static constexpr bool kWeightIsOptional = true;
-  static constexpr bool kGemma = true;    // the weight may be zero-centred
-  static constexpr bool kGroups = false;  // rows may be groups, which have weights of their own
+  static constexpr bool kGemma = true;    // the operator has the option gemma
+  static constexpr bool kGroups = false;  // the operator has the option group_size: rows may have different weights
 };
 
 struct NoWeight {};
@@ -28,8 +28,8 @@ struct NoWeight {};
 template <class Form_, class X_, class W_, bool kRoundEachStep_>
 struct Variant {
   using Form = Form_;
-  using X = X_;                                                // the element type of x, of the gate and of out
-  using S = std::conditional_t<Form::kFloat32Rows, float, X>;  // of s, the residual and residual_out
+  using X = X_;                                                // the element type of x, gate and out
+  using S = std::conditional_t<Form::kFloat32Rows, float, X>;  // of s, residual, post and residual_out
   using W = W_;                                                // of the weight, or NoWeight
   static constexpr bool kRoundEachStep = kRoundEachStep_;
   static constexpr bool kHasWeight = !std::is_same_v<W, NoWeight>;
@@ -54,7 +54,8 @@ void with_weight(const RowParams& p, const Visit& visit) {
   }
 }
 
-// Calls visit(Variant()) for a checked call of Op. Float16 and BFloat16 are the element types of the device.
+// Calls visit(Variant()) for the parameters of a checked call of Op. Float16 and BFloat16 are the device's element
+// types.
 template <class Op, class Float16, class BFloat16, class Visit>
 void with_variant(const RowParams& p, const Visit& visit) {
   Op::with_form(p, [&](auto form) {

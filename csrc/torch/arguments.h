@@ -1,4 +1,5 @@
-// Which argument of an operator stands where, read from its schema, and how an option's value reaches the C interface.
+// Which argument of an operator is at which position, read from the schema, and how the value of an option gets into
+// the C interface.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,12 +17,12 @@ T argument(StableIValue value) {
   return torch::stable::detail::to<T>(value);
 }
 
-// An option as a schema declares it, and where its value goes: one of the three.
+// An option as schemas declare it, and the member of Options that takes its value. One of the three pointers is set.
 struct OptionField {
   std::string_view declared;
   double Options::* number = nullptr;
   bool Options::* flag = nullptr;
-  int64_t Options::* count = nullptr;  // that may be None
+  int64_t Options::* count = nullptr;  // the value may be None, which leaves the default
 };
 constexpr OptionField kOptionFields[] = {
     {"float eps", &Options::eps},
@@ -32,13 +33,13 @@ constexpr OptionField kOptionFields[] = {
     {"int? group_size", nullptr, nullptr, &Options::group_size},
 };
 
-// What stands where among an operator's arguments, read from its schema: "(Tensor x, float eps=1e-6, *, Tensor(a!) out) -> ...". It
-// is worked out by the compiler, which stops at an argument that is not known here.
+// The arguments of an operator in order, read from a schema such as "(Tensor x, float eps=1e-6, *, Tensor(a!) out) ->
+// ...". The compiler evaluates this, and reports an error if an argument is unknown.
 struct Arguments {
   struct Argument {
-    Operand operand = kNoOperand;  // of a tensor
-    bool optional = false;         // such a tensor may be None
-    const OptionField* option = nullptr;
+    Operand operand = kNoOperand;         // if it is a tensor
+    bool optional = false;                // if it is a tensor that may be None
+    const OptionField* option = nullptr;  // if it is an option
   } list[kOperands + sizeof kOptionFields / sizeof kOptionFields[0]];
   int count = 0;
 

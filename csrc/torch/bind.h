@@ -1,5 +1,6 @@
-// From the dispatcher's boxed calls to the C interface: tensors become views, statuses become exceptions. Written once for all
-// devices; a Backend supplies the call (see bind_cpu.cpp). Only PyTorch's stable ABI is used, with the exceptions named next.
+// From the dispatcher's boxed calls to the C interface: tensors become views, and statuses become exceptions. This is
+// the same for all devices, except that an Entry makes the call of the device's own C function (see bind_cpu.cpp). Only
+// PyTorch's stable ABI is used, except for the symbols declared here.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,35 +18,38 @@
 #include "../ops/ops.h"
 #include "arguments.h"
 
-// What the stable ABI lacks, and without which derivatives would be wrong in silence. All of it is weak: should a later PyTorch
-// drop a symbol, the libraries still load, and a test fails.
+// What the stable ABI lacks. Without it, derivatives would be wrong in silence. All symbols are weak: if a later
+// PyTorch drops one, the libraries still load, and a test fails.
 extern "C" {
 // c10::TensorImpl::requires_grad() const
 __attribute__((weak)) bool _ZNK3c1010TensorImpl13requires_gradEv(const void* tensor_impl);
-// c10::TensorImpl::_fw_grad(uint64_t level, const at::TensorBase& self) const, the tangent of forward-mode differentiation; and
-// c10::UndefinedTensorImpl::_singleton, to which a tensor points that is none.
-__attribute__((weak)) const void* const& _ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE(const void* tensor_impl, uint64_t level,
+// c10::TensorImpl::_fw_grad(uint64_t level, const at::TensorBase& self) const, which returns the tangent of
+// forward-mode differentiation; and c10::UndefinedTensorImpl::_singleton, to which an undefined tensor points.
+__attribute__((weak)) const void* const& _ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE(const void* tensor_impl,
+                                                                                            uint64_t level,
                                                                                             const void* tensor);
 extern __attribute__((weak)) const char _ZN3c1019UndefinedTensorImpl10_singletonE[];
 // at::native::is_inference(const at::Tensor&) and c10::InferenceMode::is_enabled()
 __attribute__((weak)) bool _ZN2at6native12is_inferenceERKNS_6TensorE(const void* tensor);
 __attribute__((weak)) bool _ZN3c1013InferenceMode10is_enabledEv();
-// torch::autograd::impl::bump_version(const at::Tensor&): tells the graphs that saved a tensor that its values change.
+// torch::autograd::impl::bump_version(const at::Tensor&), from which graphs that saved a tensor learn that its values
+// have changed.
 __attribute__((weak)) void _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(const void* tensor);
-// Part of the stable ABI from PyTorch 2.13 on: the text of the exception behind a failed call.
+// The text of the exception behind a failed call. Part of the stable ABI since PyTorch 2.13.
 __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 }
 
 namespace gemma_norm::binding {
 
-inline void succeed(AOTITorchError error, const char* call) {
+inline void require_success(AOTITorchError error, const char* call) {
   if (error == AOTI_TORCH_SUCCESS) return;
   std::string message = std::string("gemma_norm: ") + call + " failed";
-  if (torch_exception_get_what_without_backtrace) message += std::string(": ") + torch_exception_get_what_without_backtrace();
+  if (torch_exception_get_what_without_backtrace)
+    message += std::string(": ") + torch_exception_get_what_without_backtrace();
   throw std::runtime_error(message);
 }
 
-// Owns the reference that the dispatcher hands over, or that a new tensor comes with.
+// Owns a reference to a tensor: one that the dispatcher has handed over, or that of a new tensor.
 class Handle {
  public:
   explicit Handle(AtenTensorHandle handle = nullptr) : handle_(handle) {}
@@ -73,12 +77,12 @@ struct Device {
   int32_t type, index;
 };
 
-// The device of an argument of `op`. Only an undefined tensor has none, which is what PyTorch makes of None.
+// The device of an argument of `op`. Only an undefined tensor has none; PyTorch passes None as one.
 inline Device device_of(const OpInfo& op, Operand argument, const Handle& tensor) {
   Device device;
   if (aoti_torch_get_device_type(tensor.get(), &device.type) != AOTI_TORCH_SUCCESS)
     throw std::runtime_error(std::string(op.name) + ": " + kOperandNames[argument] + " must be a tensor, got None");
-  succeed(aoti_torch_get_device_index(tensor.get(), &device.index), "get_device_index");
+  require_success(aoti_torch_get_device_index(tensor.get(), &device.index), "get_device_index");
   return device;
 }
 
@@ -108,7 +112,7 @@ inline const char* dtype_name(int32_t dtype) {
     case ScalarType::ComplexDouble: return "complex128";
     default: break;
   }
-  // Python's name of every other dtype is C++'s in lower case: float8_e4m3fn, uint16.
+  // The Python name of every other dtype is its C++ name in lower case, such as float8_e4m3fn or uint16.
   static const auto names = [] {
     std::array<std::string, static_cast<size_t>(ScalarType::NumOptions) + 1> all;
     for (size_t i = 0; i < all.size(); ++i)
@@ -133,11 +137,11 @@ inline Tensor view(const Handle& t) {
   Tensor v;
   int64_t dims, *sizes, *strides;
   int32_t dtype;
-  succeed(aoti_torch_get_data_ptr(t.get(), &v.data), "get_data_ptr");
-  succeed(aoti_torch_get_dim(t.get(), &dims), "get_dim");
-  succeed(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
-  succeed(aoti_torch_get_strides(t.get(), &strides), "get_strides");
-  succeed(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
+  require_success(aoti_torch_get_data_ptr(t.get(), &v.data), "get_data_ptr");
+  require_success(aoti_torch_get_dim(t.get(), &dims), "get_dim");
+  require_success(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
+  require_success(aoti_torch_get_strides(t.get(), &strides), "get_strides");
+  require_success(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
   v.sizes = sizes;
   v.strides = strides;
   v.dims = static_cast<int32_t>(dims);
@@ -146,10 +150,12 @@ inline Tensor view(const Handle& t) {
   return v;
 }
 
-// What a failed allocation is reported as: in PyTorch's own words, by which programs know that a smaller batch may help.
-// Before 2.13 its reason cannot be had, and it is memory that is short.
+// The error for a failed allocation. It has PyTorch's own words, by which programs recognise that a smaller batch may
+// help. Before PyTorch 2.13 the stable ABI does not give them, so the words of the likely reason, too little memory,
+// are repeated here.
 inline std::runtime_error allocation_error(Device device, int64_t elements, int32_t dtype) {
-  if (torch_exception_get_what_without_backtrace) return std::runtime_error(torch_exception_get_what_without_backtrace());
+  if (torch_exception_get_what_without_backtrace)
+    return std::runtime_error(torch_exception_get_what_without_backtrace());
   const std::string bytes = std::to_string(elements * size_of(to_dtype(dtype))) + " bytes";
   return std::runtime_error(device.type == aoti_torch_device_type_cpu()
                                 ? "DefaultCPUAllocator: can't allocate memory: you tried to allocate " + bytes
@@ -160,12 +166,12 @@ inline std::runtime_error allocation_error(Device device, int64_t elements, int3
 inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device device) {
   int64_t dims, *sizes, strides[kMaxDims];
   int32_t dtype;
-  succeed(aoti_torch_get_dim(t.get(), &dims), "get_dim");
-  succeed(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
-  succeed(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
+  require_success(aoti_torch_get_dim(t.get(), &dims), "get_dim");
+  require_success(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
+  require_success(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
   if (dims > kMaxDims)
-    throw std::runtime_error(std::string(op.name) + ": x must have at most " + std::to_string(kMaxDims) + " dimensions, got " +
-                             std::to_string(dims));
+    throw std::runtime_error(std::string(op.name) + ": x must have at most " + std::to_string(kMaxDims) +
+                             " dimensions, got " + std::to_string(dims));
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = step;
@@ -184,14 +190,14 @@ inline bool requires_grad(const Handle& t) {
   return _ZNK3c1010TensorImpl13requires_gradEv && _ZNK3c1010TensorImpl13requires_gradEv(implementation(t));
 }
 
-// PyTorch has one level of forward-mode differentiation, 0.
+// PyTorch has only one level of forward-mode differentiation, level 0.
 inline bool has_tangent(const Handle& t) {
   return _ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE &&
          _ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE(implementation(t), 0, t.get()) !=
              static_cast<const void*>(_ZN3c1019UndefinedTensorImpl10_singletonE);
 }
 
-// What only tensors know: their devices, and whether a derivative is expected.
+// The checks that need PyTorch's tensors: that all are on x's device, and that no derivative is expected.
 inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensors)[kOperands]) {
   const std::string_view name = op.name;
   const auto refuse = [&](const OperandRule& rule, const std::string& text) {
@@ -218,7 +224,8 @@ inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensor
   }
 }
 
-// The outputs that existed before the call, which autograd is told of once the checks have passed, and before the first write.
+// The outputs that are arguments. Autograd must be told that they are written, after the last check and before the
+// first write.
 struct Written {
   const OpInfo& op;
   const Handle* tensors[kOperands];
@@ -230,23 +237,24 @@ struct Written {
     tensors[count++] = &tensor;
   }
 
-  // All of them are checked before autograd is told of any: what it has been told cannot be taken back.
+  // All of them are checked before autograd is told of any, because a bumped version cannot be taken back.
   static void announce(const void* written) {
     const Written& w = *static_cast<const Written*>(written);
     if (_ZN3c1013InferenceMode10is_enabledEv && _ZN2at6native12is_inferenceERKNS_6TensorE &&
         !_ZN3c1013InferenceMode10is_enabledEv())
       for (int i = 0; i < w.count; ++i)
         if (_ZN2at6native12is_inferenceERKNS_6TensorE(w.tensors[i]->get()))
-          throw std::runtime_error(std::string(w.op.name) + ": " + kOperandNames[w.operands[i]] +
-                                   " is written and must not be an inference tensor outside of torch.inference_mode()," +
-                                   " got one; clone it there");
+          throw std::runtime_error(
+              std::string(w.op.name) + ": " + kOperandNames[w.operands[i]] +
+              " is written and must not be an inference tensor outside of torch.inference_mode()," +
+              " got one; clone it there");
     if (!_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) return;
     for (int i = 0; i < w.count; ++i) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(w.tensors[i]->get());
   }
 };
 
-// A boxed kernel: `stack` holds the arguments in schema order and takes the results.
-template <class Backend, class Op, int kInfo>
+// A boxed kernel. `stack` holds the arguments in the order of the schema, and receives the results.
+template <class Entry, class Op, int kInfo>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const OpInfo& op = Op::kInfos[kInfo];
   static constexpr Arguments arguments(op);
@@ -282,7 +290,7 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
     call.context = &written;
   }
   Message message;
-  if (Backend::run(call, device.index, &message) != Status::kOk) throw std::runtime_error(message.text);
+  if (Entry::call(call, device.index, &message) != Status::kOk) throw std::runtime_error(message.text);
 
   int results = 0;
   for (const OperandRule& rule : op)
@@ -290,15 +298,15 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
       stack[results++] = torch::stable::detail::from(tensors[rule.operand].release());
 }
 
-template <class Backend, class Op, int kInfo = 0>
+template <class Entry, class Op, int kInfo = 0>
 void register_op(torch::stable::detail::StableLibrary& library) {
-  library.impl(Op::kInfos[kInfo].torch_name, &boxed<Backend, Op, kInfo>);
-  if constexpr (kInfo + 1 < sizeof Op::kInfos / sizeof Op::kInfos[0]) register_op<Backend, Op, kInfo + 1>(library);
+  library.impl(Op::kInfos[kInfo].torch_name, &boxed<Entry, Op, kInfo>);
+  if constexpr (kInfo + 1 < sizeof Op::kInfos / sizeof Op::kInfos[0]) register_op<Entry, Op, kInfo + 1>(library);
 }
 
-template <class Backend>
+template <class Entry>
 void register_ops(torch::stable::detail::StableLibrary& library) {
-  Ops::each([&](auto op) { register_op<Backend, decltype(op)>(library); });
+  Ops::each([&](auto op) { register_op<Entry, decltype(op)>(library); });
 }
 
 }  // namespace gemma_norm::binding

@@ -3,10 +3,12 @@
 namespace gemma_norm::binding {
 namespace {
 
-struct Cpu {
-  static Status run(const Call& call, int32_t, Message* message) { return gemma_norm_cpu(&call, &parallel_for, message); }
+struct CpuEntry {
+  static Status call(const Call& call, int32_t, Message* message) {
+    return gemma_norm_cpu(&call, &parallel_for, message);
+  }
 
-  // On PyTorch's own pool, under its own settings.
+  // Uses PyTorch's own thread pool with its settings.
   static void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     struct Range {
       void (*body)(void*, int64_t, int64_t);
@@ -16,11 +18,11 @@ struct Cpu {
       const auto* range = static_cast<const Range*>(r);
       range->body(range->context, begin, end);
     };
-    succeed(torch_parallel_for(0, count, grain, call, &range), "parallel_for");
+    require_success(torch_parallel_for(0, count, grain, call, &range), "parallel_for");
   }
 };
 
 }  // namespace
 }  // namespace gemma_norm::binding
 
-STABLE_TORCH_LIBRARY_IMPL(gemma_norm, CPU, m) { gemma_norm::binding::register_ops<gemma_norm::binding::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(gemma_norm, CPU, m) { gemma_norm::binding::register_ops<gemma_norm::binding::CpuEntry>(m); }

@@ -1,3 +1,5 @@
 #include "bind_gpu.h"
 
-STABLE_TORCH_LIBRARY_IMPL(gemma_norm, CUDA, m) { gemma_norm::binding::register_ops<gemma_norm::binding::Gpu<&gemma_norm_cuda>>(m); }
+STABLE_TORCH_LIBRARY_IMPL(gemma_norm, CUDA, m) {
+  gemma_norm::binding::register_ops<gemma_norm::binding::GpuEntry<&gemma_norm_cuda>>(m);
+}

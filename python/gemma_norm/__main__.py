@@ -1,4 +1,4 @@
-"""``python -m gemma_norm``: what is installed, whether it computes right, how fast it is. Exits 1 if a check fails."""
+"""``python -m gemma_norm``: shows what is installed, checks it and times it. Exits with status 1 if a check fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._checks import DTYPES, dtype_name
 from ._screen import Parser, Screen, end_cleanly
 
 SECONDS = 50
-"""What is left of a minute after the import of PyTorch. Past it nothing more is timed."""
+"""The command is to take a minute, and importing PyTorch takes some of it. After this time nothing more is timed."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What the public functions share: the exceptional ways that a call can take, off the path of an ordinary one."""
+"""What the public functions share: the paths of calls that are not plain inference on plain tensors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _is_grad_enabled = torch.is_grad_enabled
 
 
 def overridden(function: Callable[..., Any], op: Operator, tensors: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
-    """A call with tensors, or in a mode, that have a ``__torch_function__``: torch.fx's proxies, for one.
+    """Make a call in which a tensor or an active mode has a ``__torch_function__``, for example a proxy of torch.fx.
 
-    PyTorch traces for ONNX in such a mode. ONNX has no operator like ours, and takes the definition.
+    PyTorch exports to ONNX in such a mode. ONNX has no operator like this one, so the definition is exported.
     """
     if not op.written and _is_in_onnx_export():
         return op.definition(*args)
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
-        return op.overload(*args)  # which refuses them; their __torch_function__ takes "rms_norm" for PyTorch's own
+        return op.overload(*args)  # raises; their __torch_function__ would take "rms_norm" for PyTorch's own
     return handle_torch_function(function, tensors, *args, **kwargs)
 
 
 def differentiable(
     native: Callable[..., Any], op: Operator, function: type[torch.autograd.Function], *args: Any
 ) -> Any:
-    """A call while grad mode is on or dual tensors are about: with its derivative, where one is asked for.
+    """Make a call that may need a derivative, because grad mode is on or forward-mode differentiation is active.
 
-    ``native`` is the operator, which sees to derivatives by itself inside a torch.func transform, and nowhere else.
+    ``native`` is the operator. It computes derivatives itself inside a torch.func transform, but nowhere else.
     """
     tensors = [argument for argument in args if isinstance(argument, Tensor)]
     if not functorch_is_active():
@@ -47,8 +47,11 @@ def differentiable(
 
 
 def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
-    """Raise what says more than ``error``, which the operator raised, where there is such a thing."""
-    if type(error) is RuntimeError and " out of memory" in str(error):  # the operator can only raise a RuntimeError
+    """Raise an error that says more than ``error``, which the operator raised, if an argument has a wrong type.
+
+    Also raise ``torch.OutOfMemoryError`` if that is what happened.
+    """
+    if type(error) is RuntimeError and " out of memory" in str(error):  # C++ can raise only RuntimeError
         raise torch.OutOfMemoryError(str(error)) from None
     for name, rule in op.rules.items():
         value = arguments[name]
@@ -68,6 +71,6 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _is_in_onnx_export() -> bool:
-    """Importing torch.onnx is slow, and there is no export before it has been imported."""
+    """Whether an export to ONNX is running. It has then imported torch.onnx, which is slow, so this does not."""
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and bool(onnx.is_in_onnx_export())

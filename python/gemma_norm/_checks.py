@@ -1,8 +1,8 @@
-"""The argument checks of csrc/core/check.cpp and csrc/torch/bind.h again, for calls that never reach C++.
+"""The argument checks of csrc/core/check.cpp and csrc/torch/bind.h in Python, for calls that never reach C++.
 
-Those are calls with fake tensors, inside torch.func's transforms, and on devices without a native library. The rules, the
-messages and their order are the same. Sizes may be symbolic: torch._check turns conditions on them into guards or into
-assertions at run time.
+Those are calls with fake tensors, calls inside torch.func's transforms, and calls on devices without a native library.
+The rules, the messages and the order of the checks are the same as in C++. Sizes may be symbolic: torch._check turns a
+condition on them into a guard or an assertion at run time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# In every message, in C++ too, that says of a tensor that it must not be written.
+# Each message, in C++ too, which says that a tensor must not be written contains one of these.
 UNWRITABLE = ("overlap", "inference tensor", "negated lazily")
 
 
 class Extent(Enum):
-    ROWS = "[..., hidden], from which the shapes of all others follow: x's"
-    LIKE_X = "x's shape, any strides, the last dimension contiguous"
+    ROWS = "[..., hidden]: that of x, which determines the shapes of all other tensors"
+    LIKE_X = "x's shape, with strides of its own and a contiguous last dimension"
     HIDDEN = "[hidden], contiguous"
 
 
@@ -32,12 +32,12 @@ class DTypes(Enum):
     FLOAT = "float32, float16 or bfloat16"
     LIKE_X = "x's"
     X_OR_FLOAT32 = "x's or float32"
-    WEIGHT = "x's or float32; where x is float32, any of FLOAT"
+    WEIGHT = "x's or float32; if x is float32, any of FLOAT"
     LIKE_RESIDUAL = "residual's"
 
 
 class Rule(NamedTuple):
-    """What is asked of one tensor of an operator."""
+    """What the operator requires of one of its tensors."""
 
     extent: Extent
     dtypes: DTypes
@@ -53,7 +53,7 @@ OPTIONAL_WEIGHT = WEIGHT._replace(optional=True)
 
 
 class Described(Protocol):
-    """What the checks need of a :class:`gemma_norm._registry.Operator`."""
+    """What the checks need to know of a :class:`gemma_norm._registry.Operator`."""
 
     @property
     def label(self) -> str: ...
@@ -76,21 +76,21 @@ def layout_name(t: Tensor) -> str:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether one of them is a dual tensor of forward-mode differentiation."""
+    """Whether one of ``tensors`` is a dual tensor of forward-mode differentiation."""
     unpack_dual: Any = forward_ad.unpack_dual  # not typed
     if forward_ad._current_level < 0:
         return False
     try:
         return any(isinstance(t, Tensor) and unpack_dual(t).tangent is not None for t in tensors)
-    except RuntimeError:  # torch.autograd.functional, vectorised, batches in a way that cannot be asked
+    except RuntimeError:  # tensors that torch.autograd.functional batches with vectorize=True cannot be unpacked
         return True
 
 
 def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bool = False) -> None:
-    """All checks but those of memory, see :func:`check_memory`. Raises RuntimeError.
+    """Raise RuntimeError if an argument is wrong. :func:`check_memory` makes the remaining checks, those of memory.
 
-    ``transformed``: for the definition in plain PyTorch that PyTorch differentiates or batches. Derivatives may be expected
-    then, and strides, which a batch dimension may lie between, are not looked at.
+    ``transformed``: the call is inside a torch.func transform, which differentiates or batches the definition in plain
+    PyTorch. Derivatives are then allowed, and strides are not checked, because a hidden batch dimension changes them.
     """
     label, x = op.label, arguments["x"]
     tensors = _tensors(op, arguments)
@@ -111,7 +111,10 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
 
 
 def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
-    """What is written must not disturb what is still to be read: an output is exactly an input, or apart from it."""
+    """Raise RuntimeError if a write could change an element that is still to be read.
+
+    An output must be exactly an input's memory or not overlap it.
+    """
     label, tensors = op.label, _tensors(op, arguments)
     if tensors["x"].numel() == 0:
         return
@@ -135,7 +138,7 @@ def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
 
 
 def _tensors(op: Described, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the call, in the order of the rules."""
+    """The tensors of the call by name, in the order of the rules, without optional ones that are left out."""
     named = ((name, arguments[name], rule.optional) for name, rule in op.rules.items())
     return {name: t for name, t, optional in named if not (optional and t is None)}
 
@@ -146,18 +149,19 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Some byte belongs to both. Exact for any strides."""
+    """Whether some byte belongs to both tensors, exactly, for any strides."""
     (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     if a_end <= b_begin or b_end <= a_begin:
         return False
     a_starts, b_starts = _row_starts(a), _row_starts(b)
-    # Some row of b must begin after (a row of a) - (a row of b's length), and before that row of a ends.
+    # A row of b overlaps a row of a if it begins before that row's end, but after (that row's beginning - the length of
+    # a row of b).
     first = torch.searchsorted(b_starts, a_starts - _row_bytes(b), right=True)
     return bool((first < torch.searchsorted(b_starts, a_starts + _row_bytes(a))).any())
 
 
 def overlaps_itself(a: Tensor) -> bool:
-    """Two indices name the same byte."""
+    """Whether two elements share a byte."""
     return bool((_row_starts(a).diff() < _row_bytes(a)).any())
 
 
@@ -192,8 +196,8 @@ def _check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
 
 def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
     eps, weight = arguments["eps"], arguments["weight"]
-    in_range = 0 <= eps <= torch.finfo(torch.float32).max  # so NaN is not
-    if not in_range:  # Dynamo cannot print a number that it keeps dynamic
+    in_range = 0 <= eps <= torch.finfo(torch.float32).max  # False for NaN
+    if not in_range:  # a branch, so that the message is made only here: Dynamo cannot print a dynamic number
         _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
     gemma, each_step = arguments.get("gemma", False), arguments["round_each_step"]
     _require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
@@ -265,5 +269,5 @@ def _require(condition: bool | torch.SymBool, message: str) -> None:
     if not torch.compiler.is_dynamo_compiling():
         check: Any = torch._check  # not typed
         check(condition, lambda: message)
-    elif not condition:  # Dynamo cannot trace torch._check with a message that refers to anything
+    elif not condition:  # Dynamo cannot trace torch._check if its message refers to a variable
         raise RuntimeError(message)

@@ -1,4 +1,8 @@
-"""The checks of ``python -m gemma_norm``: each operator against the float64 oracle, and the bitwise promises."""
+"""The checks of ``python -m gemma_norm``.
+
+Each operator's results are compared with the float64 oracle, and the bits of results that must be equal are compared
+with each other.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,15 @@ ROWS = 33
 
 @dataclass
 class Result:
-    """One operator in one dtype on one device, over all sizes, both kinds of weight and ``gemma`` on and off."""
+    """The check of one operator in one dtype on one device, over all hidden sizes, with ``gemma`` off and on."""
 
     op: str
     device: str
     dtype: torch.dtype
     error: float = 0.0
-    """The largest error in units in the last place, and ..."""
+    """The largest error, in units in the last place."""
     of_limit: float = 0.0
-    """... as a fraction of what the contract allows at its size."""
+    """The largest ratio of an error to the error that the contract allows for its hidden size."""
     failure: str = ""
 
     def add(self, y: Tensor, exact: Tensor) -> None:
@@ -42,7 +46,7 @@ class Result:
 
 
 def devices() -> list[str]:
-    """The CPU and the GPUs, but for those that the library has no code for."""
+    """The CPU and every GPU that the loaded library has code for."""
     count, unserved = torch.cuda.device_count() if torch.cuda.is_available() else 0, _library.unserved_gpus()
     return ["cpu", *(f"cuda:{index}" for index in range(count) if index not in unserved)]
 
@@ -63,7 +67,11 @@ def check(progress: Callable[[str], None]) -> Iterator[Result]:
 
 
 def _inputs(hidden: int, dtype: torch.dtype, device: str, gemma: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x is a slice of a wider buffer, as q is of a qkv; the zero-centred weight is small, so that a missing 1 shows."""
+    """x, residual, post and weight.
+
+    x is a slice of a wider buffer, as q is of a fused qkv. A zero-centred weight is small, so that the result is far
+    off if its 1 is not added.
+    """
     generator = torch.Generator().manual_seed(hidden)
 
     def random(*shape: int) -> Tensor:

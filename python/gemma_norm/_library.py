@@ -1,4 +1,4 @@
-"""The native libraries: which are built, which this PyTorch needs, and loading them."""
+"""The native libraries: which of them are built, which of them this PyTorch needs, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LIBRARY_DIR = Path(__file__).parent / "lib"
 LIBRARIES = ("cpu", "cuda", "hip")
 _torch: Any = torch  # not all of it is typed
 
-# The AMD processors on which code for a generic one runs: LLVM's "User Guide for AMDGPU Backend" (AMDGPUUsage), table
-# "AMDGPU Generic Processors".
+# The AMD processors that can run code for a generic processor. From LLVM's "User Guide for AMDGPU Backend"
+# (AMDGPUUsage), table "AMDGPU Generic Processors".
 GENERIC_PROCESSORS = {
     "gfx9-generic": "gfx900 gfx902 gfx904 gfx906 gfx909 gfx90c",
     "gfx9-4-generic": "gfx942 gfx950",
@@ -40,7 +40,7 @@ GENERIC_PROCESSORS = {
 
 @dataclass(frozen=True)
 class Library:
-    """What is known about one native library; see :func:`libraries`."""
+    """One native library, as :func:`libraries` describes it."""
 
     name: str
     built: bool
@@ -49,21 +49,22 @@ class Library:
     compiler: str
     architectures: tuple[str, ...]
     reason: str
-    """Why it is not loaded; empty when it is."""
+    """Why the library is not loaded; empty if it is."""
     served_devices: tuple[str, ...]
-    """Devices of this machine that it serves, by PyTorch's names; none before it is loaded."""
+    """The devices of this machine that the library serves, by PyTorch's names; empty if it is not loaded."""
     unsupported_devices: tuple[str, ...]
-    """GPUs of this machine that it has no machine code for, each as a sentence.
+    """A sentence for each GPU of this machine that the library has no machine code for.
 
-    They do no harm beside GPUs that are served: a processor's integrated GPU or a display card often stands beside the
-    GPU that computes. An installation is at fault where ``served_devices`` is empty and this is not.
+    Such a GPU does no harm if another one is served: next to the GPU that computes there is often an integrated GPU or
+    a display card. The installation is at fault if this is not empty and ``served_devices`` is.
     """
 
 
 def libraries() -> dict[str, Library]:
-    """Describe the native libraries ``cpu``, ``cuda`` and ``hip``: built, loaded, where, for which GPUs, why not.
+    """Describe the native libraries ``cpu``, ``cuda`` and ``hip``.
 
-    Calling it may initialise CUDA, since it asks each GPU for its architecture.
+    A :class:`Library` says whether it is built and loaded, where it is, for which GPUs it was compiled, and why it is
+    not loaded. The call may initialise CUDA, since it asks each GPU for its architecture.
     """
     return {name: _describe(name) for name in LIBRARIES}
 
@@ -73,12 +74,12 @@ def library_path(name: str) -> Path:
 
 
 def gpu_library() -> str | None:
-    """The library that serves this PyTorch's GPUs; both kinds are device type "cuda" to PyTorch."""
+    """The library for the GPUs of this PyTorch, which calls NVIDIA's and AMD's both "cuda"; None for a CPU build."""
     return "hip" if torch.version.hip else "cuda" if torch.version.cuda else None
 
 
 def why_not_native(device_type: str) -> str:
-    """Why tensors of ``device_type`` have no native kernel."""
+    """The reason why there is no native kernel for tensors of ``device_type``; empty if there is one."""
     name = gpu_library() if device_type == "cuda" else device_type if device_type in LIBRARIES else None
     return _reason(name) if name else "gemma_norm has no kernels for such devices"
 
@@ -92,14 +93,15 @@ def _reason(name: str) -> str:
 
 
 def has_code_for(architectures: tuple[str, ...], device: str) -> bool:
-    """Does a library compiled for ``architectures`` hold code that ``device`` can run?
+    """Whether a library that was compiled for ``architectures`` contains code that ``device`` can run.
 
-    On NVIDIA, ``sm_XY`` runs on its own major version from minor Y on, ``compute_XY`` (PTX) on everything from XY on.
-    An ``a`` at the end restricts either to XY alone, an ``f`` to its major version.
+    NVIDIA: code for ``sm_XY`` runs on devices of major version X and minor version Y or later. Code for ``compute_XY``
+    (PTX) runs on every device from XY on. A final ``a`` restricts either to XY, a final ``f`` to major version X.
 
-    On AMD, both are target IDs: a processor, then settings of its features, as in ``gfx90a:sramecc+:xnack-``. Code runs
-    on the processor that it names, or on each of those that a generic name stands for. Every setting that it names must
-    be the device's; code that names none runs with either.
+    AMD: both arguments are target IDs, a processor followed by settings of its features, such as
+    ``gfx90a:sramecc+:xnack-``. Code runs on the processor that it names, or on all processors that its generic name
+    stands for. The device must have each setting that the code names. Code that does not name a feature runs with
+    either setting.
     """
     runs = _amd_code_runs if device.startswith("gfx") else _nvidia_code_runs
     return any(runs(architecture, device) for architecture in architectures)
@@ -123,7 +125,7 @@ def _nvidia_code_runs(architecture: str, device: str) -> bool:
 
 
 def unserved_gpus() -> dict[int, str]:
-    """The GPUs that the loaded library has no machine code for: why, in a sentence, by index. May initialise CUDA."""
+    """A sentence for each GPU that the loaded library has no machine code for, by index. May initialise CUDA."""
     name = gpu_library()
     if name not in _loaded or not torch.cuda.is_available():
         return {}
@@ -139,7 +141,7 @@ def unserved_gpus() -> dict[int, str]:
 
 
 def load() -> None:
-    """Load the CPU library, which defines the operators, and the one for this PyTorch's GPUs, if built."""
+    """Load the CPU library, which defines the operators, and the library for this PyTorch's GPUs, if it is built."""
     parsed = re.match(r"(\d+)\.(\d+)", torch.__version__)  # pre-releases too: 2.10.0a0+git, 2.10.0.dev20251101
     if parsed is None or (int(parsed[1]), int(parsed[2])) < MINIMUM_TORCH:
         minimum = ".".join(map(str, MINIMUM_TORCH))
@@ -152,18 +154,18 @@ def load() -> None:
 
 
 def operator_implementations(owner: str) -> Any:
-    """A torch.library.Library that adds ``owner``'s implementations to the operators, in place of its earlier ones.
+    """Return a torch.library.Library through which ``owner`` registers its implementations of the operators.
 
-    ``owner`` is the module that registers them. Where it runs a second time in a process (it was reloaded, or the
-    package was imported anew after its modules had been dropped), the implementations of the first time are still
-    registered: they refer to their module, which keeps them alive. Two of a kind are refused or warned of, so the first
-    ones are taken out here. What the first import left behind (functions, modules of a model) goes on working, since it
-    calls the operators, which the new implementations serve.
+    ``owner`` is the name of the module that registers them. That module may run a second time in one process: it may be
+    reloaded, or the package imported anew after its modules were dropped from ``sys.modules``. The implementations of
+    the first run are then still registered. PyTorch refuses a second registration or warns of it, so those of the first
+    run are removed here. Functions and modules of the first import keep working: they call the operators, and the
+    operators call the new implementations.
 
-    The Library stays alive as long as the operators, so ``owner`` need not keep it.
+    The Library lives as long as the operators, so ``owner`` need not keep a reference to it.
     """
     libraries: dict[str, Any] = _of_process("python_libraries", {})
-    owner = owner.rpartition(".")[2]  # whatever the package was imported as
+    owner = owner.rpartition(".")[2]  # without the package, which may have been imported by another name
     if owner in libraries:
         libraries.pop(owner)._destroy()
     libraries[owner] = _torch.library.Library("gemma_norm", "IMPL")
@@ -174,7 +176,10 @@ _loaded: set[str] = set()
 
 
 def _of_process(name: str, initial: Any) -> Any:
-    """What belongs to the operators, of which a process has one set, not to this module, which may run repeatedly."""
+    """A value that a process has once, like the operators themselves, however often this module runs.
+
+    It is ``initial`` on the first call with this ``name``, and the same object on every later one.
+    """
     return vars(_torch.ops.gemma_norm).setdefault(f"_gemma_norm_{name}", initial)
 
 
@@ -185,7 +190,7 @@ def _load(name: str) -> None:
         raise ImportError(f"gemma_norm: the {name} library is missing: {path} ({built}); reinstall gemma_norm")
     if damage := _damage(path):
         raise ImportError(f"gemma_norm: the {name} library is damaged: {path}: {damage}; reinstall gemma_norm")
-    if str(path.resolve()) in _torch.ops.loaded_libraries:  # by an earlier import of this package
+    if str(path.resolve()) in _torch.ops.loaded_libraries:  # an earlier import of this package has loaded it
         version = _of_process("version", VERSION)
         if version != VERSION:
             raise ImportError(
@@ -198,14 +203,14 @@ def _load(name: str) -> None:
         try:
             _torch.ops.load_library(str(path))
         except OSError as error:
-            said = error.__cause__ or error  # the loader; PyTorch wraps it
+            said = error.__cause__ or error  # PyTorch wraps the loader's own error
             raise ImportError(f"gemma_norm: the {name} library does not load: {path} ({built}): {said}") from error
         _of_process("version", VERSION)
     _loaded.add(name)
 
 
 def _refuse_second_copy(path: Path) -> None:
-    """Raise ImportError if the operators are defined already. To define them again would end the process."""
+    """Raise ImportError if the operators are defined already. A second definition would end the process."""
     if not hasattr(_torch.ops.gemma_norm, "rms_norm"):
         return
     others = [Path(other) for other in _torch.ops.loaded_libraries if Path(other).name == path.name]
@@ -222,7 +227,7 @@ def _refuse_second_copy(path: Path) -> None:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with an ELF file that is not all there. The loader itself dies of a bus error on some."""
+    """What is wrong with a truncated ELF file; empty if it is whole. The loader dies of a bus error on some of them."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(64)

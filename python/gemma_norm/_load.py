@@ -1,4 +1,4 @@
-"""How busy other work keeps the CPUs."""
+"""How much other work keeps the CPUs busy while something is timed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TOO_BUSY = 0.1
-"""From this share of time without a CPU on, times are not to be trusted. An idle machine has 0.01, one other busy
-process for two CPUs makes it 0.2 to 0.5, eight make it 0.9."""
+"""If :attr:`Load.without_cpu` is larger, measured times mean nothing. It is 0.01 on an idle machine, 0.2 to 0.5 with
+one other busy process on two CPUs, and 0.9 with eight."""
 
 
 class Load:
-    """How much of the time in which this process was ready to run it had no CPU, because other work had them.
+    """The share of time in which this process was ready to run but had no CPU, because other work had them.
 
-    Linux counts this for every thread. Unlike the load average, the count has no delay and knows a container's quota.
-    Unlike CPU time beside wall time, it tells a thread that waits for a CPU from one that waits for the GPU or for
-    another thread.
+    Linux counts that time for every thread. The count has no delay and respects a container's quota, unlike the load
+    average. It also tells a thread that waits for a CPU from one that waits for the GPU or for another thread, which a
+    comparison of CPU time with wall time does not.
     """
 
     def __init__(self) -> None:
@@ -25,20 +25,20 @@ class Load:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Count what happens within the context."""
+        """Count the time that passes in this context."""
         ran, waited = time.process_time(), _seconds_without_cpu()
         yield
         self._ran += time.process_time() - ran
-        self._waited += max(_seconds_without_cpu() - waited, 0.0)  # a thread that has ended takes its count with it
+        self._waited += max(_seconds_without_cpu() - waited, 0.0)  # negative if a thread has ended: its count is gone
 
     @property
     def without_cpu(self) -> float:
-        """From 0 to 1; 0 where the system does not count."""
+        """From 0 to 1. It is 0 if the system does not count."""
         return self._waited / max(self._ran + self._waited, 1e-9)
 
 
 def _seconds_without_cpu() -> float:
-    """Of all threads together: the second number of schedstat, in nanoseconds."""
+    """The time that all threads together have waited for a CPU: the second number of schedstat is in nanoseconds."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:

@@ -1,18 +1,20 @@
-"""What PyTorch must know of an operator beside its native kernels, made from one description of it.
+"""All implementations of an operator that PyTorch needs beside the native kernels, made from one description.
 
-An :class:`Operator` is one overload in ``torch.ops.gemma_norm``: its schema is defined in C++, its definition and its
-rules in :mod:`gemma_norm._ops`. ``register`` makes from them:
+An :class:`Operator` describes one overload in ``torch.ops.gemma_norm``. Its schema is defined in C++; its definition in
+plain PyTorch and its rules are in :mod:`gemma_norm._ops`. From these, ``register`` makes:
 
-- the implementation in plain PyTorch for devices without a native library, as strict about its arguments, with a warning
-  once a device type. Sparse, quantised and other such tensors, of any device, arrive there as well, to be refused;
-- the fake implementation, which says what the results are like: for meta tensors, torch.compile and torch.export;
-- what runs inside the transforms of torch.func (grad, vmap, jvp and all that is made of them): the definition, which
-  PyTorch can differentiate and batch in any order. Its dispatch key is active there and nowhere else, so calls outside
-  pay nothing. What writes into its arguments is refused there, but for torch.func.functionalize: a transform would see
-  neither the write nor its derivative;
+- an implementation in plain PyTorch for devices without a native library. It checks its arguments as the native kernels
+  do, and warns once for each device type. PyTorch also sends it sparse, quantised and other such tensors of any device,
+  which it refuses;
+- a fake implementation for meta tensors, torch.compile and torch.export, which gives the shape and dtype of the
+  results;
+- an implementation for the transforms of torch.func (grad, vmap, jvp and what is built from them). It runs the
+  definition, which PyTorch can differentiate and batch in any order. Its dispatch key is active only inside a
+  transform, so other calls pay nothing for it. It refuses an operator that writes into its arguments, because a
+  transform would see neither the write nor its derivative; torch.func.functionalize is an exception;
 - refusals of nested tensors, and of lazily negated tensors that would be written.
 
-The dispatcher skips autograd: :mod:`gemma_norm._ops` has the functions that record derivatives.
+The dispatcher skips autograd for these operators. The functions in :mod:`gemma_norm._ops` record the derivatives.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ from ._library import operator_implementations, why_not_native
 
 Arguments = dict[str, Any]
 
-_told: set[str] = set()
+_warned: set[str] = set()
 _library = operator_implementations(__name__)
 
 
 @dataclass(frozen=True)
 class Operator:
     name: str
-    """In ``torch.ops.gemma_norm``, with its overload: "rms_norm.out"."""
+    """Its name in ``torch.ops.gemma_norm``, with the overload, such as "rms_norm.out"."""
     definition: Callable[..., Any]
-    """Plain PyTorch, differentiable, without effects. Its parameters are those of the schema but for ``out``."""
+    """A differentiable function in plain PyTorch that writes nothing. It has the schema's parameters except ``out``."""
     rules: Mapping[str, Rule]
-    """What is asked of each tensor, in the order of the checks."""
+    """The rule for each tensor, by the argument's name, in the order of the checks."""
     functional: str
-    """The operator that computes the same into new tensors. The public function of that name is differentiable."""
+    """The operator that computes the same in new tensors. The public function of that name is differentiable."""
 
     @functools.cached_property
     def overload(self) -> Any:
@@ -55,7 +57,7 @@ class Operator:
 
     @property
     def label(self) -> str:
-        """In messages."""
+        """The operator's name in messages."""
         return self.name.partition(".")[0]
 
     @property
@@ -64,12 +66,12 @@ class Operator:
 
     @functools.cached_property
     def written(self) -> tuple[str, ...]:
-        """The arguments that it writes, in the order of the definition's results."""
+        """The names of the arguments that it writes, in the order of the definition's results."""
         arguments = self.overload._schema.arguments
         return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-        """All arguments by name."""
+        """All arguments of a call by name, including defaults."""
         schema = self.overload._schema.arguments
         defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
         given = dict(zip((a.name for a in schema), args, strict=False))
@@ -81,7 +83,7 @@ class Operator:
         return results if isinstance(results, tuple) else (results,)
 
     def give(self, arguments: Arguments, results: tuple[Tensor, ...]) -> Any:
-        """Write the results where the operator does, and return what it returns."""
+        """Write ``results`` into the arguments that the operator writes, and return what the operator returns."""
         if not self.written:
             return results if len(results) > 1 else results[0]
         for name, result in zip(self.written, results, strict=True):
@@ -94,7 +96,7 @@ class Operator:
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments)
         check_memory(self, arguments)
-        _tell(arguments["x"])
+        _warn_once(arguments["x"])
         results = self.compute(arguments)
         return self.give(arguments, results if self.written else tuple(t.contiguous() for t in results))
 
@@ -108,7 +110,7 @@ class Operator:
         return (y, x.new_empty(x.shape, dtype=arguments["residual"].dtype)) if "residual" in self.rules else y
 
     def functionalised(self, *args: Any, **kwargs: Any) -> Any:
-        """For torch.compile, which cannot make an operator functional that returns one of its arguments."""
+        """For torch.compile, which by itself cannot functionalise an operator that returns one of its arguments."""
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments)
         functional = OPERATORS[self.functional].overload
@@ -125,8 +127,9 @@ class Operator:
         return self.give(arguments, self.compute(arguments))
 
     def negated(self, *args: Any, **kwargs: Any) -> Any:
-        """Tensors that PyTorch negates when they are read. Needed only for operators that return nothing: PyTorch's own
-        fallback resolves the arguments of the others.
+        """For tensors with the negative bit, which PyTorch negates when they are read.
+
+        Only operators that return nothing need this. PyTorch's own fallback resolves the arguments of the others.
         """
         arguments = self.bind(args, kwargs)
         for name in self.written:
@@ -169,16 +172,16 @@ def _jagged(op: Operator) -> Callable[..., NoReturn]:
     return lambda cls, func, types, args, kwargs: op.refuse_nested(*args, **(kwargs or {}))
 
 
-def _tell(x: Tensor) -> None:
+def _warn_once(x: Tensor) -> None:
     device = x.device.type
-    if device not in _told:
-        _told.add(device)
+    if device not in _warned:
+        _warned.add(device)
         reason = why_not_native(device)
         warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {reason}", stacklevel=4)
 
 
 def _only_functionalising() -> bool:
-    """torch.func.functionalize is there for programs that write; other transforms may fail at any of the writes."""
+    """Whether all active transforms are torch.func.functionalize, which is made for programs that write."""
     functorch = torch._C._functorch
     levels = functorch.get_interpreter_stack() or ()
     return all(level.key() == functorch.TransformType.Functionalize for level in levels)

@@ -1,4 +1,4 @@
-"""What a command needs of its terminal: a clean end, a progress line, tables and text that fit, colours."""
+"""How a command uses its terminal: it ends cleanly, shows progress, fits tables and text, and uses colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIPE = "\r\x1b[K"
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status after Ctrl-C, as shells report it."""
 NO_READER = 128 + signal.SIGPIPE
-"""The exit status when whoever reads the output has stopped reading, as ``head`` does."""
+"""The exit status if the reader of the output has stopped reading, as ``head`` does."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,10 +28,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def end_cleanly(main: Callable[[], int]) -> int:
-    """The exit status of ``main``. Ctrl-C and a closed pipe end it without a traceback or a progress line left over."""
+    """Run ``main`` and return its exit status. Ctrl-C and a closed pipe leave no traceback and no progress line."""
     try:
         status = main()
-        if sys.stdout:  # None where the caller has closed it
+        if sys.stdout:  # None if the caller has closed it
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -47,24 +47,27 @@ def end_cleanly(main: Callable[[], int]) -> int:
 
 
 def _discard(stream: TextIO) -> None:
-    """Drop what ``stream`` holds and is still to get, so that Python does not fail to flush it at exit."""
+    """Redirect ``stream`` to /dev/null, so that Python does not fail when it flushes it at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def columns(stream: TextIO | None) -> int | None:
-    """The width of the terminal that ``stream`` writes to; None where it writes to something else."""
+    """The width of the terminal that ``stream`` writes to; None if it does not write to a terminal."""
     if not stream or not stream.isatty():
         return None
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
-    except OSError:  # a terminal that does not tell its size
+    except OSError:  # the terminal does not report its size
         return 80
 
 
 class ProgressLine:
-    """A line on stderr that overwrites itself, fits into the terminal's width, and can be wiped. On a terminal alone."""
+    """A line on stderr that overwrites itself, fits into the terminal's width, and can be wiped.
+
+    It is shown only on a terminal.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -72,8 +75,8 @@ class ProgressLine:
 
     def show(self, text: str) -> None:
         if self.live:
-            width = columns(self._stream) or 80  # asked for each time: windows are resized
-            # A full line may wrap, and the terminal's echo of Ctrl-C is two characters.
+            width = columns(self._stream) or 80  # queried each time, because windows are resized
+            # Three columns stay free: a full line may wrap, and the terminal echoes Ctrl-C as two characters.
             print(_WIPE + text[: width - 3], end="", file=self._stream, flush=True)
 
     def clear(self) -> None:
@@ -81,7 +84,7 @@ class ProgressLine:
 
 
 class Screen:
-    """Prints to stdout: in colour on a terminal unless NO_COLOR is set, and within the terminal's width."""
+    """Prints to stdout, within the terminal's width, and in colour on a terminal unless NO_COLOR is set."""
 
     def __init__(self) -> None:
         self._width = columns(sys.stdout)
@@ -112,7 +115,7 @@ class Screen:
             self.print(line)
 
     def note(self, text: str, paint: Callable[[str], str] | None = None) -> None:
-        """Print a sentence, indented, in as many lines as it needs."""
+        """Print a sentence, indented, on as many lines as it needs."""
         for line in wrap(text, self._width, "  "):
             self.print((paint or self.dim)(line))
 
@@ -132,12 +135,13 @@ class Screen:
 def tables(
     rows: Sequence[Sequence[str]], left: Container[int], keys: int, width: int | None, title: str = ""
 ) -> list[list[str]]:
-    """The lines of a table, the first row being its header, or of several tables where one is wider than ``width``.
+    """The lines of a table, of which the first row is the header, or of several tables if one would be too wide.
 
-    Then the columns are spread over tables that each start with the first ``keys`` columns, which say what a row is.
-    Where not even one column fits beside those, each row becomes a table: its keys, then a line for each other column;
-    ``title`` stands above these.
-    The columns in ``left`` align left, the others right. ``width`` None stands for any width.
+    If the table is wider than ``width``, its columns are distributed over several tables. Each starts with the first
+    ``keys`` columns, which say what a row is about. If not even one more column fits next to those, each row becomes a
+    table of its own: its keys, then a line for each other column; ``title`` is above all of these.
+
+    The columns in ``left`` are aligned left, the others right. With ``width`` None, any width fits.
     """
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     names = range(keys)
@@ -166,15 +170,15 @@ def _record(header: Sequence[str], row: Sequence[str], left: Container[int], key
     lines = [", ".join(row[c] if c in left else f"{header[c]} {row[c]}" for c in range(keys))]
     across = max(map(len, header[keys:]))
     for name, cell in zip(header[keys:], row[keys:], strict=True):
-        if cell and cell != name:  # a separator is its own name
+        if cell and cell != name:  # in a column of separators, the cell and the name are equal
             lines += wrap(cell, width, f"  {name.ljust(across)}  " if name else "  ", "    ")
     return lines
 
 
 def wrap(text: str, width: int | None, first: str = "", others: str | None = None) -> list[str]:
-    """``text`` in lines of at most ``width``, broken between words alone: a path stays whole. None: in one line.
+    """``text`` in lines of at most ``width``, or in one line if that is None. Lines break only between words.
 
-    The first line starts with ``first``, the others with ``others``, or with ``first`` too.
+    The first line starts with ``first``, the others with ``others``; if that is None, with ``first`` as well.
     """
     if width is None or len(first) + _width(text) <= width:
         return [first + text]

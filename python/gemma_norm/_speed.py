@@ -1,4 +1,4 @@
-"""The speed table of ``python -m gemma_norm``: ours beside what PyTorch offers, at the sizes of Qwen3.5."""
+"""The speed table of ``python -m gemma_norm``: gemma_norm and what PyTorch offers, at the sizes of Qwen3.5."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ._ops import rms_norm as ops
 
 EPS = 1e-6
 HEADS = 24
+# (hidden, whether the residual is added)
 SIZES = (
     (256, False),
     (2048, False),
@@ -24,14 +25,14 @@ SIZES = (
     (2048, True),
     (4096, True),
     (5120, True),
-)  # with add
+)
 COMPILED = "torch.compile"
 COLUMNS = ("gemma_norm", "eager", "F.rms_norm", COMPILED)
 SECONDS_A_CELL = 0.1
 TURNS = 5
 BATCH_SECONDS = {"cpu": 5e-4, "cuda": 1e-2}
-"""On the CPU shorter than the few milliseconds for which another process takes a core, so that some batches are whole;
-on a GPU so long that waiting for the end of a batch does not count."""
+"""How long a batch of calls takes. On the CPU it is shorter than the few milliseconds for which another process takes a
+core, so that some batches are undisturbed. On a GPU it is so long that waiting for its end does not matter."""
 
 Call = Callable[[], object]
 
@@ -42,12 +43,12 @@ class Row:
     shape: str
     microseconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    """Why a column has no number."""
+    """For a column without a number, the reason."""
 
 
 @dataclass
 class Case:
-    """What a row of the table times."""
+    """The calls that a row of the table times."""
 
     device: str
     hidden: int
@@ -63,9 +64,9 @@ class Case:
         return Row(op, " x ".join(map(str, self.shape)))
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """x, the residual where one is added, and the weight."""
+        """x, the residual if one is added, and the weight."""
         x, *residual = (torch.randn(self.shape).to(self.device, torch.bfloat16) for _ in range(1 + self.add))
-        if len(self.shape) == 3:  # q lies between k and v in a fused buffer
+        if len(self.shape) == 3:  # heads, which are a slice of a fused buffer
             x = x.repeat(1, 2, 1)[:, : self.shape[1]]
         return x, *residual, (torch.randn(self.hidden) / 10).to(self.device, torch.bfloat16)
 
@@ -88,7 +89,7 @@ class Case:
 
 
 def eager(x: Tensor, weight: Tensor) -> Tensor:
-    """As Hugging Face and SGLang write it."""
+    """RMSNorm as the models of Hugging Face and SGLang compute it."""
     s = x.float()
     s = s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + EPS)
     return (s * (1.0 + weight.float())).type_as(x)
@@ -100,11 +101,11 @@ def eager_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 
 def measure(device: str, start: float, end: float, progress: Callable[[str], None]) -> tuple[list[Row], Load]:
-    """The rows of the table, for a program that began at ``start`` and is to be over by ``end`` (``time.monotonic()``).
+    """The rows of the table. The program began at ``start`` and should end by ``end``, in ``time.monotonic()``.
 
-    torch.compile's column comes last. A compilation cannot be stopped, so none is begun unless the time left is at
-    least what the longest so far took. The first is expected to take as long as all that went before it: about so it
-    does on an idle machine, and a busy one slows both alike.
+    torch.compile's column comes last. A compilation cannot be stopped, so none is begun if less time is left than the
+    longest one took so far. The first is expected to take as long as everything before it: that is about right on an
+    idle machine, and a busy one slows both down equally.
     """
     many = 8192 if device.startswith("cuda") else 256
     cases = [Case(device, hidden, rows, add) for hidden, add in SIZES for rows in (1, many)]
@@ -123,7 +124,7 @@ def measure(device: str, start: float, end: float, progress: Callable[[str], Non
             row.failures.setdefault(COMPILED, "not compiled: the minute is nearly over")
             continue
         progress(f"timing {row.op} {row.shape} on {device}: {COMPILED}")
-        if case.rows == 1:  # what is compiled for one row is compiled again for many, once
+        if case.rows == 1:  # PyTorch compiles it again for the first case with many rows, and not after that
             torch._dynamo.reset()
             compiled = torch.compile(eager_add if case.add else eager, dynamic=True)
         _time(row, {COMPILED: partial(compiled, *case.inputs())}, device, load)
@@ -132,9 +133,9 @@ def measure(device: str, start: float, end: float, progress: Callable[[str], Non
 
 
 def _time(row: Row, calls: dict[str, Call], device: str, load: Load) -> None:
-    """Fill ``row`` with microseconds a call, back to back: the best of many batches, which other work disturbs least.
+    """Fill ``row`` with the microseconds of a call in a batch of many, from the batch that other work disturbed least.
 
-    The calls take turns, so that a spell of other work meets all of them.
+    The columns take turns, so that a spell of other work affects all of them.
     """
     kind = torch.device(device).type
     wait: Callable[[], None] = torch.cuda.synchronize if kind == "cuda" else lambda: None
@@ -160,7 +161,7 @@ def _time(row: Row, calls: dict[str, Call], device: str, load: Load) -> None:
     def record(column: str, measured: Callable[[str], float]) -> None:
         try:
             row.microseconds[column] = measured(column) * 1e6
-        except Exception as error:  # whatever a compiler says, it belongs in its cell
+        except Exception as error:  # compilers raise any kind; the cell shows what happened
             row.failures[column] = _summary(error)
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""RMSNorm with a gate as a module."""
+"""The module for RMSNorm with a gate."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ACTIVATIONS = {"silu": False, "swish": False, "sigmoid": True}
 class GatedRMSNorm(nn.Module):
     """``y = norm(x) * act(gate)``, or the norm of ``x * act(gate)``: ``RMSNormGated`` in transformers and vLLM.
 
-    :func:`gemma_norm.gated_rms_norm` states formula, dtypes and strides. With its defaults it is SGLang's and vLLM's;
-    ``round_each_step=True`` makes it that of Qwen3-Next and Qwen3.5 in transformers, ``activation="sigmoid"`` that of
-    Kimi Linear, and ``norm_before_gate=False, round_each_step=True`` that of Mamba 2.
+    :func:`gemma_norm.gated_rms_norm` states formula, dtypes and strides. The defaults compute what the gated norms of
+    SGLang and vLLM compute; ``round_each_step=True`` what those of Qwen3-Next and Qwen3.5 in transformers compute;
+    ``activation="sigmoid"`` that of Kimi Linear; ``norm_before_gate=False, round_each_step=True`` that of Mamba 2.
 
     Args:
         hidden_size: size of the last dimension of the inputs.
         eps: added to the mean of squares.
-        activation: "silu", which is also "swish", or "sigmoid".
+        activation: "silu", its other name "swish", or "sigmoid".
         norm_before_gate, group_size, round_each_step: see :func:`gemma_norm.gated_rms_norm`.
         device, dtype: of the weight.
 
@@ -60,7 +60,7 @@ class GatedRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """A new tensor; without a gate, the norm alone."""
+        """Return the gated norm in a new tensor. Without a gate, it is the norm alone."""
         return gated_rms_norm(
             x,
             gate,

@@ -1,4 +1,4 @@
-"""RMSNorm as modules, with the calling convention of SGLang's and vLLM's layers."""
+"""The modules RMSNorm and GemmaRMSNorm, which are called like the layers of SGLang and vLLM."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from . import reference, routing
 from ._calls import functorch_is_active
 from ._checks import UNWRITABLE
 from ._ops import rms_norm as ops
-
-Output = Tensor | tuple[Tensor, Tensor]
+from .routing import Output
 
 _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -37,18 +36,19 @@ def check_size_and_eps(name: str, hidden_size: int, eps: float) -> None:
 class RMSNorm(nn.Module):
     """``y = round(s * rstd * weight)`` over the last dimension.
 
-    :func:`gemma_norm.rms_norm` states formula, dtypes and strides, :meth:`forward` what is written.
+    :func:`gemma_norm.rms_norm` states formula, dtypes and strides. :meth:`forward` states when x and residual are
+    overwritten.
 
     Args:
         hidden_size: size of the last dimension of the inputs.
-        eps: added to the mean of squares. A number: None, which ``torch.nn.RMSNorm`` takes for the dtype's epsilon, is
-            refused.
-        device, dtype: of the weight, which may be float32 with 16-bit inputs and is read anew in every call.
-        provider: what :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`: "auto" or, to force one,
-            "native", "aiter", "vllm" or "torch". Other devices have one provider.
-        inplace: whether :meth:`forward` may overwrite x and residual, under the conditions stated there. False: never.
-        elementwise_affine, has_weight: what ``torch.nn.RMSNorm`` and vLLM call having a weight. If either is False,
-            ``weight`` is None, and nothing is multiplied.
+        eps: a number that is added to the mean of squares. None is refused; ``torch.nn.RMSNorm`` takes the dtype's
+            epsilon for it.
+        device, dtype: of the weight. It may be float32 with 16-bit inputs. Each call reads the weight anew.
+        provider: whose kernels :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`. "auto" chooses;
+            "native", "aiter", "vllm" and "torch" force one. On other devices, all calls use the native kernels.
+        inplace: whether :meth:`forward` may overwrite x and residual, under the conditions stated there.
+        elementwise_affine, has_weight: two names for the same, from ``torch.nn.RMSNorm`` and from vLLM. If either is
+            False, ``weight`` is None, and the norm is not multiplied by anything.
         round_each_step: ``y = round(round(s * rstd) * weight)``, see :func:`gemma_norm.rms_norm`.
 
     Raises:
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self._check(hidden_size, eps, round_each_step, elementwise_affine=elementwise_affine, has_weight=has_weight)
-        self.provider = routing.checked(provider)
+        self.provider = routing.check_provider(provider)
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
         self.inplace = inplace
@@ -93,38 +93,41 @@ class RMSNorm(nn.Module):
                 raise ValueError(f"{name}: {argument} must be True, got {value!r}; {hint}")
 
     def reset_parameters(self) -> None:
-        """The identity's weight: ones, or zeros where it is zero-centred."""
+        """Set the weight so that it changes nothing: to ones, or to zeros if it is zero-centred."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 0.0 if self.gemma else 1.0)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
     ) -> Output:
-        """``y``; with a residual ``(y, s)``, ``s = round(x + residual)`` being the next residual.
+        """Return ``y``, or with a residual ``(y, s)``, where ``s = round(x + residual)`` is the next residual.
 
-        With a residual in inference, the work is done in place as in SGLang and vLLM: **the results are x and residual
-        themselves, overwritten**, and so is whatever shares their memory, such as a hidden state that was kept. That
-        is done when all of this holds, so that the gradients that PyTorch knows of do not depend on the old values:
+        In inference, a call with a residual works in place, as in SGLang and vLLM: **the results are x and residual
+        themselves, overwritten**. Whatever shares their memory is overwritten too, such as a hidden state that was
+        kept. This happens if all of the following holds, so that no gradient that PyTorch knows of needs the old
+        values:
 
-        - the module's ``inplace`` is True, as it is by default;
+        - the module's ``inplace`` is True, the default;
         - grad mode is off, and the module is in eval mode or the call in ``torch.inference_mode()``;
-        - x, residual and post_residual_addition require no gradient, and there are no dual tensors about nor a
-          ``torch.func`` transform;
-        - x and residual are plain tensors, not parameters or views of one, nor of another subclass;
-        - x and residual lie apart, no two elements of either share memory, and neither is an inference tensor outside
-          of inference mode;
+        - x, residual and post_residual_addition require no gradient, and the call is inside neither forward-mode
+          differentiation nor a ``torch.func`` transform;
+        - x and residual are of class ``Tensor`` itself, so they are no parameters, and they are not views of a
+          parameter or of another subclass;
+        - x and residual do not overlap, no two elements of either share memory, and neither is an inference tensor
+          outside of inference mode;
         - nothing traces the call: under ``torch.compile``, ``torch.export`` and ``torch.jit.trace`` the results are
           new tensors.
 
-        Else the results are new tensors, and x and residual stay as they are. It cannot see everything: a buffer, a
-        tensor from ``detach()`` or ``.data`` (the parameters given to ``torch.func.functional_call`` often are), the
-        output of frozen layers, or an input of a reentrant checkpoint that requires no gradient looks like any other,
-        though something may still need it. Pass a clone, or make the module with ``inplace=False``, where such a
-        tensor is used again.
+        Otherwise the results are new tensors, and x and residual are not changed.
 
-        ``post_residual_addition`` is added to the residual first, and needs one.
+        These conditions cannot recognise every tensor that is still needed. A buffer, a tensor from ``detach()`` or
+        ``.data`` (often a parameter given to ``torch.func.functional_call``), the output of frozen layers, or an input
+        of a reentrant checkpoint that requires no gradient looks like any other tensor. If such a tensor is used again,
+        pass a clone of it, or make the module with ``inplace=False``.
+
+        ``post_residual_addition`` is added to the residual before x is, and so needs a residual.
         """
-        # A traced value of torch.fx has no device yet, and no truth value: it goes to the operator, which any device has.
+        # torch.fx traces with proxies, which have neither a device nor a truth value; forward_cpu serves those too.
         if getattr(x, "is_cuda", False) is True:
             if _on_rocm:
                 return self.forward_hip(x, residual, post_residual_addition)
@@ -134,9 +137,9 @@ class RMSNorm(nn.Module):
     def forward_native(
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
     ) -> Output:
-        """Plain PyTorch on any device: never in place, differentiable any number of times. For comparison."""
+        """The same in plain PyTorch, on any device, never in place, and differentiable any number of times."""
         if residual is None:
-            self._refuse_lone(post_residual_addition)
+            self._refuse_post_alone(post_residual_addition)
             return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma, self.round_each_step)
         eps, gemma, each_step = self.variance_epsilon, self.gemma, self.round_each_step
         return reference.add_rms_norm(x, residual, self.weight, eps, gemma, post_residual_addition, each_step)
@@ -146,7 +149,7 @@ class RMSNorm(nn.Module):
     ) -> Output:
         weight = self.weight
         if residual is None:
-            self._refuse_lone(post_residual_addition)
+            self._refuse_post_alone(post_residual_addition)
             return ops.rms_norm(x, weight, self.variance_epsilon, self.gemma, self.round_each_step)
         eps, gemma, each_step = self.variance_epsilon, self.gemma, self.round_each_step
         if self.may_overwrite(x, residual, post_residual_addition):
@@ -159,7 +162,7 @@ class RMSNorm(nn.Module):
         return ops.add_rms_norm(x, residual, weight, eps, gemma, post_residual_addition, each_step)
 
     def may_overwrite(self, x: Tensor, residual: Tensor, post_residual_addition: Tensor | None) -> bool:
-        """Whether the conditions in :meth:`forward` hold, except that of memory, which the operator checks."""
+        """Whether the conditions in :meth:`forward` hold, except those of memory, which the operator checks."""
         return (
             not _is_grad_enabled()
             and self.inplace
@@ -175,20 +178,20 @@ class RMSNorm(nn.Module):
             and not functorch_is_active()
         )
 
-    # One method a device, as in SGLang and vLLM, for subclasses to replace. The operators' own dispatch serves these
-    # two, and through forward_cpu meta tensors and devices on plain PyTorch as well.
+    # A method for each kind of device, as in SGLang and vLLM, so that subclasses can replace one. The operators
+    # dispatch on the device themselves, so one method serves both. forward_cpu also serves all other devices.
     forward_cuda = forward_cpu = _forward_op
 
     def forward_hip(
         self, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None
     ) -> Output:
-        """Our HIP kernels, or those of another package where ours are absent, see :mod:`gemma_norm.routing`."""
-        # Not while compiling: a graph would be bound to what the set holds now.
-        if self.provider in routing.served_by_ours and not _is_compiling():
+        """The native HIP kernels, or another package's if there are none, see :mod:`gemma_norm.routing`."""
+        # Not while compiling: torch.compile would take the set's present contents for a constant.
+        if self.provider in routing.native_on_all_gpus and not _is_compiling():
             return self._forward_op(x, residual, post_residual_addition)
-        return routing.forward(self, x, residual, post_residual_addition)
+        return routing.forward_hip(self, x, residual, post_residual_addition)
 
-    def _refuse_lone(self, post_residual_addition: Tensor | None) -> None:
+    def _refuse_post_alone(self, post_residual_addition: Tensor | None) -> None:
         if post_residual_addition is not None:
             raise RuntimeError(f"{type(self).__name__}: post_residual_addition needs a residual, got residual=None")
 
@@ -198,12 +201,12 @@ class RMSNorm(nn.Module):
         return f"{self.hidden_size}, eps={self.variance_epsilon}, gemma={self.gemma}{modes}"
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in place of this module, which has two signatures: ``y = norm(x)`` alone."""
+        """What torch.jit.script compiles instead of this module: ``y = norm(x)``, since it takes one signature only."""
         return _Scriptable(self)
 
 
 class _Scriptable(nn.Module):
-    """``y = norm(x)`` for TorchScript: the operator in inference, its definition while gradients are recorded."""
+    """``y = norm(x)`` for TorchScript: the operator in inference, and its definition if gradients are recorded."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
@@ -223,8 +226,8 @@ class _Scriptable(nn.Module):
 class GemmaRMSNorm(RMSNorm):
     """RMSNorm with a zero-centred weight, ``y = round(s * rstd * (1 + weight))``: Gemma, Qwen3-Next, Qwen3.5.
 
-    ``1 + weight`` is computed inside the kernel in float32 and kept nowhere, so a weight that is loaded or synchronised
-    later, or under a captured CUDA graph, counts at once.
+    The kernel computes ``1 + weight`` in float32, and nothing stores it. A weight that is loaded or synchronised later
+    therefore takes effect at once, even in a CUDA graph that was captured before.
     """
 
     gemma = True

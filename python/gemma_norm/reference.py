@@ -1,8 +1,8 @@
-"""The numerical contract in plain PyTorch, the exact answer, and the distance between an answer and the exact one.
+"""The numerical contract in plain PyTorch, the exact answer, and the distance of a result from it.
 
-``rms_norm`` and ``add_rms_norm`` are the operators' definition, and run where there is no native kernel. ``oracle``
-computes in float64. ``ulp_error`` and ``max_ulp_error`` say how far a result is from it and how far it may be: the
-tests and ``python -m gemma_norm`` share them.
+``rms_norm``, ``add_rms_norm`` and ``gated_rms_norm`` are the operators' definitions. They also run on devices without a
+native kernel. ``oracle`` computes the exact answer in float64. ``ulp_error`` says how far a result is from it, and
+``max_ulp_error`` how far it may be. The tests and ``python -m gemma_norm`` use these.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ def rms_norm(
 ) -> Tensor:
     """``round(x * rstd * (gemma ? 1 + weight : weight))`` with ``rstd = 1 / sqrt(mean(x^2) + eps)``.
 
-    All in float32, rounded once, to x's dtype. A sum of squares beyond float32 is infinite, hence rstd and y are 0.
-    ``round_each_step``: ``round(round(x * rstd) * weight)``. Without a weight it is 1.
+    All arithmetic is in float32, and the result is rounded once, to x's dtype. If the sum of squares overflows float32,
+    it is infinite, so rstd and y are 0. With ``round_each_step``, y is ``round(round(x * rstd) * weight)``. Without a
+    weight, the factor is 1.
     """
     return _norm(x.float(), x.dtype, weight, eps, gemma, round_each_step)
 
@@ -48,7 +49,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(s), s)`` with ``s = x + residual`` or ``x + (residual + post_residual_addition)``.
 
-    s has the residual's dtype, and the norm of it x's.
+    s has the residual's dtype, and its norm has x's dtype.
     """
     if post_residual_addition is not None:
         residual = residual + post_residual_addition
@@ -68,9 +69,9 @@ def gated_rms_norm(
 ) -> Tensor:
     """``round(x * rstd * weight * act(gate))``, or with ``norm_before_gate=False`` ``round(s * rstd * weight)``.
 
-    ``s = x * act(gate)``, in float32. act is silu, or the logistic function; without a gate it is 1. rstd is each
-    group's own. ``round_each_step``: ``round(round(round(x * rstd) * weight) * act(gate))``, and
-    ``round(round(s * rstd) * weight)``.
+    ``s = x * act(gate)`` in float32. act is silu, or with ``sigmoid`` the logistic function; without a gate it is 1.
+    Each group of ``group_size`` elements has its own rstd. With ``round_each_step`` the results are
+    ``round(round(round(x * rstd) * weight) * act(gate))`` and ``round(round(s * rstd) * weight)``.
     """
     s, dtype = x.float(), x.dtype
     activation = None
@@ -89,11 +90,12 @@ def gated_rms_norm(
 def oracle(
     s: Tensor, weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False, each_step: Any = None
 ) -> Tensor:
-    """:func:`rms_norm` in float64 and not rounded, ``s`` being x or the (rounded) sum.
+    """:func:`rms_norm` in float64, not rounded. ``s`` is x or the rounded sum of x and residual.
 
-    Two properties of float32 are part of the contract and hence of the oracle: eps is a float32, and a sum of squares
-    beyond float32 is infinite. Two more are not: squares and products that are subnormal in float32 have fewer bits
-    there, or none (docs/contract.md, "Where float32 shows"). ``each_step``: the dtype to which ``s * rstd`` is rounded.
+    Two properties of float32 are part of the contract, and the oracle has them: eps is rounded to float32, and a sum of
+    squares that overflows float32 is infinite. Two others are not: squares and products that are subnormal in float32
+    lose some of their bits there, or all (docs/contract.md, C6). ``each_step`` is the dtype to which
+    ``s * rstd`` is rounded with ``round_each_step``, or None.
     """
     s64 = s.double()
     total = s64.square().sum(-1, keepdim=True)
@@ -108,10 +110,10 @@ def oracle(
 
 
 def ulp_error(y: Tensor, exact: Tensor) -> float:
-    """The largest distance of ``y`` from the float64 ``exact``, in units in the last place of y's dtype.
+    """The largest distance of an element of ``y`` from the float64 ``exact``, in units in the last place of y's dtype.
 
-    A correctly rounded result is at most 0.5 away. NaN must meet NaN (else the distance is infinite). Infinity counts
-    as the first power of two that the dtype cannot hold.
+    A correctly rounded result is at most 0.5 units away. Two NaN have distance 0, and a NaN and a number are infinitely
+    far apart. Infinity counts as the first power of two that the dtype cannot hold.
     """
     if y.numel() == 0:
         return 0.0
@@ -126,20 +128,23 @@ def ulp_error(y: Tensor, exact: Tensor) -> float:
 
 
 def max_ulp_error(dtype: torch.dtype, hidden: int) -> float:
-    """The largest :func:`ulp_error` that the contract allows: half a unit for the rounding, and the float32 arithmetic.
+    """The largest :func:`ulp_error` that the contract allows.
 
-    A float32 operation is off by 2^-24 of its result at most, which is worth up to one float32 unit of y, or up to half
-    a unit if it comes before the square root.
+    It is half a unit for the rounding of y, plus the error of the float32 arithmetic. Each float32 operation is off by
+    at most 2^-24 of its result. That changes y by up to one float32 unit, or by up to half a unit if the operation
+    comes before the square root.
 
-    - 5 come after: the root, the division, the product with s, 1 + w, and the product with that.
-    - 3 come before: 1 / hidden, the mean, and adding eps.
-    - So does the sum of squares. Each square is rounded, becomes part of a chain of additions and then of a tree, which
-      is no deeper than log2(hidden). A chain's partial sums are half of its last one on average, so n additions count
-      as n / 2. On the CPU a chain is 64 squares long, of every 64th element, and another one adds up the chains, one
-      for 4096 elements. On a GPU it is a thread's vectors: 8 where a row fits into registers, else a vector of 4 or 8
-      elements for each 512 threads, hence at most hidden / 2048.
+    - 5 operations come after the sum: the root, the division, the product with s, 1 + w, and the product with that.
+    - 3 operations come before the root: 1 / hidden, the mean, and adding eps.
+    - The sum of squares comes before the root as well. Each square is rounded, then goes through a chain of additions,
+      then through a tree, which is at most log2(hidden) deep. The partial sums of a chain are on average half of its
+      last one, so n additions count as n / 2. On the CPU a chain adds 64 squares, of every 64th element, and another
+      chain adds up these chains, of which there is one for each 4096 elements. On a GPU a chain is the vectors of a
+      thread: 8 of them if the row fits into registers, otherwise a vector of 4 or 8 elements for each 512 threads, so
+      at most hidden / 2048.
 
-    In 16 bits all that is next to nothing, so truncating instead of rounding, or rounding ``1 + w``, exceeds the bound.
+    In 16-bit dtypes all this is next to nothing, so a result that is truncated instead of rounded, or computed with a
+    rounded ``1 + w``, exceeds the bound.
     """
     additions = math.log2(max(hidden, 1)) + (min(hidden / 64, 64) + hidden / 2048) / 2
     float32_units = 5 + (3 + 1 + additions) / 2

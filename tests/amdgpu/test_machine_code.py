@@ -66,7 +66,7 @@ def check(code: list[Kernel], wrong: Callable[[Kernel], object]) -> None:
 
 def test_every_instantiation_is_there(code: list[Kernel]) -> None:
     there = {(k.form, k.x, k.weight, k.round_each_step, k.scope, k.aligned) for k in code}
-    expected = itertools.product(variants(), ["wave", "block", "stream"], [False, True])
+    expected = itertools.product(variants(), ["wave", "block", "two passes"], [False, True])
     assert there == {(*v, scope, aligned) for v, scope, aligned in expected if aligned or scope != "block"}
     assert len({str(k) for k in code}) == len(code)
 
@@ -185,7 +185,7 @@ def test_loads_come_before_the_stores_of_sums(code: list[Kernel]) -> None:
 
     gfx1250 is left out. It counts stores apart from loads, and would need 50 registers more.
     """
-    whole = [k for k in code if k.add and k.aligned and k.scope != "stream" and k.threads < 1024]
+    whole = [k for k in code if k.add and k.aligned and k.scope != "two passes" and k.threads < 1024]
     early = [k for k in whole if k.vectors == 2 or not k.wide_weight]
 
     def wrong(k: Kernel) -> object:

@@ -19,17 +19,21 @@ const std::vector<Rows> kRows = {
     {"transposed slice", {2, 3}, {1, 0}, 2},  // [heads, tokens] of the same
     {"expanded slice", {2, 3}, {1}, 1},
     {"three strides", {2, 1, 2, 2}, {2, 0, 3, 1}, 3},
-    {"four strides", {2, 2, 2, 2}, {1, 3, 0, 2}, 4},  // more dimensions than a kernel takes, so that there are several launches
+    {"four strides",
+     {2, 2, 2, 2},
+     {1, 3, 0, 2},
+     4},  // more dimensions than a kernel takes, so that there are several launches
     {"many rows", {37}, {0}, 0},
     {"many padded rows", {7, 19}, {0, 1}, 2},
 };
 constexpr int64_t kManyRowsHidden = 600;    // Longer rows come in smaller numbers.
 constexpr int64_t kFewCasesHidden = 20000;  // Of longer rows, a third of the cases is taken.
 
-const int64_t kHidden[] = {1,    2,    3,     5,     7,     8,     9,     15,     16,     17,     31,    33,   63,   64,
-                           65,   80,   96,    127,   128,   129,   192,   255,    256,    257,    511,   513,  576,  768,
-                           1000, 1152, 1536,  2048,  2560,  2816,  3584,  3840,   4095,   4096,   4097,  5120, 5376, 6144,
-                           7168, 8192, 12288, 16384, 18432, 65535, 98304, 131072, 200000, 262144, 262147};
+const int64_t kHidden[] = {1,     2,     3,     5,     7,     8,      9,      15,     16,    17,   31,
+                           33,    63,    64,    65,    80,    96,     127,    128,    129,   192,  255,
+                           256,   257,   511,   513,   576,   768,    1000,   1152,   1536,  2048, 2560,
+                           2816,  3584,  3840,  4095,  4096,  4097,   5120,   5376,   6144,  7168, 8192,
+                           12288, 16384, 18432, 65535, 98304, 131072, 200000, 262144, 262147};
 
 constexpr double kEps[] = {1e-6, 1e-6, 1e-5, 1.0, 0.0};
 constexpr Values kValues[] = {Values::kNormal, Values::kNormal, Values::kNormal,    Values::kNormal,
@@ -46,7 +50,8 @@ bool is_allowed(const Case& c) {
   for (const OperandRule& rule : c.op()) {
     const Operand o = rule.operand;
     const int32_t dims = rule.has_rows() ? 2 : 1;
-    tensors[o] = {reinterpret_cast<void*>(1024 * (o + 1)), &sizes[2 - dims], &strides[2 - dims], dims, c.dtype_of(o), ""};
+    tensors[o] = {
+        reinterpret_cast<void*>(1024 * (o + 1)), &sizes[2 - dims], &strides[2 - dims], dims, c.dtype_of(o), ""};
     if (o != kPost && (o != kWeight || c.weight_dtype != DType::kOther)) call.tensors[o] = &tensors[o];
   }
   RowParams params;
@@ -58,7 +63,8 @@ bool is_allowed(const Case& c) {
 // Whether the first part of all_cases() has cases of this variant.
 bool is_in_first_part(const Case& c) {
   for (const auto& [x, weight] : kDTypePairs)
-    if (c.dtype == x && c.weight_dtype == weight) return !c.round_each_step && !c.float32_residual && !is_gated(c.operands);
+    if (c.dtype == x && c.weight_dtype == weight)
+      return !c.round_each_step && !c.float32_residual && !is_gated(c.operands);
   return false;
 }
 
@@ -78,7 +84,8 @@ std::vector<KernelRange> kernel_ranges(const Case& c, const DeviceFacts& device)
   return ranges;
 }
 
-// Draws what does not change the result. It has random numbers of its own, so that it does not change which cases there are.
+// Draws what does not change the result. It has random numbers of its own, so that it does not change which cases there
+// are.
 void vary(Case* c) {
   std::mt19937 random(c->seed);
   const auto one_in = [&](uint32_t n) { return random() % n == 0; };
@@ -107,7 +114,8 @@ class VariantCases {
     for (const int32_t max_cluster : {1, kMaxCluster})
       for (const KernelRange& range : kernel_ranges(variant_, {32, int64_t{1} << 42, false, max_cluster}))
         if (max_cluster == 1 || kKernels[range.kernel].scope == Scope::kCluster) add_kernel(range);
-    // Rows that are spread: over two threads a slot, of one vector each; then over clusters, with 2, 4 and 8 vectors a thread.
+    // Rows that are spread: over two threads a slot, of one vector each; then over clusters, with 2, 4 and 8 vectors a
+    // thread.
     for (const int64_t vectors : {32, 512, 1024, 2048}) add_spread(vectors);
     for (int i = 0; i < 7; ++i) {
       Case c = draw(pick(kHidden));
@@ -120,8 +128,8 @@ class VariantCases {
  private:
   int64_t between(int64_t first, int64_t last) { return first + static_cast<int64_t>(random_() % (last - first + 1)); }
 
-  // Two cases of the range: one aligned, one not. The row is the shortest or longest of the range more often than not; in a range
-  // of long rows, it is little longer than the shortest.
+  // Two cases of the range: one aligned, one not. The row is the shortest or longest of the range more often than not;
+  // in a range of long rows, it is little longer than the shortest.
   void add_kernel(const KernelRange& range) {
     const bool large = range.last * items_ > kFewCasesHidden;
     const int64_t last = large ? range.first + range.first / 16 : range.last;
@@ -163,7 +171,10 @@ class VariantCases {
       c.operands = static_cast<Operands>(static_cast<int>(Operands::kGated) + random_() % (c.gate ? 3 : 2));
     } else {
       c.gemma = c.weight_dtype != DType::kOther && !c.round_each_step && random_() % 2;
-      const int count = !adds ? 2 : c.float32_residual ? 4 : 5, first = static_cast<int>(adds ? Operands::kAdd : Operands::kPlain);
+      const int count = !adds                ? 2
+                        : c.float32_residual ? 4
+                                             : 5,
+                first = static_cast<int>(adds ? Operands::kAdd : Operands::kPlain);
       c.operands = static_cast<Operands>(first + random_() % count);
     }
     // Where squares underflow to 0 in float32, eps = 0 makes rstd infinite, and there is nothing to compare with.
@@ -198,9 +209,10 @@ std::vector<int64_t> plan_edges(DType dtype) {
     LaunchPlan before = make_plan(items, dtype, device);
     for (int64_t hidden = 2 * items; hidden <= 600000; hidden += items) {
       const LaunchPlan plan = make_plan(hidden, dtype, device);
-      const bool more = plan.vectors != before.vectors && plan.scope != Scope::kStream;
+      const bool more = plan.vectors != before.vectors && plan.scope != Scope::kTwoPasses;
       if (plan.scope != before.scope || more || plan.max_block_threads != before.max_block_threads)
-        for (const int64_t edge : {hidden - items, hidden - items + 1, hidden - 1, hidden, hidden + 1}) edges.push_back(edge);
+        for (const int64_t edge : {hidden - items, hidden - items + 1, hidden - 1, hidden, hidden + 1})
+          edges.push_back(edge);
       before = plan;
     }
   }

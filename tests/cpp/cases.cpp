@@ -3,7 +3,8 @@
 namespace gemma_norm {
 
 const OperandsInfo& info(Operands operands) {
-  constexpr const OpInfo *kPlain = &RmsNorm::kInfos[0], *kAdd = &AddRmsNorm::kInfos[0], *kGated = &GatedRmsNorm::kInfos[0];
+  constexpr const OpInfo *kPlain = &RmsNorm::kInfos[0], *kAdd = &AddRmsNorm::kInfos[0],
+                         *kGated = &GatedRmsNorm::kInfos[0];
   static constexpr OperandsInfo kInfos[] = {
       {"plain", kPlain, false, false, kOut, kNoOperand},
       {"in place", kPlain, false, false, kX, kNoOperand},
@@ -51,7 +52,8 @@ DType Case::row_dtype() const { return float32_residual || !norm_before_gate ? D
 Held Case::held() const {
   if (is_gated(operands)) return Held::kRowAndGates;
   if (has_residual(operands)) return Held::kTwoRows;
-  return weight_dtype != DType::kOther && size_of(weight_dtype) > size_of(row_dtype()) ? Held::kRowWideWeights : Held::kRow;
+  return weight_dtype != DType::kOther && size_of(weight_dtype) > size_of(row_dtype()) ? Held::kRowWideWeights
+                                                                                       : Held::kRow;
 }
 
 Options Case::options() const { return {eps, gemma, round_each_step, sigmoid, norm_before_gate, group_size}; }
@@ -63,7 +65,8 @@ const char* dtype_name(DType dtype) {
 
 std::string describe(const Case& c) {
   constexpr const char* kAlignments[] = {"aligned", "odd base", "odd strides", "flush with the end"};
-  constexpr const char* kValues[] = {"normal", "wide", "subnormal", "huge", "zeros", "one NaN", "one infinity", "special weights"};
+  constexpr const char* kValues[] = {"normal", "wide",    "subnormal",    "huge",
+                                     "zeros",  "one NaN", "one infinity", "special weights"};
   std::string shape = "[";
   for (const int64_t size : c.rows.sizes) shape += std::to_string(size) + ", ";
   std::string how = info(c.operands).name;
@@ -77,7 +80,8 @@ std::string describe(const Case& c) {
   }
   return std::string(dtype_name(c.dtype)) + " x, " + dtype_name(c.weight_dtype) + " weight, " + how + ", " + shape +
          std::to_string(c.hidden) + "] " + c.rows.name + ", " + kAlignments[static_cast<int>(c.alignment)] + ", " +
-         kValues[static_cast<int>(c.values)] + " values, eps " + std::to_string(c.eps) + ", seed " + std::to_string(c.seed);
+         kValues[static_cast<int>(c.values)] + " values, eps " + std::to_string(c.eps) + ", seed " +
+         std::to_string(c.seed);
 }
 
 Case simple_case(DType dtype, DType weight_dtype, Operands operands, int64_t rows, int64_t hidden) {

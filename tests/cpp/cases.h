@@ -46,13 +46,14 @@ constexpr DType kDTypePairs[][2] = {{DType::kFloat32, DType::kFloat32},
 struct Rows {
   const char* name;
   std::vector<int64_t> sizes;  // of the leading dimensions
-  std::vector<int> order;      // of the leading dimensions in memory, outermost first; an input has stride 0 in those not named
-  int padding;                 // how many dimensions, counted from the innermost, have a gap before their next index
+  std::vector<int>
+      order;    // of the leading dimensions in memory, outermost first; an input has stride 0 in those not named
+  int padding;  // how many dimensions, counted from the innermost, have a gap before their next index
 };
 
 enum class Alignment {
-  kWhole,      // every base and every stride is a multiple of 64 bytes, gaps included
-  kOffBase,    // the bases of some operands are off by an odd number of elements (Placement), which differs between them
+  kWhole,    // every base and every stride is a multiple of 64 bytes, gaps included
+  kOffBase,  // the bases of some operands are off by an odd number of elements (Placement), which differs between them
   kOffStride,  // the gaps are one element longer than a multiple of 64 bytes
   kAtEnd,      // every operand ends where its guard page begins, whatever alignment that gives
 };
@@ -66,9 +67,10 @@ struct Placement {
 // What a target may do in one way or another, without a change to any bit of the result.
 struct Variation {
   bool few_threads = false;  // an emulated GPU takes so few threads at once that most calls need several launches
-  bool processors = false;   // an emulated GPU has multiprocessors to fill, so that few rows are spread over more threads
-  uint32_t order = 0;        // of an emulated GPU's blocks, waves and lanes: 0 is first to last, else random by this seed
-  uint32_t pieces = 0;       // of the rows, on CPUs: 0 is all at once, else pieces in a random order by this seed
+  bool processors =
+      false;            // an emulated GPU has multiprocessors to fill, so that few rows are spread over more threads
+  uint32_t order = 0;   // of an emulated GPU's blocks, waves and lanes: 0 is first to last, else random by this seed
+  uint32_t pieces = 0;  // of the rows, on CPUs: 0 is all at once, else pieces in a random order by this seed
 };
 
 enum class Values { kNormal, kWide, kSubnormal, kHuge, kZeros, kNan, kInfinity, kSpecialWeight };
@@ -110,18 +112,18 @@ std::string describe(const Case& c);
 // So many contiguous, aligned rows of normal values, for tests to change.
 Case simple_case(DType dtype, DType weight_dtype, Operands operands, int64_t rows, int64_t hidden);
 
-// Every case that kernels are tried on. First, for each of kDTypePairs: all operands, with gemma and without, at every hidden
-// size at which the plan changes or that those models use; what else there is to choose is random. Then, for each further
-// variant, cases at one hidden size for each of its kernels, and some more.
+// Every case that kernels are tried on. First, for each of kDTypePairs: all operands, with gemma and without, at every
+// hidden size at which the plan changes or that those models use; what else there is to choose is random. Then, for
+// each further variant, cases at one hidden size for each of its kernels, and some more.
 std::vector<Case> all_cases();
 
-// So many rows of `c` as one contiguous, aligned block, with nothing in place. The result must equal that of `c` bit for bit.
-// The operator is the same if it is gated. Else it is the plain norm, given the sum for x; or, where the sum is float32 and x is
-// not, the norm of the sum plus an x of -0.
+// So many rows of `c` as one contiguous, aligned block, with nothing in place. The result must equal that of `c` bit
+// for bit. The operator is the same if it is gated. Else it is the plain norm, given the sum for x; or, where the sum
+// is float32 and x is not, the norm of the sum plus an x of -0.
 Case plain_case(const Case& c, int64_t rows);
 
-// One case for each variant, that is each kind of call that has kernels of its own. The dtypes, operands and options say which;
-// what else a case has is left empty.
+// One case for each variant, that is each kind of call that has kernels of its own. The dtypes, operands and options
+// say which; what else a case has is left empty.
 std::vector<Case> all_variants();
 
 // The hidden sizes at which the plan for `dtype` takes another kernel, each with its neighbours.

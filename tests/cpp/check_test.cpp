@@ -49,9 +49,11 @@ TEST(Check, LetsRightCallsThrough) {
 TEST(Check, RefusesShapesAndStrides) {
   expect_refusals({
       {[](TestCall& c) { c.x.sizes = c.x.strides = {}; }, "op: x must have at least one dimension, got shape []"},
-      {[](TestCall& c) { c.x.sizes.assign(65, 8), c.x.strides.assign(65, 8); }, "op: x must have at most 64 dimensions, got 65"},
+      {[](TestCall& c) { c.x.sizes.assign(65, 8), c.x.strides.assign(65, 8); },
+       "op: x must have at most 64 dimensions, got 65"},
       {[](TestCall& c) { c.x.sizes = {4, 0}; }, "op: x must have a last dimension of at least 1, got shape [4, 0]"},
-      {[](TestCall& c) { c.x.strides = {1, 4}; }, "op: x must have a contiguous last dimension (stride 1), got stride 4"},
+      {[](TestCall& c) { c.x.strides = {1, 4}; },
+       "op: x must have a contiguous last dimension (stride 1), got stride 4"},
       {[](TestCall& c) { c.weight->sizes = {7}; }, "op: weight must have shape [8], got [7]"},
       {[](TestCall& c) { c.weight = {20000, {1, 8}, {8, 1}}; }, "op: weight must have shape [8], got [1, 8]"},
       {[](TestCall& c) { c.weight->sizes = c.weight->strides = {}; }, "op: weight must have shape [8], got []"},
@@ -60,12 +62,14 @@ TEST(Check, RefusesShapesAndStrides) {
       {[](TestCall& c) { c.out.sizes = {5, 8}; }, "op: out must have x's shape [4, 8], got [5, 8]"},
       {[](TestCall& c) { c.out.sizes = {4, 1, 8}, c.out.strides = {8, 8, 1}; },
        "op: out must have x's shape [4, 8], got [4, 1, 8]"},
-      {[](TestCall& c) { c.out.strides = {16, 2}; }, "op: out must have a contiguous last dimension (stride 1), got stride 2"},
+      {[](TestCall& c) { c.out.strides = {16, 2}; },
+       "op: out must have a contiguous last dimension (stride 1), got stride 2"},
       {[](TestCall& c) { c.add().residual->sizes = {4, 7}; }, "op: residual must have x's shape [4, 8], got [4, 7]"},
       {[](TestCall& c) { c.add().residual->strides = {16, 2}; },
        "op: residual must have a contiguous last dimension (stride 1), got stride 2"},
       {[](TestCall& c) { c.add().sum->sizes = {3, 8}; }, "op: residual_out must have x's shape [4, 8], got [3, 8]"},
-      {[](TestCall& c) { c.add_post().post->sizes = {1, 8}; }, "op: post_residual_addition must have x's shape [4, 8], got [1, 8]"},
+      {[](TestCall& c) { c.add_post().post->sizes = {1, 8}; },
+       "op: post_residual_addition must have x's shape [4, 8], got [1, 8]"},
   });
 }
 
@@ -79,8 +83,10 @@ TEST(Check, RefusesDtypes) {
       {[&](TestCall& c) { c.x.dtype = DType::kFloat32, c.x.dtype_name = "float32", other(*c.weight); },
        "op: weight must have dtype float32, float16 or bfloat16, got int32"},
       {[&](TestCall& c) { float16(c.out); }, "op: out must have x's dtype bfloat16, got float16"},
-      {[&](TestCall& c) { float16(*c.add().residual); }, "op: residual must have dtype bfloat16 (x's) or float32, got float16"},
-      {[&](TestCall& c) { float16(*c.add().sum); }, "op: residual_out must have residual's dtype bfloat16, got float16"},
+      {[&](TestCall& c) { float16(*c.add().residual); },
+       "op: residual must have dtype bfloat16 (x's) or float32, got float16"},
+      {[&](TestCall& c) { float16(*c.add().sum); },
+       "op: residual_out must have residual's dtype bfloat16, got float16"},
       {[&](TestCall& c) { float16(*c.add_post().post); },
        "op: post_residual_addition must have residual's dtype bfloat16, got float16"},
   });
@@ -133,14 +139,16 @@ TEST(Check, LetsTheModesThrough) {
 TEST(Check, RefusesModesThatDoNotGoTogether) {
   const auto float32 = [](Place& o) { o.dtype = DType::kFloat32, o.dtype_name = "float32"; };
   expect_refusals({
-      {[](TestCall& c) { c.weight.reset(), c.options.gemma = true; }, "op: gemma must be False without a weight, got True"},
+      {[](TestCall& c) { c.weight.reset(), c.options.gemma = true; },
+       "op: gemma must be False without a weight, got True"},
       {[](TestCall& c) { c.options.gemma = c.options.round_each_step = true; },
        "op: round_each_step must be False with gemma=True, got True"},
       {[&](TestCall& c) { float32(*c.weight), c.options.round_each_step = true; },
        "op: weight must have x's dtype bfloat16 with round_each_step=True, got float32"},
       {[&](TestCall& c) { float32(c.x), float32(c.out), c.options.round_each_step = true; },
        "op: weight must have x's dtype float32 with round_each_step=True, got bfloat16"},
-      {[&](TestCall& c) { float32(*c.add().residual); }, "op: residual_out must have residual's dtype float32, got bfloat16"},
+      {[&](TestCall& c) { float32(*c.add().residual); },
+       "op: residual_out must have residual's dtype float32, got bfloat16"},
       {[&](TestCall& c) { float32(*c.add_post().residual); },
        "op: post_residual_addition must have residual's dtype float32, got bfloat16"},
       {[&](TestCall& c) { float32(*c.add_post().post); },
@@ -149,9 +157,11 @@ TEST(Check, RefusesModesThatDoNotGoTogether) {
       {[&](TestCall& c) { float32(*c.gated().gate); }, "op: gate must have x's dtype bfloat16, got float32"},
       {[](TestCall& c) { c.gated().gate->sizes = {4, 4}; }, "op: gate must have x's shape [4, 8], got [4, 4]"},
       {[](TestCall& c) { c.gated().options.group_size = 3; }, "op: group_size must divide x's last dimension 8, got 3"},
-      {[](TestCall& c) { c.gated().options.group_size = 16; }, "op: group_size must divide x's last dimension 8, got 16"},
+      {[](TestCall& c) { c.gated().options.group_size = 16; },
+       "op: group_size must divide x's last dimension 8, got 16"},
       {[](TestCall& c) { c.gated().options.group_size = 0; }, "op: group_size must divide x's last dimension 8, got 0"},
-      {[](TestCall& c) { c.gated().options.group_size = -8; }, "op: group_size must divide x's last dimension 8, got -8"},
+      {[](TestCall& c) { c.gated().options.group_size = -8; },
+       "op: group_size must divide x's last dimension 8, got -8"},
       {[](TestCall& c) { c.gated(), c.out.first = c.gate->first + 8; },
        "op: out must be gate's memory exactly or not overlap it, got a partial overlap"},
       {[](TestCall& c) { c.gate = c.x; }, "op: there is no operand gate, got a tensor"},
@@ -213,7 +223,8 @@ TEST(Check, WorstMessageFits) {
   TestCall c;
   c.x.sizes.assign(64, INT64_MAX), c.x.strides.assign(64, 1);
   c.weight->sizes = std::vector<int64_t>(64, INT64_MIN), c.weight->strides.assign(64, 1);
-  EXPECT_EQ(0u, answer(c).find("op: weight must have shape [9223372036854775807], got [-9223372036854775808, -92233720"));
+  EXPECT_EQ(0u,
+            answer(c).find("op: weight must have shape [9223372036854775807], got [-9223372036854775808, -92233720"));
   EXPECT_GT(sizeof(Message), answer(c).size());
 }
 
@@ -232,8 +243,9 @@ TEST(Check, HasOneOrder) {
   told.push_back(answer(c));
   c.options.eps = 0;
   told.push_back(answer(c));
-  const char* const want[] = {"x must have",   "weight must have",       "residual must have", "post_residual_addition must have",
-                              "out must have", "residual_out must have", "eps must be",        "out is written"};
+  const char* const want[] = {
+      "x must have",   "weight must have",       "residual must have", "post_residual_addition must have",
+      "out must have", "residual_out must have", "eps must be",        "out is written"};
   ASSERT_EQ(std::size(want), told.size());
   for (size_t i = 0; i < told.size(); ++i) EXPECT_EQ(0u, told[i].find(std::string("op: ") + want[i])) << told[i];
 }

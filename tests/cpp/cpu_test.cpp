@@ -1,4 +1,5 @@
-// The CPU kernels of every instruction set: their conversions, number by number, and the bits that all of them have in common.
+// The CPU kernels of every instruction set: their conversions, number by number, and the bits that all of them have in
+// common.
 #include <gtest/gtest.h>
 
 #include <cfloat>
@@ -34,8 +35,8 @@ Case one_row(DType dtype, DType weight_dtype, Operands operands, size_t hidden) 
   return c;
 }
 
-// The norm of a row of ones is the weight, since the root mean square of ones is 1. In float32 that is exact if their number is a
-// power of two.
+// The norm of a row of ones is the weight, since the root mean square of ones is 1. In float32 that is exact if their
+// number is a power of two.
 Tensors norm_of_ones(Target& target, DType dtype, DType weight_dtype, const Packed& weight) {
   const size_t hidden = weight.size() / size_of(weight_dtype);
   std::string error;
@@ -57,7 +58,8 @@ TEST(CpuKernels, ReadEveryNumber) {
   for (Target* const target : cpu_targets())
     for (const DType dtype : kHalves) {
       SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
-      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, norm_of_ones(*target, dtype, dtype, all)[kOut])) << "of the weight";
+      EXPECT_EQ("", compare_bits(dtype, 1 << 16, all, norm_of_ones(*target, dtype, dtype, all)[kOut]))
+          << "of the weight";
 
       std::string error;
       const Tensors inputs{{all, all, packed(dtype, std::vector<double>(1 << 16, -0.0))}};
@@ -72,9 +74,10 @@ TEST(CpuKernels, RoundToNearestEven) {
   for (const DType dtype : kHalves) {
     std::vector<float> values = {FLT_MAX, FLT_MIN, FLT_TRUE_MIN, INFINITY};
     for (uint32_t bits = 0; std::isfinite(element(dtype, bits)); ++bits) {
-      const double number = element(dtype, bits), tie = number + ulp(dtype, number) / 2;  // of the last number, with infinity
-      for (const float f : {static_cast<float>(number), std::nextafter(static_cast<float>(tie), 0.0f), static_cast<float>(tie),
-                            std::nextafter(static_cast<float>(tie), INFINITY)})
+      const double number = element(dtype, bits),
+                   tie = number + ulp(dtype, number) / 2;  // of the last number, with infinity
+      for (const float f : {static_cast<float>(number), std::nextafter(static_cast<float>(tie), 0.0f),
+                            static_cast<float>(tie), std::nextafter(static_cast<float>(tie), INFINITY)})
         values.push_back(f);
     }
     std::vector<uint32_t> weight(size_t{1} << 18);  // the rest is zeros
@@ -89,7 +92,8 @@ TEST(CpuKernels, RoundToNearestEven) {
 
     Packed elements(weight.size() * sizeof(float)), want(weight.size() * size_of(dtype));
     std::memcpy(elements.data(), weight.data(), elements.size());
-    for (size_t i = 0; i < weight.size(); ++i) round_to(dtype, element(DType::kFloat32, weight[i]), &want[i * size_of(dtype)]);
+    for (size_t i = 0; i < weight.size(); ++i)
+      round_to(dtype, element(DType::kFloat32, weight[i]), &want[i * size_of(dtype)]);
     for (Target* const target : cpu_targets()) {
       SCOPED_TRACE(target->name() + " " + dtype_name(dtype));
       const Tensors outputs = norm_of_ones(*target, dtype, DType::kFloat32, elements);
@@ -98,7 +102,8 @@ TEST(CpuKernels, RoundToNearestEven) {
   }
 }
 
-// Squares below the least normal float32. The AVX-512 instruction that multiplies pairs of bfloat16 would take them for zero.
+// Squares below the least normal float32. The AVX-512 instruction that multiplies pairs of bfloat16 would take them for
+// zero.
 TEST(CpuKernels, AddUpSubnormalSquares) {
   constexpr DType kDType = DType::kBFloat16;
   constexpr size_t kHidden = 512;
@@ -124,8 +129,8 @@ TEST(CpuKernels, AddUpSubnormalSquares) {
   }
 }
 
-// Rounding to 16 bits hides the last bits of a sum. Here each result is near a tie of two numbers, on a side that the last bits
-// of the sum decide.
+// Rounding to 16 bits hides the last bits of a sum. Here each result is near a tie of two numbers, on a side that the
+// last bits of the sum decide.
 TEST(CpuKernels, SumInTheSameOrder) {
   constexpr size_t kHidden = 5000;
   for (const DType dtype : kHalves)
@@ -155,11 +160,12 @@ TEST(CpuKernels, SumInTheSameOrder) {
     }
 }
 
-// No machine has the instructions of both x86-64 and AArch64, so that they are compared by way of these hashes. The hashes change
-// only with the order of a sum or with a rounding, that is, with the bits that users get. Whoever changes them says so in the
-// CHANGELOG.
+// No machine has the instructions of both x86-64 and AArch64, so that they are compared by way of these hashes. The
+// hashes change only with the order of a sum or with a rounding, that is, with the bits that users get. Whoever changes
+// them says so in the CHANGELOG.
 TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
-  constexpr uint64_t kWant[] = {0x84b1dc53eca18504, 0x73e6cdfcc98e2dc9, 0xa4e7e2e83d9ade58, 0x84dc70f549d0acd1, 0x4744457582bd1cff};
+  constexpr uint64_t kWant[] = {0x84b1dc53eca18504, 0x73e6cdfcc98e2dc9, 0xa4e7e2e83d9ade58, 0x84dc70f549d0acd1,
+                                0x4744457582bd1cff};
   const std::vector<Target*> all = cpu_targets();
   for (size_t i = 0; i < std::size(kDTypePairs); ++i) {
     const auto& [dtype, weight_dtype] = kDTypePairs[i];
@@ -181,8 +187,8 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessor) {
           }
         }
     for (size_t t = 0; t < all.size(); ++t)
-      EXPECT_EQ(kWant[i], hashes[t]) << "0x" << std::hex << hashes[t] << ": " << all[t]->name() << ", " << dtype_name(dtype)
-                                     << ", weight " << dtype_name(weight_dtype);
+      EXPECT_EQ(kWant[i], hashes[t]) << "0x" << std::hex << hashes[t] << ": " << all[t]->name() << ", "
+                                     << dtype_name(dtype) << ", weight " << dtype_name(weight_dtype);
   }
 }
 
@@ -194,9 +200,12 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessorInEveryMode) {
     bool round_each_step, float32_residual, norm_before_gate;
   };
   constexpr Mode kModes[] = {
-      {0x881e1dc75ea71abc, Operands::kPlain, true, false, true},   {0x1bf9b74f0f2b7f08, Operands::kAddPost, true, false, true},
-      {0xee042f38b27e9ec7, Operands::kAddPost, false, true, true}, {0x8f437c9a4897ca3e, Operands::kGated, false, false, true},
-      {0xc1592d63ea39f212, Operands::kGated, true, false, true},   {0x63349ec2c772299b, Operands::kGated, false, false, false},
+      {0x881e1dc75ea71abc, Operands::kPlain, true, false, true},
+      {0x1bf9b74f0f2b7f08, Operands::kAddPost, true, false, true},
+      {0xee042f38b27e9ec7, Operands::kAddPost, false, true, true},
+      {0x8f437c9a4897ca3e, Operands::kGated, false, false, true},
+      {0xc1592d63ea39f212, Operands::kGated, true, false, true},
+      {0x63349ec2c772299b, Operands::kGated, false, false, false},
   };
   const std::vector<Target*> all = cpu_targets();
   for (const Mode& mode : kModes) {
@@ -223,7 +232,8 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessorInEveryMode) {
           }
         }
     for (size_t t = 0; t < all.size(); ++t)
-      EXPECT_EQ(mode.want, hashes[t]) << "0x" << std::hex << hashes[t] << ": " << all[t]->name() << ", mode " << &mode - kModes;
+      EXPECT_EQ(mode.want, hashes[t]) << "0x" << std::hex << hashes[t] << ": " << all[t]->name() << ", mode "
+                                      << &mode - kModes;
   }
 }
 

@@ -16,7 +16,8 @@ class CudaTarget : public Target {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
     if (error == cudaSuccess && devices > 0) return "";
-    return std::string("needs an NVIDIA GPU and its driver, run it where nvidia-smi lists one: ") + cudaGetErrorString(error);
+    return std::string("needs an NVIDIA GPU and its driver, run it where nvidia-smi lists one: ") +
+           cudaGetErrorString(error);
   }
 
   // Allocates exactly `bytes` after the alignment, so that compute-sanitizer notices an access beyond.

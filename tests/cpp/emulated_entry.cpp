@@ -1,4 +1,5 @@
-// The emulated device's entry of the C interface, and which kernels it can be asked for. The kernels are in emulated_<op>.cpp.
+// The emulated device's entry of the C interface, and which kernels it can be asked for. The kernels are in
+// emulated_<op>.cpp.
 #include <utility>
 
 #include "cases.h"
@@ -16,8 +17,8 @@ namespace {
 // Whether rows are aligned, and which kernel of tuning.h a plan names for them.
 using KernelOfPlan = std::pair<bool, int32_t>;
 
-// What the plans of rows of up to so many elements name. Lengths that are no multiple of a vector need no plans of their own: they
-// have the kernel of the next multiple.
+// What the plans of rows of up to so many elements name. Lengths that are no multiple of a vector need no plans of
+// their own: they have the kernel of the next multiple.
 std::set<KernelOfPlan> kernels_of_plans(const Case& variant, int64_t most_hidden) {
   int64_t item_bytes = 0;  // an element of each operand, those that may be left out included
   for (const OperandRule& rule : variant.op())
@@ -29,7 +30,8 @@ std::set<KernelOfPlan> kernels_of_plans(const Case& variant, int64_t most_hidden
       const DeviceFacts facts{32, int64_t{1} << 42, false, max_cluster, 132};
       const LaunchPlan whole = make_plan(hidden, variant.row_dtype(), facts, variant.held());
       all.insert({false, whole.kernel});
-      for (const int64_t rows : {1, 1000000}) all.insert({true, spread(whole, rows, hidden * item_bytes, facts).kernel});
+      for (const int64_t rows : {1, 1000000})
+        all.insert({true, spread(whole, rows, hidden * item_bytes, facts).kernel});
     }
   return all;
 }
@@ -40,7 +42,8 @@ void add_reachable(const Case& variant, int64_t most_hidden, std::set<const void
   for (const OperandRule& rule : variant.op()) p.dtypes[rule.operand] = variant.dtype_of(rule.operand);
   p.round_each_step = variant.round_each_step;
   p.norm_before_gate = variant.norm_before_gate;
-  for (const auto& [aligned, kernel] : kernels_of_plans(variant, most_hidden)) all->insert(kernel_function<Op>(p, aligned, kernel));
+  for (const auto& [aligned, kernel] : kernels_of_plans(variant, most_hidden))
+    all->insert(kernel_function<Op>(p, aligned, kernel));
 }
 
 }  // namespace
@@ -58,5 +61,5 @@ gemma_norm::Status gemma_norm_emulated(const gemma_norm::Call* call, const gemma
                                        gemma_norm::Message* message) {
   using namespace gemma_norm;
   device::set_machine(*machine);
-  return gpu::run(*call, {}, message);
+  return gpu::dispatch(*call, {}, message);
 }

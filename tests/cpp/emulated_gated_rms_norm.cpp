@@ -1,5 +1,5 @@
 #include "emulated_op.cuh"
 #include "ops/gated_rms_norm.h"
 
-template gemma_norm::Status gemma_norm::gpu::run<gemma_norm::GatedRmsNorm>(const Call&, device::Stream, Message*);
+template gemma_norm::Status gemma_norm::gpu::launch_op<gemma_norm::GatedRmsNorm>(const Call&, device::Stream, Message*);
 template const void* gemma_norm::kernel_function<gemma_norm::GatedRmsNorm>(const RowParams&, bool, int32_t);

@@ -30,8 +30,9 @@ enum class State {
 struct Thread {
   std::unique_ptr<Fiber> fiber;
   State state;
-  int distance;    // of the exchange it waits for
-  float value[2];  // offered to other lanes, in turns: the next exchange may begin before all lanes have read this value
+  int distance;  // of the exchange it waits for
+  float
+      value[2];  // offered to other lanes, in turns: the next exchange may begin before all lanes have read this value
   int turn;
   int arrivals, waits;  // at the cluster's barrier
   bool waited_for_previous_kernel;
@@ -113,7 +114,8 @@ class Machine {
   }
   void store_in_block(float* to, int rank, float v) {
     if (!blocks_[rank].started) fail_here("a store into a block of the cluster that has not started");
-    if (count(State::kDone, rank * here.block_threads) > 0) fail_here("a store into a block of the cluster that may have ended");
+    if (count(State::kDone, rank * here.block_threads) > 0)
+      fail_here("a store into a block of the cluster that may have ended");
     char* const address = reinterpret_cast<char*>(to);
     for (size_t i = 0; i < shared.size(); ++i) {
       const auto offset = address - static_cast<char*>(shared[i].data);
@@ -144,8 +146,8 @@ class Machine {
   // How many of the `threads` from `begin` on (0: those of a block) have this state.
   int count(State state, int begin, int threads = 0) const {
     const auto first = threads_.begin() + begin;
-    return static_cast<int>(
-        std::count_if(first, first + (threads ? threads : here.block_threads), [=](const Thread& t) { return t.state == state; }));
+    return static_cast<int>(std::count_if(first, first + (threads ? threads : here.block_threads),
+                                          [=](const Thread& t) { return t.state == state; }));
   }
   void change(State from, State to, int begin, int threads) {
     for (int i = begin; i < begin + threads; ++i)
@@ -190,7 +192,8 @@ class Machine {
     if (count(State::kReady, begin) || count(State::kArrived, begin)) return true;
     const int arrivals = threads_[begin].arrivals;
     return count(State::kAtCluster, begin) == here.block_threads &&
-           std::all_of(threads_.begin(), threads_.begin() + all, [=](const Thread& t) { return t.arrivals >= arrivals; });
+           std::all_of(threads_.begin(), threads_.begin() + all,
+                       [=](const Thread& t) { return t.arrivals >= arrivals; });
   }
 
   // Runs a block until it is done or waits for other blocks of its cluster.
@@ -231,7 +234,8 @@ class Machine {
       if (exchanging == 0) return;
       if (exchanging != width) return diverged(begin, width);
       for (int i = begin; i < begin + width; ++i)
-        if (threads_[i].distance != threads_[begin].distance) return fail("lanes of one wave exchange over different distances");
+        if (threads_[i].distance != threads_[begin].distance)
+          return fail("lanes of one wave exchange over different distances");
       change(State::kExchanges, State::kReady, begin, width);
     }
   }

@@ -17,7 +17,8 @@ struct SharedValues {
 };
 float (&shared_value)[512] = device::shared_memory<SharedValues>().of;
 
-device::Error launch(const EmulatedGpu& gpu, int64_t blocks, int threads, const std::function<void()>& thread, int cluster = 1) {
+device::Error launch(const EmulatedGpu& gpu, int64_t blocks, int threads, const std::function<void()>& thread,
+                     int cluster = 1) {
   device::set_machine(gpu);
   return device::run_grid(nullptr, blocks, threads, cluster, thread);
 }
@@ -79,7 +80,8 @@ TEST_P(EmulatedMachine, SaysWhenThreadsOfABlockDiverge) {
   });
   EXPECT_TRUE(says("1 wait at a barrier", exchanging));
 
-  const device::Error distances = launch(GetParam(), 2, 128, [] { device::value_of_lane(device::thread_index() % 2 ? 1 : 2, 0); });
+  const device::Error distances =
+      launch(GetParam(), 2, 128, [] { device::value_of_lane(device::thread_index() % 2 ? 1 : 2, 0); });
   EXPECT_STREQ("lanes of one wave exchange over different distances", distances);
 
   EXPECT_STREQ(nullptr, launch(GetParam(), 2, 128, [] { device::block_barrier(); })) << "the next launch starts afresh";
@@ -160,8 +162,8 @@ INSTANTIATE_TEST_SUITE_P(, EmulatedMachine,
                            return "wave" + std::to_string(info.param.wave_width) + (info.param.order ? "shuffled" : "");
                          });
 
-// The device's conversions agree with those of formats.h, which computes with numbers and not with bits: for every number of the
-// format, and around every boundary at which rounding changes.
+// The device's conversions agree with those of formats.h, which computes with numbers and not with bits: for every
+// number of the format, and around every boundary at which rounding changes.
 TEST(EmulatedConversions, RoundToNearestEven) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     const bool half = dtype == DType::kFloat16;
@@ -179,7 +181,8 @@ TEST(EmulatedConversions, RoundToNearestEven) {
       for (const float f : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, 2 * middle)})
         ASSERT_EQ(rounded_bits(dtype, f), pack(f)) << f;
     }
-    EXPECT_TRUE(std::isnan(element(dtype, pack(device::as_float(0x7f800001u))))) << "a NaN whose payload is all in the lost bits";
+    EXPECT_TRUE(std::isnan(element(dtype, pack(device::as_float(0x7f800001u)))))
+        << "a NaN whose payload is all in the lost bits";
   }
 }
 

@@ -35,8 +35,9 @@ struct Memory {
   }
 };
 
-void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma, const EmulatedGpu& gpu,
-         bool round_each_step, bool sigmoid, bool norm_before_gate, std::optional<int64_t> group_size) {
+void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma,
+         const EmulatedGpu& gpu, bool round_each_step, bool sigmoid, bool norm_before_gate,
+         std::optional<int64_t> group_size) {
   const Options options{eps, gemma, round_each_step, sigmoid, norm_before_gate, group_size.value_or(kWholeRow)};
   Call call{gemma_norm_op(op.c_str()), {}, options};
   Tensor views[kOperands];
@@ -61,14 +62,15 @@ std::string plan(int64_t hidden, const std::string& dtype, const EmulatedGpu& gp
 
 PYBIND11_MODULE(gemma_norm_emulated_module, m) {
   py::class_<Memory>(m, "Memory")
-      .def(py::init<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string>(), py::arg("address"), py::arg("sizes"),
-           py::arg("strides"), py::arg("dtype"));
+      .def(py::init<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string>(), py::arg("address"),
+           py::arg("sizes"), py::arg("strides"), py::arg("dtype"));
   py::class_<EmulatedGpu>(m, "Gpu").def(py::init<int32_t, int64_t, int32_t, uint32_t, int32_t>(), py::arg("wave_width"),
-                                        py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1, py::arg("order") = 0,
-                                        py::arg("processors") = 0);
+                                        py::arg("max_threads") = int64_t{1} << 32, py::arg("max_cluster") = 1,
+                                        py::arg("order") = 0, py::arg("processors") = 0);
   m.def("run", &run, py::arg("op"), py::arg("tensors"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"),
         py::arg("round_each_step") = false, py::arg("sigmoid") = false, py::arg("norm_before_gate") = true,
-        py::arg("group_size") = py::none(), "Runs an operator by its torch name on tensors by the names of its operands.");
+        py::arg("group_size") = py::none(),
+        "Runs an operator by its torch name on tensors by the names of its operands.");
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), py::arg("rows") = 1,
         "How a row of a plain norm of so many is laid over threads, in words.");
 }

@@ -1,5 +1,5 @@
 #include "emulated_op.cuh"
 #include "ops/rms_norm.h"
 
-template gemma_norm::Status gemma_norm::gpu::run<gemma_norm::RmsNorm>(const Call&, device::Stream, Message*);
+template gemma_norm::Status gemma_norm::gpu::launch_op<gemma_norm::RmsNorm>(const Call&, device::Stream, Message*);
 template const void* gemma_norm::kernel_function<gemma_norm::RmsNorm>(const RowParams&, bool, int32_t);

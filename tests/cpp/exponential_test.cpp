@@ -37,7 +37,8 @@ struct Worst {
 // Calls visit(f) for every `step`-th float32 from `first` to `last`, which are positive.
 template <class Visit>
 void each_float(float first, float last, uint32_t step, const Visit& visit) {
-  for (uint64_t bits = as_bits(first); bits <= as_bits(last); bits += step) visit(as_float(static_cast<uint32_t>(bits)));
+  for (uint64_t bits = as_bits(first); bits <= as_bits(last); bits += step)
+    visit(as_float(static_cast<uint32_t>(bits)));
 }
 
 Worst worst_exponential(float first, float last, uint32_t step) {
@@ -73,7 +74,8 @@ class Activation : public testing::TestWithParam<bool> {
   }
   static double want(float g) { return (GetParam() ? 1.0 : g) / (1 + std::exp(-static_cast<double>(g))); }
 
-  // Notes the errors for g and -g. Where the sigmoid is subnormal, they are counted in least float32 numbers, times |g| for silu.
+  // Notes the errors for g and -g. Where the sigmoid is subnormal, they are counted in least float32 numbers, times |g|
+  // for silu.
   void add(float magnitude) {
     for (const float g : {magnitude, -magnitude}) {
       const double exact = want(g);
@@ -85,15 +87,17 @@ class Activation : public testing::TestWithParam<bool> {
     }
   }
   void expect_near() {
-    std::printf("%s is off by %.3f units in the last place at %a, by %.3f least numbers at %a where the sigmoid is subnormal\n",
-                GetParam() ? "sigmoid" : "silu", worst_.units, worst_.at, tiny_.units, tiny_.at);
+    std::printf(
+        "%s is off by %.3f units in the last place at %a, by %.3f least numbers at %a where the sigmoid is subnormal\n",
+        GetParam() ? "sigmoid" : "silu", worst_.units, worst_.at, tiny_.units, tiny_.at);
     EXPECT_LE(worst_.units, GetParam() ? kSigmoidBound : kSiluBound) << std::hexfloat << worst_.at;
     EXPECT_LE(tiny_.units, kSubnormalBound) << std::hexfloat << tiny_.at;
     EXPECT_TRUE(signs_);
   }
 
  private:
-  static constexpr float kLeastNormal = std::numeric_limits<float>::min(), kLeast = std::numeric_limits<float>::denorm_min();
+  static constexpr float kLeastNormal = std::numeric_limits<float>::min(),
+                         kLeast = std::numeric_limits<float>::denorm_min();
   Worst worst_, tiny_;
   bool signs_ = true;
 };

@@ -14,11 +14,13 @@
 
 namespace gemma_norm {
 
-// A fiber runs `body` again and again, and gives way after each time. If a body never returns, its fiber can only be destroyed.
+// A fiber runs `body` again and again, and gives way after each time. If a body never returns, its fiber can only be
+// destroyed.
 class Fiber {
  public:
   explicit Fiber(std::function<void()> body) : body_(std::move(body)) {
-    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) std::abort();
     stack_ = static_cast<char*>(memory);
   }
@@ -51,8 +53,8 @@ class Fiber {
  private:
   static constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4096;
 
-  // The compiler's own setjmp and longjmp take a few instructions, where swapcontext makes a system call. They must not be called
-  // in one function, hence `go`.
+  // The compiler's own setjmp and longjmp take a few instructions, where swapcontext makes a system call. They must not
+  // be called in one function, hence `go`.
   using Place = void* [5];
   __attribute__((noinline, no_sanitize("address"))) static void go(Place& to) { __builtin_longjmp(to, 1); }
   __attribute__((noinline, no_sanitize("address"))) static void exchange(Place& from, Place& to) {

@@ -1,5 +1,5 @@
-// float16 and bfloat16 by arithmetic on doubles, and float32, which is the host's. References use it, so that it shares neither
-// code nor a trick with the kernels.
+// float16 and bfloat16 by arithmetic on doubles, and float32, which is the host's. References use it, so that it shares
+// neither code nor a trick with the kernels.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +83,8 @@ inline double element(DType dtype, uint32_t bits) {
   const Format f = format(dtype);
   const int fraction = f.precision - 1, exponent = (bits & 0x7fff) >> fraction;
   const double steps = bits & ((1u << fraction) - 1), one = power(fraction);
-  double value = exponent == 0 ? steps * power(f.least - fraction) : (one + steps) * power(exponent - 1 + f.least - fraction);
+  double value =
+      exponent == 0 ? steps * power(f.least - fraction) : (one + steps) * power(exponent - 1 + f.least - fraction);
   if (exponent == 2 * f.greatest + 1) value = steps ? NAN : INFINITY;
   return bits & 0x8000 ? -value : value;
 }

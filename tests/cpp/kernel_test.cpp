@@ -19,7 +19,8 @@ char running_case[400];
 // A fault is an access beyond an operand. Says in which case it happened, before the program ends.
 void on_fault(int signal, siginfo_t* info, void*) {
   char text[600];
-  const int n = std::snprintf(text, sizeof text, "\naccess to %p, outside the operands, in: %s\n", info->si_addr, running_case);
+  const int n =
+      std::snprintf(text, sizeof text, "\naccess to %p, outside the operands, in: %s\n", info->si_addr, running_case);
   if (write(STDERR_FILENO, text, n) < 0) _exit(1);
   ::signal(signal, SIG_DFL);
 }
@@ -51,10 +52,14 @@ void for_all_cases(const Check& check) {
   }
 }
 
-LaunchPlan plan_of(const Case& c, const DeviceFacts& device) { return make_plan(c.normed(), c.row_dtype(), device, c.held()); }
+LaunchPlan plan_of(const Case& c, const DeviceFacts& device) {
+  return make_plan(c.normed(), c.row_dtype(), device, c.held());
+}
 
 // Whether one block holds the row in registers, on a GPU without clusters. Only then have clusters the same bits.
-bool is_held_by_a_block(const Case& c) { return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope != Scope::kStream; }
+bool is_held_by_a_block(const Case& c) {
+  return plan_of(c, {32, int64_t{1} << 42, true, 1}).scope != Scope::kTwoPasses;
+}
 
 // Whether, on a GPU with clusters, few rows are spread over a cluster or over two threads a slot.
 bool may_be_spread(const Case& c) {
@@ -89,8 +94,8 @@ class Kernels : public testing::TestWithParam<const char*> {
   Target& target() { return find_target(GetParam()); }
 };
 
-// On emulated GPUs, they also have the same bits at both wave widths, and spread over several blocks as in one. Both claims are
-// checked here, since a pass over the cases takes most of a minute.
+// On emulated GPUs, they also have the same bits at both wave widths, and spread over several blocks as in one. Both
+// claims are checked here, since a pass over the cases takes most of a minute.
 TEST_P(Kernels, AreRightInEveryCase) {
   Target& narrow = find_target("emulated32");
   const bool wide = target().name() == "emulated64", clusters = target().name() == "emulated_clusters";
@@ -206,13 +211,15 @@ TEST(CpuKernels, TreatManyRowsLikeFewInEveryMode) {
     EXPECT_EQ("", check_repeated(find_target("cpu"), c, kTimesOfManyRows)) << describe(c);
 
     c.rows.sizes = {1};
-    for (const int64_t hidden : {3277, 16384, 16385}) {  // A thread with many rows sets something up for up to 16384 elements.
+    for (const int64_t hidden :
+         {3277, 16384, 16385}) {  // A thread with many rows sets something up for up to 16384 elements.
       c.hidden = hidden;
       EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
     }
     if (!c.gate) continue;
     c.rows.sizes = {2};
-    for (const int64_t groups : {3, 40}) {  // The weights of all groups are set up first; those of 40 groups are too many.
+    for (const int64_t groups :
+         {3, 40}) {  // The weights of all groups are set up first; those of 40 groups are too many.
       c.group_size = 512;
       c.hidden = groups * c.group_size;
       EXPECT_EQ("", check_repeated(find_target("cpu"), c, 6)) << describe(c);
@@ -221,9 +228,9 @@ TEST(CpuKernels, TreatManyRowsLikeFewInEveryMode) {
   }
 }
 
-// docs/contract.md, "The order in which squares are added": a float32 row of each shape, whose last bits tell in which order its
-// squares were added. These hashes change only with that order or with a rounding, that is, with the bits that users get. Whoever
-// changes them says so in the CHANGELOG.
+// docs/contract.md, "The order in which squares are added": a float32 row of each shape, whose last bits tell in which
+// order its squares were added. These hashes change only with that order or with a rounding, that is, with the bits
+// that users get. Whoever changes them says so in the CHANGELOG.
 TEST(GpuKernels, AddInTheOrderOfTheContract) {
   constexpr std::pair<int64_t, uint64_t> kWant[] = {{200, 0x6009453df7485202},   {500, 0xf06cad80ad667f2d},
                                                     {2000, 0x582abdd31999e1ea},  {4000, 0xaa733441b264fb03},
@@ -261,7 +268,8 @@ TEST_P(Spreading, TreatsManyRowsLikeFew) {
       }
 }
 
-INSTANTIATE_TEST_SUITE_P(, Spreading, testing::Values("emulated_clusters", "cuda"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(, Spreading, testing::Values("emulated_clusters", "cuda"),
+                         [](const auto& info) { return info.param; });
 
 // Both compute as IEEE 754 says. (A GPU without clusters would have to be compared with emulated32.)
 TEST(CudaKernels, HaveTheBitsOfTheEmulatedOnes) {
@@ -272,8 +280,8 @@ TEST(CudaKernels, HaveTheBitsOfTheEmulatedOnes) {
 
 class FarApart : public testing::TestWithParam<const char*> {};
 
-// The offsets of the rows exceed 32 bits, in elements and in bytes. The pages between the rows are never touched, hence take no
-// memory.
+// The offsets of the rows exceed 32 bits, in elements and in bytes. The pages between the rows are never touched, hence
+// take no memory.
 TEST_P(FarApart, RowsAreReached) {
   constexpr int64_t kHidden = 1000, kStride = (int64_t{1} << 31) + 8, kRows = 3;
   Case c = simple_case(DType::kBFloat16, DType::kBFloat16, Operands::kPlain, kRows, kHidden);
@@ -287,13 +295,15 @@ TEST_P(FarApart, RowsAreReached) {
   const size_t row_bytes = kHidden * 2, bytes = (kRows - 1) * kStride * 2 + row_bytes;
   char* const x = static_cast<char*>(target.allocate(bytes, Guard::kBefore));
   char* const weight = static_cast<char*>(target.allocate(row_bytes, Guard::kBefore));
-  for (int64_t row = 0; row < kRows; ++row) target.write(x + row * kStride * 2, &inputs[kX][row * row_bytes], row_bytes);
+  for (int64_t row = 0; row < kRows; ++row)
+    target.write(x + row * kStride * 2, &inputs[kX][row * row_bytes], row_bytes);
   target.write(weight, inputs[kWeight].data(), row_bytes);
   const int64_t sizes[] = {kRows, kHidden}, strides[] = {kStride, 1};
   const Tensor tensor{x, sizes, strides, 2, c.dtype, "bfloat16"};
   Message message{};
   const Tensor weight_tensor{weight, sizes + 1, strides + 1, 1, c.dtype, "bfloat16"};
-  const Call call = make_call(RmsNorm::kInfos, {{kX, &tensor}, {kWeight, &weight_tensor}, {kOut, &tensor}}, c.options());
+  const Call call =
+      make_call(RmsNorm::kInfos, {{kX, &tensor}, {kWeight, &weight_tensor}, {kOut, &tensor}}, c.options());
   ASSERT_EQ(Status::kOk, target.run(call, {}, &message)) << message.text;
   Packed got(want[kOut].size());
   for (int64_t row = 0; row < kRows; ++row) target.read(&got[row * row_bytes], x + row * kStride * 2, row_bytes);

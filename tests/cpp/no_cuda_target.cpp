@@ -7,7 +7,9 @@ namespace {
 class NoCudaTarget : public HostTarget {
  public:
   std::string name() const override { return "cuda"; }
-  std::string missing() const override { return "needs nvcc: install the CUDA toolkit and build with cmake -DGEMMA_NORM_CUDA=ON"; }
+  std::string missing() const override {
+    return "needs nvcc: install the CUDA toolkit and build with cmake -DGEMMA_NORM_CUDA=ON";
+  }
   Status run(const Call&, const Variation&, Message*) override { return Status::kDeviceError; }
 };
 

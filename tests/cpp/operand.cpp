@@ -21,7 +21,8 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
       if (std::find(order.begin(), order.end(), d) == order.end()) order.insert(order.begin(), d);
   }
 
-  // The gaps differ from operand to operand, so that two dimensions may collapse into one in some operands and not in others.
+  // The gaps differ from operand to operand, so that two dimensions may collapse into one in some operands and not in
+  // others.
   int64_t gap = (operand + 1) * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
   if (c.alignment == Alignment::kWhole && c.hidden % line) gap += line - c.hidden % line;
   int64_t extent = c.hidden;
@@ -34,8 +35,8 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
   sizes_.push_back(c.hidden);
   strides_.push_back(1);
 
-  // Target::allocate aligns memory at its guarded side. The margin on that side puts the first element `off` bytes beyond a line;
-  // on the other side, a whole line of canaries is room enough.
+  // Target::allocate aligns memory at its guarded side. The margin on that side puts the first element `off` bytes
+  // beyond a line; on the other side, a whole line of canaries is room enough.
   const Placement& placement = c.placements[operand];
   const bool flush = c.alignment == Alignment::kAtEnd;
   const size_t bytes = extent * item, off = c.alignment == Alignment::kOffBase ? placement.odd_elements * item : 0;

@@ -17,7 +17,8 @@ struct Strided {
   int64_t first;  // byte
 
   Tensor tensor() const {
-    return {reinterpret_cast<void*>(first), sizes.data(), strides.data(), static_cast<int32_t>(sizes.size()), dtype, "float"};
+    return {reinterpret_cast<void*>(first),     sizes.data(), strides.data(),
+            static_cast<int32_t>(sizes.size()), dtype,        "float"};
   }
 
   template <class Visit>
@@ -46,14 +47,16 @@ struct Strided {
   std::string text() const {
     std::string text =
         "from byte " + std::to_string(first) + ", elements of " + std::to_string(size_of(dtype)) + ", (size, stride):";
-    for (size_t d = 0; d < sizes.size(); ++d) text += " (" + std::to_string(sizes[d]) + ", " + std::to_string(strides[d]) + ")";
+    for (size_t d = 0; d < sizes.size(); ++d)
+      text += " (" + std::to_string(sizes[d]) + ", " + std::to_string(strides[d]) + ")";
     return text;
   }
 };
 
 class Generator {
  public:
-  // Half of the tensors have strides that are multiples of one number, as slices of one buffer do that take turns in it.
+  // Half of the tensors have strides that are multiples of one number, as slices of one buffer do that take turns in
+  // it.
   Strided strided() {
     Strided s;
     s.dtype = upto(1) ? DType::kFloat32 : DType::kBFloat16;

@@ -1,4 +1,5 @@
-// What every plan must be, whatever csrc/gpu/tuning.h says: for each hidden size up to 20000, and for some that are much larger.
+// What every plan must be, whatever csrc/gpu/tuning.h says: for each hidden size up to 20000, and for some that are
+// much larger.
 #include "gpu/plan.h"
 
 #include <gtest/gtest.h>
@@ -67,7 +68,7 @@ TEST_P(Plans, FitTheGpu) {
         EXPECT_EQ(plan.group_threads, plan.cluster * plan.block_threads);
         EXPECT_LE(plan.block_threads, kMaxBlockThreads);
         break;
-      case Scope::kStream:
+      case Scope::kTwoPasses:
         EXPECT_EQ(plan.group_threads, plan.block_threads);
         EXPECT_LE(plan.block_threads, kMaxBlockThreads);
         EXPECT_EQ(plan.slots, plan.block_threads);
@@ -82,7 +83,8 @@ TEST_P(Plans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
     using X = decltype(x);
-    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors, plan.whole_vectors};
+    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors,
+                             plan.whole_vectors};
     const int step = gpu::item_step(launch);
     owners.assign(hidden, 0);
     for (int k = 0; k < plan.vectors; ++k)
@@ -98,7 +100,8 @@ TEST_P(Plans, CoverTheRowExactly) {
     const int64_t vectors = int64_t{plan.vectors} * plan.slots,
                   needed = (hidden * size_of(dtype) + kVectorBytes - 1) / kVectorBytes;
     EXPECT_LE(needed, vectors);
-    EXPECT_LT(vectors - needed, plan.scope == Scope::kStream ? plan.slots : plan.vectors) << "a slot with nothing to do";
+    EXPECT_LT(vectors - needed, plan.scope == Scope::kTwoPasses ? plan.slots : plan.vectors)
+        << "a slot with nothing to do";
     if (dtype == DType::kFloat32)
       count(plan, hidden, float{});
     else if (dtype == DType::kFloat16)
@@ -106,12 +109,13 @@ TEST_P(Plans, CoverTheRowExactly) {
   });
 }
 
-// Which slot owns which elements decides the order of the sum. It must not depend on the wave width, on limits of launches, or on
-// which of two dtypes of one size it is. (For rows that no single block holds, it depends on whether there are clusters.)
+// Which slot owns which elements decides the order of the sum. It must not depend on the wave width, on limits of
+// launches, or on which of two dtypes of one size it is. (For rows that no single block holds, it depends on whether
+// there are clusters.)
 TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   for_all([&](const LaunchPlan& plan, int64_t hidden, DType dtype) {
-    for (const DeviceFacts& other :
-         {DeviceFacts{32, kNoLimit, false, GetParam().max_cluster}, DeviceFacts{64, kHipLimit, true, GetParam().max_cluster}})
+    for (const DeviceFacts& other : {DeviceFacts{32, kNoLimit, false, GetParam().max_cluster},
+                                     DeviceFacts{64, kHipLimit, true, GetParam().max_cluster}})
       for (const DType twin : {dtype, dtype == DType::kFloat16 ? DType::kBFloat16 : dtype}) {
         const LaunchPlan same = make_plan(hidden, twin, other);
         EXPECT_EQ(plan.scope, same.scope);
@@ -126,8 +130,8 @@ TEST_P(Plans, OwnElementsAlikeOnEveryGpu) {
   });
 }
 
-// A row has the same bits alone and among thousands. So when few rows are spread, the slots and what they own stay the same, and
-// the tree of sums is cut between waves and blocks where the waves of one block cut it.
+// A row has the same bits alone and among thousands. So when few rows are spread, the slots and what they own stay the
+// same, and the tree of sums is cut between waves and blocks where the waves of one block cut it.
 TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
   DeviceFacts device = GetParam();
   device.processors = 132;
@@ -137,7 +141,8 @@ TEST_P(Plans, SpreadFewRowsInTheSameLayout) {
       const LaunchPlan plan = tensors == 3 ? make_plan(hidden, dtype, GetParam(), Held::kRowAndGates) : ungated;
       const int64_t bytes = tensors * hidden * size_of(dtype);
       const LaunchPlan one = spread(plan, 1, bytes, device);
-      EXPECT_EQ(std::tie(plan.vectors, plan.slots, plan.whole_vectors), std::tie(one.vectors, one.slots, one.whole_vectors));
+      EXPECT_EQ(std::tie(plan.vectors, plan.slots, plan.whole_vectors),
+                std::tie(one.vectors, one.slots, one.whole_vectors));
       for (const int64_t rows : {8, 264, 1000000}) {
         const LaunchPlan more = spread(plan, rows, bytes, device);
         EXPECT_EQ(more.slot_threads * plan.group_threads, more.cluster == 1 ? more.group_threads : plan.group_threads);
@@ -186,7 +191,7 @@ TEST(AllPlans, ReachEveryScope) {
   for (const DType dtype : kDTypes) {
     std::set<Scope> scopes;
     for (const int64_t hidden : hidden_sizes()) scopes.insert(make_plan(hidden, dtype, device).scope);
-    EXPECT_EQ((std::set<Scope>{Scope::kWave, Scope::kBlock, Scope::kCluster, Scope::kStream}), scopes);
+    EXPECT_EQ((std::set<Scope>{Scope::kWave, Scope::kBlock, Scope::kCluster, Scope::kTwoPasses}), scopes);
     EXPECT_LE(4u * 5, plan_edges(dtype).size()) << "the cases of kernel_test are made from these";
   }
 }
@@ -196,13 +201,13 @@ TEST(AllPlans, HoldTheRowsOfModelsInRegisters) {
   for (const int32_t wave : {32, 64})
     for (const int64_t hidden : {64, 128, 256, 2048, 2560, 4096, 5120, 8192, 16384}) {
       const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, {wave, kNoLimit, false, 1});
-      EXPECT_NE(Scope::kStream, plan.scope) << hidden;
+      EXPECT_NE(Scope::kTwoPasses, plan.scope) << hidden;
       EXPECT_EQ(hidden <= 256, plan.scope == Scope::kWave) << hidden;
     }
 }
 
-// How many rows are spread at most, by hidden size and by the number of bfloat16 tensors that are moved: as many as it pays for on
-// an H200 (docs/performance.md).
+// How many rows are spread at most, by hidden size and by the number of bfloat16 tensors that are moved: as many as it
+// pays for on an H200 (docs/performance.md).
 TEST(Spread, StopsWhereItNoLongerPays) {
   const auto most_rows = [](int64_t hidden, int tensors, int32_t processors) {
     const DeviceFacts device{32, kNoLimit, true, 8, processors};
@@ -220,7 +225,8 @@ TEST(Spread, StopsWhereItNoLongerPays) {
   EXPECT_EQ(4, most_rows(8192, 3, 16)) << "a slice of a GPU";
 }
 
-// There are two threads a slot for up to two blocks a multiprocessor, if the rows are so short that a wave has the threads for it.
+// There are two threads a slot for up to two blocks a multiprocessor, if the rows are so short that a wave has the
+// threads for it.
 TEST(Spread, GivesSmallGatedRowsTwoThreadsASlotWhereItPays) {
   const auto most_rows = [](int64_t hidden, const DeviceFacts& device, Held held = Held::kRowAndGates) {
     const LaunchPlan plan = make_plan(hidden, DType::kBFloat16, device, held);
@@ -230,8 +236,8 @@ TEST(Spread, GivesSmallGatedRowsTwoThreadsASlotWhereItPays) {
   };
   const DeviceFacts hopper{32, kNoLimit, true, 8, 132};
   EXPECT_EQ((std::vector<int64_t>{264 * 128 / 2, 264 * 128 / 8, 264 * 128 / 16, 264 * 128 / 32, 0, 0}),
-            (std::vector<int64_t>{most_rows(8, hopper), most_rows(64, hopper), most_rows(128, hopper), most_rows(256, hopper),
-                                  most_rows(264, hopper), most_rows(1000, hopper)}));
+            (std::vector<int64_t>{most_rows(8, hopper), most_rows(64, hopper), most_rows(128, hopper),
+                                  most_rows(256, hopper), most_rows(264, hopper), most_rows(1000, hopper)}));
   EXPECT_EQ(0, most_rows(128, {32, kNoLimit, false, 1, 132})) << "no clusters";
   EXPECT_EQ(0, most_rows(128, hopper, Held::kTwoRows)) << "no gates";
 }
@@ -250,11 +256,13 @@ TEST(Plan, PrintsItself) {
   plan.slots = 13;
   plan.group_threads = 16;
   plan.whole_vectors = false;
-  EXPECT_EQ("wave: 13 of 16 threads a row, 16 rows a block, 2 x 4 interleaved elements a thread", describe(plan, DType::kFloat32));
+  EXPECT_EQ("wave: 13 of 16 threads a row, 16 rows a block, 2 x 4 interleaved elements a thread",
+            describe(plan, DType::kFloat32));
   plan.slot_threads = 2;
   plan.group_threads = 32;
   plan.whole_vectors = true;
-  EXPECT_EQ("wave: 26 of 32 threads a row, 8 rows a block, 1 x 4 consecutive elements a thread", describe(plan, DType::kFloat32));
+  EXPECT_EQ("wave: 26 of 32 threads a row, 8 rows a block, 1 x 4 consecutive elements a thread",
+            describe(plan, DType::kFloat32));
 }
 
 TEST(Plan, IsPrintedOnceWhereAskedFor) {
@@ -272,8 +280,8 @@ TEST(Plan, IsPrintedOnceWhereAskedFor) {
   print_plan(RmsNorm::kInfos[0], params, params.dtypes[kX], plan, false);
   const std::string call = "gemma_norm: rms_norm, hidden 4096, bfloat16, weight ",
                     how = ": block: 256 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread, ";
-  EXPECT_EQ(call + "bfloat16" + how + "16 bytes an access\n" + call + "bfloat16" + how + "an element an access\n" + call +
-                "float32" + how + "an element an access\n",
+  EXPECT_EQ(call + "bfloat16" + how + "16 bytes an access\n" + call + "bfloat16" + how + "an element an access\n" +
+                call + "float32" + how + "an element an access\n",
             testing::internal::GetCapturedStderr());
 }
 
@@ -289,7 +297,7 @@ TEST(Kernels, AreAllOfSomePlan) {
           kernels.insert(p.kernel);
           EXPECT_EQ(kKernels[p.kernel].scope, p.scope);
           EXPECT_EQ(kKernels[p.kernel].max_block_threads, p.max_block_threads);
-          EXPECT_TRUE(p.scope == Scope::kStream || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
+          EXPECT_TRUE(p.scope == Scope::kTwoPasses || kKernels[p.kernel].vectors * p.slot_threads == p.vectors)
               << "the vectors of a slot, shared out among its threads, must be those of the kernel's thread";
           EXPECT_LT(0, kKernels[p.kernel].resident_threads[static_cast<int>(held)]);
         }

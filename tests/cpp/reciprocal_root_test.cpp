@@ -1,4 +1,5 @@
-// The reciprocal and the reciprocal root, refined by Newton's steps, have the bits of IEEE 754's division and square root.
+// The reciprocal and the reciprocal root, refined by Newton's steps, have the bits of IEEE 754's division and square
+// root.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -13,7 +14,8 @@ TEST(Reciprocal, IsRightForEveryMantissaAndEveryErrorOfTheApproximation) {
   for (uint32_t bits = as_bits(1.0f); bits < as_bits(2.0f); ++bits) {
     const float d = as_float(bits), expected = 1 / d;
     for (int error = -1; error <= 1; ++error)
-      ASSERT_EQ(expected, refine_reciprocal<Scalar>(d, as_float(as_bits(expected) + error))) << std::hexfloat << d << ", " << error;
+      ASSERT_EQ(expected, refine_reciprocal<Scalar>(d, as_float(as_bits(expected) + error)))
+          << std::hexfloat << d << ", " << error;
   }
 }
 
@@ -24,7 +26,8 @@ TEST(Reciprocal, IsRightForEveryExponentThatItIsFor) {
   }
 }
 
-// All mantissas, with an even and with an odd exponent. That is enough, because a power of four comes out of the root exactly.
+// All mantissas, with an even and with an odd exponent. That is enough, because a power of four comes out of the root
+// exactly.
 TEST(ReciprocalRoot, IsRightForEveryMantissaAndEveryErrorOfTheApproximation) {
   for (uint32_t bits = as_bits(1.0f); bits < as_bits(4.0f); ++bits) {
     const float v = as_float(bits), expected = 1.0f / std::sqrt(v);

@@ -1,4 +1,5 @@
-// A kernel may exchange several numbers, several times: no thread reads what another has already written for the next exchange.
+// A kernel may exchange several numbers, several times: no thread reads what another has already written for the next
+// exchange.
 #include "gpu/reduce.cuh"
 
 #include <gtest/gtest.h>
@@ -14,11 +15,14 @@ constexpr int kNumbers = 3, kExchanges = 5;
 constexpr int64_t kPlenty = int64_t{1} << 32;
 
 // The magnitudes are far apart, so that another order of additions rounds to another sum.
-float value(int thread, int number, int exchange) { return std::ldexp(1.0f + thread, (thread * 7 + number * 5 + exchange) % 23); }
+float value(int thread, int number, int exchange) {
+  return std::ldexp(1.0f + thread, (thread * 7 + number * 5 + exchange) % 23);
+}
 
 float tree(int first, int count, int threads, int number, int exchange) {
   if (count == 1) return first < threads ? value(first, number, exchange) : 0;
-  return tree(first, count / 2, threads, number, exchange) + tree(first + count / 2, count / 2, threads, number, exchange);
+  return tree(first, count / 2, threads, number, exchange) +
+         tree(first + count / 2, count / 2, threads, number, exchange);
 }
 
 // Every thread of a row of `blocks` blocks exchanges, then checks what it got.

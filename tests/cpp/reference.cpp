@@ -35,9 +35,10 @@ std::vector<double> values_of(DType dtype, const Packed& elements) {
   return values;
 }
 
-// Where a result may lie, since float32's arithmetic is a little off, and whether it may be NaN. All operations here are monotonous
-// in each operand, so that the ends of a result follow from the ends of the operands. Rounding to a format is monotonous too: a
-// range becomes one number, unless it spans a boundary at which rounding changes; then either neighbour is allowed.
+// Where a result may lie, since float32's arithmetic is a little off, and whether it may be NaN. All operations here
+// are monotonous in each operand, so that the ends of a result follow from the ends of the operands. Rounding to a
+// format is monotonous too: a range becomes one number, unless it spans a boundary at which rounding changes; then
+// either neighbour is allowed.
 struct Range {
   double least, most;
   bool nan = false;
@@ -72,17 +73,17 @@ Range operator*(const Range& a, const Range& b) {
   return product;
 }
 
-// How far float32's arithmetic may be off, in units in the last place: some units for the operations, and half of the relative
-// error of the sum of squares. That error grows with the number of squares that a lane adds up, because the squares of 16-bit
-// numbers lie on a coarse grid, on which roundings need not cancel each other.
+// How far float32's arithmetic may be off, in units in the last place: some units for the operations, and half of the
+// relative error of the sum of squares. That error grows with the number of squares that a lane adds up, because the
+// squares of 16-bit numbers lie on a coarse grid, on which roundings need not cancel each other.
 double float32_units(int64_t hidden) { return 4 + hidden / 2048.0; }
 
-// What csrc/device/exponential.h promises of activations: the error in units in the last place, and, where the sigmoid is
-// subnormal, in multiples of the least float32.
+// What csrc/device/exponential.h promises of activations: the error in units in the last place, and, where the sigmoid
+// is subnormal, in multiples of the least float32.
 constexpr double kUnitsOfActivation = 3, kLeastNumbersOfActivation = 1.5;
-// Where the gate comes first, s = x * activation is off by three units and the half of one by its own rounding, which is at most
-// 3.5 * 2^-23 = 7 * 2^-24 of it. The root mean square of such s is off by as much at most. A unit is at least 2^-24 of a number, so
-// that this is at most 7 units.
+// Where the gate comes first, s = x * activation is off by three units and the half of one by its own rounding, which
+// is at most 3.5 * 2^-23 = 7 * 2^-24 of it. The root mean square of such s is off by as much at most. A unit is at
+// least 2^-24 of a number, so that this is at most 7 units.
 constexpr double kUnitsOfGatedSquares = 7;
 
 // Half a unit in the last place for the one rounding to `dtype`, and the units of float32.
@@ -93,7 +94,8 @@ double tolerance(DType dtype, double float32_units, double want) {
 bool near(DType dtype, double float32_units, const Range& want, double got) {
   if (std::isnan(got)) return want.nan;
   if (std::isnan(want.least)) return false;
-  const double beyond = power(format(dtype).greatest + 1);  // Infinity counts as the number that would come after the largest.
+  const double beyond =
+      power(format(dtype).greatest + 1);  // Infinity counts as the number that would come after the largest.
   got = std::clamp(got, -beyond, beyond);
   const double end = std::clamp(got < want.least ? want.least : want.most, -beyond, beyond);
   return want.has(got) || std::fabs(got - end) <= tolerance(dtype, float32_units, end);
@@ -128,8 +130,8 @@ std::string compare_bits(DType dtype, int64_t hidden, const Packed& want, const 
 }
 
 std::string compare_with_reference(const Case& c, const Tensors& inputs, const Tensors& got) {
-  const std::vector<double> weight = values_of(c.weight_dtype, inputs[kWeight]), gate = values_of(c.dtype, inputs[kGate]),
-                            out = values_of(c.dtype, got[kOut]);
+  const std::vector<double> weight = values_of(c.weight_dtype, inputs[kWeight]),
+                            gate = values_of(c.dtype, inputs[kGate]), out = values_of(c.dtype, got[kOut]);
   std::vector<double> s = values_of(c.dtype, inputs[kX]);
   if (has_residual(c.operands)) {
     const DType dtype = c.dtype_of(kResidual);

@@ -14,8 +14,8 @@ struct Tensors {
   const Packed& operator[](Operand o) const { return of[o]; }
 };
 
-// "" if the sum has the right bits, and its norm is as near to the exact one as its roundings and float32's arithmetic allow; else
-// the first element for which that is not so.
+// "" if the sum has the right bits, and its norm is as near to the exact one as its roundings and float32's arithmetic
+// allow; else the first element for which that is not so.
 std::string compare_with_reference(const Case& c, const Tensors& inputs, const Tensors& got);
 
 // "" if the elements are the same bit for bit, all NaNs counting as the same; else the first that differs.

@@ -10,7 +10,8 @@
 namespace gemma_norm {
 namespace {
 
-// By the arithmetic of the kernels, the rows are those of the tensors, in their order, whichever dimensions collapse into one.
+// By the arithmetic of the kernels, the rows are those of the tensors, in their order, whichever dimensions collapse
+// into one.
 TEST(Rows, AreThoseOfTheTensors) {
   std::mt19937 random(3);
   const auto upto = [&](int64_t most) { return static_cast<int64_t>(random() % (most + 1)); };
@@ -20,7 +21,8 @@ TEST(Rows, AreThoseOfTheTensors) {
     std::vector<int64_t> sizes;
     for (int64_t d = upto(6); d > 0; --d) sizes.push_back(1 + upto(2));
     sizes.push_back(8);
-    const int style = static_cast<int>(upto(2));  // of gaps: none, the same for all operands, or of each operand its own
+    const int style =
+        static_cast<int>(upto(2));  // of gaps: none, the same for all operands, or of each operand its own
     int64_t address = 30000;
     for (Place* o : {&call.x, &call.out, &*call.residual, &*call.post, &*call.sum}) {
       o->first = address;
@@ -71,7 +73,8 @@ TEST(Rows, OfGroupsAreThoseOfTheTensors) {
     TestCall call = TestCall().gated();
     call.options.group_size = 2;
     for (Place* o : {&call.x, &*call.gate, &call.out})
-      o->sizes = {3, 2, 5, 8}, o->strides = gaps ? std::vector<int64_t>{1000, 200, 10, 1} : std::vector<int64_t>{80, 40, 8, 1};
+      o->sizes = {3, 2, 5, 8},
+      o->strides = gaps ? std::vector<int64_t>{1000, 200, 10, 1} : std::vector<int64_t>{80, 40, 8, 1};
     RowParams params;
     RowSlices slices;
     Message message{};
@@ -85,10 +88,14 @@ TEST(Rows, OfGroupsAreThoseOfTheTensors) {
         const gpu::RowIndex at(slice, r);
         const int64_t group = row % 4, outer = row / 4;
         const auto& strides = call.x.strides;
-        const int64_t offset = outer / 10 * strides[0] + outer / 5 % 2 * strides[1] + outer % 5 * strides[2] + group * 2;
+        const int64_t offset =
+            outer / 10 * strides[0] + outer / 5 % 2 * strides[1] + outer % 5 * strides[2] + group * 2;
         for (const auto& [place, operand] : {std::pair{&call.x, kX}, {&*call.gate, kGate}, {&call.out, kOut}})
-          ASSERT_EQ((place->first + offset) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0))) << row;
-        ASSERT_EQ((call.weight->first + group * 2) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, kWeight, 0))) << row;
+          ASSERT_EQ((place->first + offset) * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0)))
+              << row;
+        ASSERT_EQ((call.weight->first + group * 2) * 2,
+                  reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, kWeight, 0)))
+            << row;
       }
     }
     EXPECT_EQ(3 * 2 * 5 * 4, row);
@@ -96,7 +103,8 @@ TEST(Rows, OfGroupsAreThoseOfTheTensors) {
 }
 
 TEST(Rows, OfAnEmptyTensorAreNone) {
-  for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{0, 8}, {3, 0, 8}, {0, 3, 2, 5, 2, 8}, {2, 2, 2, 2, 0, 8}}) {
+  for (const std::vector<int64_t>& sizes :
+       {std::vector<int64_t>{0, 8}, {3, 0, 8}, {0, 3, 2, 5, 2, 8}, {2, 2, 2, 2, 0, 8}}) {
     TestCall call;
     call.x.sizes = call.out.sizes = sizes;
     call.x.strides.assign(sizes.size(), 1);

@@ -15,7 +15,10 @@ struct CaseTensors {
   explicit CaseTensors(const Case& c) {
     for (const OperandRule& rule : c.op()) {
       const Operand o = rule.operand;
-      place[o] = !c.has(o) ? kNoOperand : o == kOut ? info(c.operands).out : o == kResidualOut ? info(c.operands).residual_out : o;
+      place[o] = !c.has(o)           ? kNoOperand
+                 : o == kOut         ? info(c.operands).out
+                 : o == kResidualOut ? info(c.operands).residual_out
+                                     : o;
       if (rule.written() && c.has(o)) written[place[o]] = true;
     }
     for (int o = 0; o < kOperands; ++o)
@@ -45,18 +48,21 @@ class Generator {
   // Around zero for gemma, so that a kernel that forgets to add 1 leaves next to nothing of the result.
   Packed weight() {
     Packed elements(c_.hidden * size_of(c_.weight_dtype));
-    const auto set = [&](int64_t i, double v) { round_to(c_.weight_dtype, v, &elements[i * size_of(c_.weight_dtype)]); };
+    const auto set = [&](int64_t i, double v) {
+      round_to(c_.weight_dtype, v, &elements[i * size_of(c_.weight_dtype)]);
+    };
     for (int64_t i = 0; i < c_.hidden; ++i) set(i, c_.gemma ? 0.02 * normal() : 1 + 0.3 * normal());
     if (c_.values == Values::kSpecialWeight)
-      for (const double special : std::initializer_list<double>{NAN, INFINITY, -1.0, 0.0, 1e-7}) set(any(c_.hidden), special);
+      for (const double special : std::initializer_list<double>{NAN, INFINITY, -1.0, 0.0, 1e-7})
+        set(any(c_.hidden), special);
     return elements;
   }
 
  private:
   double uniform() { return random_() / 4294967296.0; }
   double normal() {
-    // A sum of four uniform numbers is close to a normal one. They come from a table, since drawing each anew would take most of
-    // the tests' time.
+    // A sum of four uniform numbers is close to a normal one. They come from a table, since drawing each anew would
+    // take most of the tests' time.
     static const auto table = [] {
       std::mt19937 random(1);
       std::vector<double> values(1 << 14);
@@ -78,7 +84,8 @@ class Generator {
     switch (c_.values) {
       case Values::kWide: return sign() * std::exp2(24 * uniform() - 12);
       case Values::kSubnormal: return normal() * power(format(dtype).least);
-      case Values::kHuge: return sign() * largest(dtype) * (1 + uniform()) / 2;  // whose squares overflow, except float16's
+      case Values::kHuge:
+        return sign() * largest(dtype) * (1 + uniform()) / 2;  // whose squares overflow, except float16's
       case Values::kZeros: return sign() * 0.0;
       default: return normal();
     }
@@ -141,7 +148,8 @@ std::string compare_outputs(const Case& c, const Tensors& want, const Tensors& g
   return error.empty() ? compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]) : error;
 }
 
-Call make_call(const OpInfo* op, std::initializer_list<std::pair<Operand, const Tensor*>> tensors, const Options& options) {
+Call make_call(const OpInfo* op, std::initializer_list<std::pair<Operand, const Tensor*>> tensors,
+               const Options& options) {
   Call call{op, {}, options};
   for (const auto& [operand, tensor] : tensors) call.tensors[operand] = tensor;
   return call;
@@ -159,13 +167,15 @@ std::string check_case(Target& target, const Case& c, Target* alike) {
   }
   if (!error.empty()) return error;
 
-  // A row's bits depend on that row alone: compare with the same rows in the opposite order, then with one of them alone.
+  // A row's bits depend on that row alone: compare with the same rows in the opposite order, then with one of them
+  // alone.
   Tensors rows;
   for (const Operand o : {kX, kGate}) rows[o] = reversed(inputs[o], c.hidden * size_of(c.dtype));
   rows[kWeight] = inputs[kWeight];
   Operand s = kX;
   if (has_residual(c.operands)) {
-    if (c.float32_residual) {  // The sum goes to the residual, and x becomes -0: any number plus -0 is that number, bit for bit.
+    if (c.float32_residual) {  // The sum goes to the residual, and x becomes -0: any number plus -0 is that number, bit
+                               // for bit.
       for (size_t i = 0; i < rows[kX].size(); i += size_of(c.dtype)) round_to(c.dtype, -0.0, &rows[kX][i]);
       s = kResidual;
     }
@@ -178,7 +188,8 @@ std::string check_case(Target& target, const Case& c, Target* alike) {
     if (error.empty()) error = compare_bits(c.dtype, plain.hidden, first, got[kOut]);
     return error.empty() ? "" : what + (": " + error);
   };
-  if (const std::string difference = compare(plain_case(c, c.row_count()), rows, "rows reversed and plain"); !difference.empty())
+  if (const std::string difference = compare(plain_case(c, c.row_count()), rows, "rows reversed and plain");
+      !difference.empty())
     return difference;
 
   // A group of a row has the bits of a row of its size that has the group's weights.

@@ -13,18 +13,20 @@ namespace gemma_norm {
 // Values for the case. Rows of an expanded tensor share memory, hence are equal.
 Tensors make_inputs(const Case& c);
 
-// Returns the outputs. If anything goes wrong, `error` says what: a status, or a changed byte that belongs to no output.
+// Returns the outputs. If anything goes wrong, `error` says what: a status, or a changed byte that belongs to no
+// output.
 Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::string* error);
 
-// "" if the results are right, and if each row has the bits that it has in a call of plain_case() with other rows around it; else
-// what is wrong. With `alike`, that target must have the same bits.
+// "" if the results are right, and if each row has the bits that it has in a call of plain_case() with other rows
+// around it; else what is wrong. With `alike`, that target must have the same bits.
 std::string check_case(Target& target, const Case& c, Target* alike = nullptr);
 
 // "" if the outputs of both are the same, bit for bit, else the first difference.
 std::string compare_outputs(const Case& c, const Tensors& want, const Tensors& got);
 
 // A call of an operator with these tensors, and no others.
-Call make_call(const OpInfo* op, std::initializer_list<std::pair<Operand, const Tensor*>> tensors, const Options& options = {});
+Call make_call(const OpInfo* op, std::initializer_list<std::pair<Operand, const Tensor*>> tensors,
+               const Options& options = {});
 
 // "" if a call of the case's rows, `times` times one after another, gives the same bits each time.
 std::string check_repeated(Target& target, const Case& c, int64_t times);

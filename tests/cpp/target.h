@@ -18,7 +18,8 @@ class Target {
   virtual std::string name() const = 0;
   virtual std::string missing() const { return ""; }  // why the target cannot run here, if it cannot
 
-  // Memory that is aligned to 64 bytes at its guarded side. Where the device can, an access beyond that side ends the program.
+  // Memory that is aligned to 64 bytes at its guarded side. Where the device can, an access beyond that side ends the
+  // program.
   virtual void* allocate(size_t bytes, Guard guard) = 0;
   virtual void free_all() = 0;
   virtual void write(void* to, const void* from, size_t bytes) = 0;

@@ -46,11 +46,13 @@ struct TestCall {
 
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
     const auto tensor = [](const std::optional<Place>& o) { return o ? o->tensor() : Tensor{}; };
-    const Tensor t[] = {x.tensor(), tensor(weight), tensor(residual), tensor(post), tensor(gate), out.tensor(), tensor(sum)};
-    const Call call{&op,
-                    {&t[kX], weight ? &t[kWeight] : nullptr, residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr,
-                     gate ? &t[kGate] : nullptr, &t[kOut], sum ? &t[kResidualOut] : nullptr},
-                    options};
+    const Tensor t[] = {x.tensor(),   tensor(weight), tensor(residual), tensor(post),
+                        tensor(gate), out.tensor(),   tensor(sum)};
+    const Call call{
+        &op,
+        {&t[kX], weight ? &t[kWeight] : nullptr, residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr,
+         gate ? &t[kGate] : nullptr, &t[kOut], sum ? &t[kResidualOut] : nullptr},
+        options};
     return gemma_norm::check(call, params, slices, message);
   }
 };

@@ -163,10 +163,10 @@ def six(out: Tensor, input: Tensor, residual_out: Tensor, residual: Tensor, weig
 
 def forget() -> None:
     """Makes the next call choose anew, and say anew what it chose."""
-    for function in (routing._choose, routing._say, routing._aiter, routing._vllm):
+    for function in (routing._choose, routing._log_once, routing._aiter, routing._vllm):
         function.cache_clear()
-    routing.served_by_ours.clear()
-    routing.served_on_gpu.clear()
+    routing.native_on_all_gpus.clear()
+    routing.native_on_gpu.clear()
     called.clear()
 
 

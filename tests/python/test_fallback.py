@@ -23,8 +23,8 @@ ELSEWHERE = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
 
 
 @pytest.fixture(autouse=True)
-def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_told", set())
+def nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_warned", set())
 
 
 def elsewhere(op: torch._ops.OpOverload) -> Callable[..., Any]:

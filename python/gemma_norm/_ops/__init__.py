@@ -1,1 +1,1 @@
-"""One file an operator: its description, the function that users call, and its derivative."""
+"""A file for each operator: its description, the function that users call, and its derivative."""

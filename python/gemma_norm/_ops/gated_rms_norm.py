@@ -41,33 +41,36 @@ def gated_rms_norm(
 ) -> Tensor:
     """RMSNorm with a gate, as in linear attention (Qwen3-Next, Qwen3.5) and state space models (Mamba 2)::
 
-        y = round(x * rstd(x) * weight * act(gate))                      norm_before_gate
-        y = round(s * rstd(s) * weight),   s = x * act(gate)             else
+        y = round(x * rstd(x) * weight * act(gate))                      with norm_before_gate
+        y = round(s * rstd(s) * weight),   s = x * act(gate)             without
 
-    with rstd as in :func:`gemma_norm.rms_norm`, in float32 throughout, with one rounding at the end.
+    with rstd as in :func:`gemma_norm.rms_norm`. All arithmetic is in float32, and the result is rounded once.
 
     Args:
         x: ``[..., hidden]``, float32, float16 or bfloat16; last dimension contiguous, any other strides.
-        gate: x's shape, dtype and device, strides of its own; or ``[..., hidden]`` with as many elements as x, where x
-            can be viewed in that shape. None: act is 1.
-        weight: ``[hidden]``, contiguous, x's dtype or float32; where x is float32, float16 and bfloat16 as well.
+        gate: x's shape, dtype and device, strides of its own; or ``[..., hidden]`` with as many elements as x, if x can
+            be viewed in that shape. With None, act is 1.
+        weight: ``[hidden]``, contiguous, x's dtype or float32; if x is float32, float16 and bfloat16 as well.
         eps: finite and not negative; used as a float32.
-        sigmoid: act is the logistic function; else silu, ``g / (1 + exp(-g))``, which is also called swish.
-        norm_before_gate: False: what is normalised is gated, as in Mamba 2, Bamba, Zamba 2 and Nemotron-H.
-        group_size: so many elements of the last dimension are normalised together; it divides hidden. None: all.
-        round_each_step: each product is rounded to x's dtype, as the classes of transformers do:
+        sigmoid: act is the logistic function; otherwise silu, ``g / (1 + exp(-g))``, which is also called swish.
+        norm_before_gate: if False, x is gated and the product is normalised, as in Mamba 2, Bamba, Zamba 2 and
+            Nemotron-H.
+        group_size: this many elements of the last dimension are normalised together. It must divide hidden. None
+            stands for all.
+        round_each_step: round each product to x's dtype, as the classes of transformers do:
             ``round(round(round(x * rstd) * weight) * act(gate))`` and ``round(round(s * rstd) * weight)``. The weight
-            has x's dtype then. Derivatives take no notice of the roundings.
-        out: where to write instead of a new tensor: x's shape, dtype and device; x or gate itself or memory apart from
-            both. Records no derivative, and refuses tensors of which one is expected.
+            must then have x's dtype. Derivatives ignore the roundings.
+        out: written instead of a new tensor. It must have x's shape, dtype and device and a contiguous last dimension,
+            and must be x or gate itself or overlap neither. No derivative is recorded, and tensors of which a
+            derivative is expected are refused.
 
     Returns:
         ``out``, or a new row-major tensor of x's shape and dtype. Derivatives of any order and mode with respect to x,
         gate and weight are supported, and so are the transforms of ``torch.func``.
 
     Raises:
-        RuntimeError: for an argument that breaks a rule above; nothing has been written then.
-        torch.OutOfMemoryError: a GPU has no memory for the result. On the CPU that is a RuntimeError, as PyTorch's is.
+        RuntimeError: if an argument breaks a rule above. Nothing has been written then.
+        torch.OutOfMemoryError: if a GPU has no memory for the result. On the CPU, as in PyTorch, it is a RuntimeError.
     """
     options = (eps, sigmoid, norm_before_gate, group_size, round_each_step)
     op = GATED_RMS_NORM if out is None else GATED_RMS_NORM_OUT
@@ -129,7 +132,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The norm's backward (:func:`norm_backward`), of dy times the activation or of x times it."""
+        """:func:`norm_backward` of s and of dy, one of which is multiplied by the activation before."""
         x, gate, weight = ctx.saved_tensors
         needs_x, needs_gate, needs_weight = ctx.needs_input_grad[:3]
         dy, x32 = dy.float(), x.float()

@@ -1,6 +1,6 @@
 """RMSNorm, plain or fused with the residual addition: the operators, the public functions and their derivatives.
 
-The functions are thin on purpose: in a decoding step, a microsecond of host time is the kernel's own time.
+The functions do little, because host time counts: in a decoding step a kernel takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -45,28 +45,29 @@ def rms_norm(
 
         y = round(x * rstd * w),   rstd = 1 / sqrt(mean(x^2) + eps),   w = 1 + weight if gemma else weight
 
-    in float32 throughout, with one rounding, to nearest even, at the end. Without a weight, w is 1.
+    All arithmetic is in float32, and the result is rounded once, to nearest even. Without a weight, w is 1.
 
     Args:
         x: ``[..., hidden]``, float32, float16 or bfloat16; last dimension contiguous, any other strides (never copied).
-        weight: ``[hidden]``, contiguous, x's dtype or float32; where x is float32, float16 and bfloat16 as well. None
-            for a norm without scale.
+        weight: ``[hidden]``, contiguous, x's dtype or float32; if x is float32, float16 and bfloat16 as well. None for
+            a norm without scale.
         eps: finite and not negative; used as a float32.
         gemma: the weight is stored zero-centred, as in Gemma and Qwen3-Next (transformers' ``GemmaRMSNorm``).
-        round_each_step: ``y = round(round(x * rstd) * w)``, as the Llama-like classes of transformers and vLLM's kernels
-            compute it. Liger calls it ``casting_mode="llama"``, SGLang ``cast_x_before_out_mul=True``, aiter
-            ``use_model_sensitive_rmsnorm=1``. Not with gemma, and the weight has x's dtype. In float32 it changes
-            nothing. Derivatives take no notice of the roundings.
-        out: where to write instead of a new tensor: x's shape, dtype and device, last dimension contiguous; x itself or
-            memory apart from it. Records no derivative, and refuses tensors of which one is expected.
+        round_each_step: compute ``y = round(round(x * rstd) * w)``, as the Llama-like classes of transformers and the
+            kernels of vLLM do. Liger calls it ``casting_mode="llama"``, SGLang ``cast_x_before_out_mul=True``, aiter
+            ``use_model_sensitive_rmsnorm=1``. It cannot be combined with gemma, and the weight must have x's dtype. In
+            float32 it changes nothing. Derivatives ignore the roundings.
+        out: written instead of a new tensor. It must have x's shape, dtype and device and a contiguous last dimension,
+            and must be x itself or not overlap it. No derivative is recorded, and tensors of which a derivative is
+            expected are refused.
 
     Returns:
         ``out``, or a new row-major tensor of x's shape and dtype. Derivatives of any order and mode with respect to x
         and weight are supported, and so are the transforms of ``torch.func``.
 
     Raises:
-        RuntimeError: for an argument that breaks a rule above; nothing has been written then.
-        torch.OutOfMemoryError: a GPU has no memory for the result. On the CPU that is a RuntimeError, as PyTorch's is.
+        RuntimeError: if an argument breaks a rule above. Nothing has been written then.
+        torch.OutOfMemoryError: if a GPU has no memory for the result. On the CPU, as in PyTorch, it is a RuntimeError.
     """
     if has_torch_function_variadic(x, weight, out):
         op = RMS_NORM if out is None else RMS_NORM_OUT
@@ -97,24 +98,24 @@ def fused_add_rms_norm(
     post_residual_addition: Tensor | None = None,
     round_each_step: bool = False,
 ) -> None:
-    """In place, ``residual <- s`` and ``x <- rms_norm(s)`` with ``s = round(x + residual)``, as in SGLang and vLLM.
+    """Overwrite residual with ``s = round(x + residual)`` and x with ``rms_norm(s)``, as in SGLang and vLLM.
 
     With ``post_residual_addition``, ``s = round(x + round(residual + post_residual_addition))``.
 
     Args:
         x: ``[..., hidden]``, read and written; see :func:`rms_norm` for dtypes and strides. No two of its elements may
             share memory.
-        residual: x's shape and device, x's dtype or float32, strides of its own; read and written; memory apart from
-            x's. s has its dtype: a float32 residual stream with 16-bit x is ``residual_in_fp32`` in Mamba,
-            ``fp32_residual_connection`` in Megatron.
+        residual: x's shape and device, x's dtype or float32, strides of its own; read and written. It must not overlap
+            x. s has its dtype. A float32 residual with 16-bit x is what Mamba calls ``residual_in_fp32`` and Megatron
+            ``fp32_residual_connection``.
         weight, eps, gemma, round_each_step: as for :func:`rms_norm`.
-        post_residual_addition: like residual, read alone.
+        post_residual_addition: like residual, but only read.
 
-    Records no derivative. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside a
-    ``torch.func`` transform other than ``functionalize`` are refused: :func:`add_rms_norm` is for them.
+    No derivative is recorded. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside a
+    ``torch.func`` transform other than ``functionalize`` are refused. Use :func:`add_rms_norm` for these.
 
     Raises:
-        RuntimeError: for an argument that breaks a rule above; nothing has been written then.
+        RuntimeError: if an argument breaks a rule above. Nothing has been written then.
     """
     post = post_residual_addition
     if has_torch_function((x, residual, weight, post)):
@@ -142,14 +143,14 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(s), s)`` with ``s = round(x + residual)``: :func:`fused_add_rms_norm` into two new tensors.
 
-    The arguments are the same, none is written, and they may overlap. The results are row-major, of x's shape, y of
-    x's dtype and s of the residual's, and bit for bit those of :func:`fused_add_rms_norm`. Derivatives of any order and
-    mode with respect to x, residual, weight and post_residual_addition are supported, and so are the transforms of
+    The arguments are the same, but none is written, so they may overlap. The results are row-major and have x's shape;
+    y has x's dtype, and s the residual's. Their bits are those of :func:`fused_add_rms_norm`. Derivatives of any order
+    and mode with respect to x, residual, weight and post_residual_addition are supported, and so are the transforms of
     ``torch.func``.
 
     Raises:
-        RuntimeError: for an argument that breaks a rule.
-        torch.OutOfMemoryError: a GPU has no memory for the results. On the CPU that is a RuntimeError, as PyTorch's is.
+        RuntimeError: if an argument breaks a rule.
+        torch.OutOfMemoryError: if a GPU has no memory for the results. On the CPU, as in PyTorch, it is a RuntimeError.
     """
     post = post_residual_addition
     if has_torch_function((x, residual, weight, post)):
@@ -159,7 +160,7 @@ def add_rms_norm(
         return y, s
     try:
         if _is_grad_enabled() or forward_ad._current_level >= 0:
-            # Dynamo takes no tensor twice; a view of it has the same memory and a gradient of its own.
+            # Dynamo does not accept one tensor twice. A view has the same memory, and a gradient of its own.
             residual = x.view_as(x) if residual is x else residual
             post = post.view_as(post) if post is not None and (post is x or post is residual) else post
             arguments = (x, residual, weight, eps, gemma, post, round_each_step)
@@ -173,7 +174,7 @@ def add_rms_norm(
     return y, s
 
 
-# torch.fx removes a call whose result is not used, unless it is said to do more than return it.
+# torch.fx removes a call whose result is not used, unless the function is registered as one that has side effects.
 for _function in (rms_norm, fused_add_rms_norm):
     torch.fx.node.has_side_effect(_function)
 
@@ -231,14 +232,14 @@ class AddRMSNormFunction(torch.autograd.Function):
 def norm_backward(
     dy: Tensor, s: Tensor, weight: Tensor | None, eps: float, gemma: bool, needs_s: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """With ``n = s * rstd`` and ``g = dy * w`` (w is ``1 + weight`` with gemma, 1 without a weight), all in float32::
+    """The gradients of s and weight. ``n = s * rstd`` and ``g = dy * w``, where w is as in :func:`rms_norm`::
 
         ds      = rstd * (g - n * mean(g * n))
         dweight = sum over rows of dy * n
 
-    x, residual and post_residual_addition are summed, so each gets ds. A gradient is rounded once, to its input's dtype.
-    The formula is differentiable itself, so second and higher derivatives are right. The weight may have the shape of
-    the last two dimensions, groups and their elements.
+    All arithmetic is in float32, and a gradient is rounded once, to its input's dtype. s is the sum of x, residual and
+    post_residual_addition, so ds is the gradient of each of them. The formula consists of differentiable operations, so
+    second and higher derivatives are right. The weight may also have two dimensions, groups and their elements.
     """
     rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
     n = s * rstd

@@ -1,6 +1,7 @@
-"""``python -m gemma_norm.benchmark``: this package's operators beside copy_, PyTorch and other libraries.
+"""``python -m gemma_norm.benchmark``: times this package's operators, copy_, PyTorch and other libraries.
 
-A *suite* is a list of *points* (operator, shape, dtype, cache state). At each point every *provider* that can do it is
-checked against the float64 oracle, then timed in turn with the others. ``--help`` says how to choose; the modules, in
-reading order: arguments, cases (a point and its tensors), suites, providers, check, timing, run, results, report, plot.
+A *suite* is a list of *points*, each an operator with a shape, a dtype and a cache state. A *provider* is what is
+timed. At each point, the results of every provider that has the operator are compared with the float64 oracle; then the
+providers take turns while they are timed. ``--help`` says how to choose among all these. The modules in reading order:
+arguments, cases (a point and its tensors), suites, providers, check, timing, run, results, report, plot.
 """

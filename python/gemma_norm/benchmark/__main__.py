@@ -1,4 +1,4 @@
-"""The benchmark's command: measures or loads, writes the files that were asked for, and shows the tables."""
+"""The benchmark's command. It measures or loads results, writes the files that were asked for, and prints tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(
     options: argparse.Namespace, facts: dict[str, str], measured: Sequence[Result]
 ) -> tuple[list[str], list[str]]:
-    """Write the files, before anything is shown to a reader who may stop reading. What to say of plots and failures."""
+    """Write the files, and return lines to print about plots and about failures.
+
+    This comes before anything is printed, because the reader of the output may stop reading.
+    """
     wrote: list[str] = []
     failed: list[str] = []
     writers = {"csv": results.write_csv, "json": results.write_json, "plot": plot.write}
@@ -49,13 +52,13 @@ def _write(
         if path := getattr(options, option):
             try:
                 wrote += [f"wrote {file}" for file in write(path, facts, measured) or ()]
-            except OSError as error:  # the disk is full, say
+            except OSError as error:  # for example, the disk is full
                 failed.append(f"cannot write {path}: {error.strerror or error}")
     return wrote, failed
 
 
 def _measure(options: argparse.Namespace) -> tuple[dict[str, str], list[Result], int]:
-    """The environment, what was measured, and the exit status, which is not 0 when the run did not come to its end."""
+    """The environment, the results, and the exit status, which is not 0 if the run was stopped before its end."""
     asked = [q for q in PROVIDERS.values() if q.family in (options.providers or FAMILIES)]
     absent = {q.name: reason for q in asked if (reason := why_absent(q))}
     providers: list[Provider] = [q for q in asked if q.name not in absent]
@@ -79,7 +82,7 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, str], list[Result],
             measured += next(running)
             progress.advance()
             if options.csv:
-                with contextlib.suppress(OSError):  # tried again, and reported, at the end
+                with contextlib.suppress(OSError):  # at the end it is written again, and a failure reported
                     results.write_csv(options.csv, facts, measured)
     except KeyboardInterrupt:
         stopped, status = "interrupted", INTERRUPTED

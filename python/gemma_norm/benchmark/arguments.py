@@ -1,4 +1,4 @@
-"""The command line's arguments. Whatever is wrong with them is said in one line, before anything is measured."""
+"""The arguments of the command line. A wrong one is reported in one line, before anything is measured."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from .suites import SUITES
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FAMILIES = tuple(dict.fromkeys(p.family for p in PROVIDERS.values()))
 MOST = 2**31 - 1
-"""Rows, or elements of a row: far more than fit into memory."""
+"""The largest number of rows, and of elements in a row, that is accepted: far more than fit into memory."""
 MEASURING = ("rows", "hidden", "plain", "quick")
-"""Options that say how to measure, so they mean nothing with --load. --suite, --dtype and --providers select from it."""
+"""Options that say how to measure, so they are refused with --load. --suite, --dtype and --providers are not among
+them: with --load they select from its results."""
 
 DEFAULT_SUITES = {True: tuple(n for n in SUITES if n != "cpu"), False: ("cpu",)}
-"""With a GPU and without."""
+"""The suites that run by default, by whether there is a GPU."""
 
 Part = TypeVar("Part", str, int)
 Refuse = Callable[[str, str], NoReturn]
-"""Ends the program with what is wrong about an option."""
+"""Takes an option and what is wrong with it, and ends the program with that message."""
 
 
 @dataclass
 class Run:
-    """An earlier run."""
+    """An earlier run, read from its CSV file."""
 
     path: Path
     facts: dict[str, str]
@@ -72,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _refuse_impossible(options: argparse.Namespace, refuse: Refuse) -> None:
-    """What no measurement could come of."""
+    """Refuse options with which there would be nothing to measure."""
     for name in options.suite or ():
         suite = SUITES[name]
         if suite.needs_gpu and not torch.cuda.is_available():
@@ -110,7 +111,7 @@ def _parser() -> Parser:
 
 
 def _select(run: Run, option: str, asked: Sequence[str] | None, refuse: Refuse) -> None:
-    """Keep the results that have what was asked for, all of which must occur."""
+    """Keep those results of ``run`` whose ``option`` was asked for. There must be some for each value asked for."""
     if asked is None:
         return
 
@@ -169,7 +170,7 @@ def _run(text: str) -> Run:
 
 
 def _output_file(text: str) -> Path:
-    """A file that can be written. Nothing of it is left behind, and what it holds is kept."""
+    """The path of a file that can be written. Trying that creates no file and changes none."""
     return _writable(text, _try_file)
 
 
@@ -183,8 +184,8 @@ def _writable(text: str, attempt: Callable[[Path], None]) -> Path:
     try:
         if not text:
             raise OSError(errno.ENOENT, "the name is empty")
-        attempt(Path(os.path.realpath(text)))  # where a link leads
-    except (OSError, ValueError) as error:  # ValueError: a null byte
+        attempt(Path(os.path.realpath(text)))  # follows links, also one whose target does not exist
+    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
         reason = getattr(error, "strerror", None) or str(error)
         raise argparse.ArgumentTypeError(f"cannot write {text!r}: {reason}") from None
     return Path(text)
@@ -194,15 +195,15 @@ def _try_file(path: Path) -> None:
     if not path.parent.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{path.parent} is not a folder")
     if path.exists() and not (path.is_file() or path.is_dir()):
-        return  # a device or a pipe, which closing would end for its reader
+        return  # a device or a pipe: opening and closing a pipe would end it for its reader
     there = path.exists()
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))  # tried, since permissions do not tell all, least to root
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))  # tried, because permissions do not tell everything
     if not there:
         path.unlink()
 
 
 def _try_folder(path: Path) -> None:
-    """A folder, or one that can be made."""
+    """Raise OSError unless ``path`` is a folder that can be written, or can become one."""
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder")

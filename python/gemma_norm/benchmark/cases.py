@@ -1,4 +1,4 @@
-"""What is measured: a point of a suite, and the tensors it needs."""
+"""What is measured: a point of a suite, and the tensors that it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the heads of one projection lie in a fused qkv (+ gate) buffer; all in elements."""
+    """Where the heads of one projection are in a fused qkv (+ gate) buffer. Distances are in elements."""
 
     name: str
     count: int
@@ -37,15 +37,16 @@ class Point:
     dtype: torch.dtype
     device: str
     cache: str = "hot"
-    """hot: the same buffers in every call. cold: enough sets of buffers in rotation that none is still in a cache."""
+    """hot: each call uses the same buffers. cold: the calls rotate through so many sets of buffers that none of them is
+    still in a cache when its turn comes."""
     threads: int = 0
-    """0 on a GPU."""
+    """Of the CPU; 0 on a GPU."""
     heads: Heads | None = None
-    """None: rows of a contiguous matrix. Else ``rows`` counts the heads of all tokens."""
+    """If None, x is a contiguous matrix. Otherwise x is these heads, and ``rows`` counts the heads of all tokens."""
 
     @property
     def bytes(self) -> int:
-        """The least traffic: each input and each output once."""
+        """The least memory traffic, in bytes: each input is read once, and each output is written once."""
         tensors = {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3}[self.op]
         return (tensors * self.rows + 1) * self.hidden * self.dtype.itemsize
 
@@ -64,10 +65,10 @@ class Point:
 
 
 class Inputs:
-    """The arguments of a point: ``sets`` copies of x (and residual, or gate), each in memory of its own, and one weight.
+    """The arguments of a point: ``sets`` copies of x and, if needed, of residual or gate; and one weight.
 
-    The in-place operator adds to its residual in every call, so values grow, by one normalised row a call: they stay
-    finite for the few hundred calls between two :meth:`restore`, which are not timed.
+    Each copy has memory of its own. The in-place operator adds a normalised row to its residual in every call, so the
+    values grow. They stay finite for the few hundred calls between two calls of :meth:`restore`, which are not timed.
     """
 
     def __init__(self, point: Point, sets: int) -> None:
@@ -78,7 +79,7 @@ class Inputs:
 
         self.point = point
         count = 1 if point.op == RMS_NORM else 2
-        if point.op == GATED_RMS_NORM:  # one behind the other, see the provider copy_
+        if point.op == GATED_RMS_NORM:  # x and gate are adjacent, which the provider copy_ needs
             shape = (2, point.rows, point.hidden)
             self.sets = [tuple(torch.empty(shape, dtype=point.dtype, device=point.device)) for _ in range(sets)]
         else:

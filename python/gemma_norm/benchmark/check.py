@@ -1,4 +1,7 @@
-"""Nothing is timed that is not right: one call against the float64 oracle, its outputs poisoned with NaN."""
+"""The check of a provider before it is timed: one call, whose results are compared with the float64 oracle.
+
+The memory of its outputs is filled with NaN before, so that elements that it does not write are found.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,21 @@ from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, Inputs
 from .providers import Call, Provider
 
 PEERS = 8.0
-"""Times the bound of a single rounding: others round the weight and the normalised value too, or not the sum."""
+"""The bound for other libraries is this multiple of ours. They also round the weight and the normalised value, or they
+do not round the sum."""
 ACTIVATION = 4.0
-"""Float32 units in the last place for silu and the product with it."""
+"""What silu and the product with it may add to the error, in float32 units in the last place."""
 MOST = {"cuda": 2**24, "cpu": 2**20}
-"""Elements compared with the oracle; of larger tensors, evenly spaced rows. Every element is looked at for NaN."""
+"""At most this many elements are compared with the oracle; of a larger tensor, these are evenly spaced rows. All
+elements are checked for NaN."""
 
 
 class WrongResult(Exception):
-    pass
+    """A provider's result is wrong; the message says how."""
 
 
 def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
-    """Raises :class:`WrongResult`."""
+    """Raise :class:`WrongResult` if ``call`` does not compute what the point asks for."""
     inputs.restore()
     _poison(inputs)
     outputs = call(*inputs.sets[0])
@@ -55,10 +60,10 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
 
 
 def _poison(inputs: Inputs) -> None:
-    """Leave NaN in freed memory, which the allocator hands to the next tensors of this size: the outputs.
+    """Leave NaN in freed memory that the allocator will use for the next tensors of this size, which are the outputs.
 
-    PyTorch's GPU allocator does so always. glibc takes an aligned block out of a larger one, and keeps the first few
-    small ones back, hence more of them and a little larger.
+    PyTorch's GPU allocator always reuses such memory. glibc takes an aligned block out of a larger one, so on the CPU
+    the freed tensors are a little larger; and it holds back the first few small ones, so there are more of them.
     """
     x = inputs.original[0]
     size = x.numel() + (128 if x.device.type == "cpu" else 0)
@@ -70,7 +75,10 @@ def _poison(inputs: Inputs) -> None:
 def _compare(
     name: str, got: Tensor, sources: Tensor | list[Tensor], bound: float, exact: Callable[..., Tensor] = Tensor.double
 ) -> None:
-    """``exact`` makes of rows of the sources what these rows of ``got`` should be, which is shaped like the first."""
+    """Compare ``got``, which must have the shape and dtype of the first source, with ``exact`` of the sources.
+
+    ``exact`` is given some rows of each source, and returns what these rows of ``got`` should be.
+    """
     sources = [sources] if isinstance(sources, Tensor) else sources
     source = sources[0]
     if got.shape != source.shape or got.dtype != source.dtype:

@@ -1,4 +1,4 @@
-"""What a figure was measured on and with."""
+"""On which machine, and with which software, the results were measured."""
 
 from __future__ import annotations
 

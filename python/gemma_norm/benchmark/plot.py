@@ -1,4 +1,4 @@
-"""A figure a suite and dtype, as PNG. Needs matplotlib, which is optional."""
+"""A figure for each suite and dtype, as PNG. Needs matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COLOURS = {
 }  # fmt: skip
 PANEL = (3.4, 2.8)  # inches
 DETOUR = 0.9
-"""Below this share of its best bandwidth, copy_ has taken a slower path of PyTorch's, which says nothing of the memory."""
+"""Below this share of its best bandwidth, copy_ has taken a slower path, and its time says nothing about the memory."""
 MOST_COLUMNS, MOST_TICKS = 7, 9
 
 
 def why_not() -> str:
-    """Empty when plots can be made."""
+    """Why no plots can be made; empty if they can."""
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
@@ -33,7 +33,7 @@ def why_not() -> str:
 
 
 def write(folder: Path, facts: Mapping[str, str], results: Sequence[Result]) -> Iterator[Path]:
-    """Of a suite with several numbers of threads, the largest is shown."""
+    """Write the figures. If a suite was measured with several numbers of threads, only the largest is shown."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -49,17 +49,20 @@ def write(folder: Path, facts: Mapping[str, str], results: Sequence[Result]) -> 
 
 
 def copy_bandwidth(results: Sequence[Result]) -> float:
-    """GB/s at which the machine copies large tensors: the mean over the points, without copy_'s detours.
+    """The bandwidth in GB/s at which the machine copies large tensors; 0 if ``copy_`` was not measured.
 
-    At some sizes PyTorch's ``copy_`` takes a path that is slower by a third. The floor of a time, the bytes over this
-    bandwidth, does not follow it there. 0 where ``copy_`` was not measured.
+    It is the mean over the points, except those at which PyTorch's ``copy_`` is slower by a third because it takes
+    another path. The least possible time of a point is its bytes divided by this bandwidth.
     """
     measured = [r.gb_per_s for r in results if r.provider == "copy_" and r.gb_per_s]
     return mean(b for b in measured if b >= DETOUR * max(measured)) if measured else 0.0
 
 
 def _figure(pyplot: Any, suite: str, facts: Mapping[str, str], results: Sequence[Result]) -> Any:
-    """A row of panels an operator, a panel for whatever is neither along the axis nor a provider."""
+    """A figure with a row of panels for each operator.
+
+    A panel shows all providers along the axis. Points that differ in anything else have panels of their own.
+    """
     axis = SUITES[suite].axis
     panels: dict[str, list[Result]] = {}
     for r in results:
@@ -99,7 +102,7 @@ def _label(r: Result) -> str:
 
 
 def _lines(panel: Any, results: Sequence[Result], axis: str, floor: float) -> None:
-    """Times; where there is a ``floor`` in GB/s, the share of it that is reached, since all tensors are of one size."""
+    """Plot times, or the share of the bandwidth ``floor`` (GB/s) if it is not 0, since all tensors are of one size."""
     for provider in dict.fromkeys(r.provider for r in results):
         mine = sorted((r for r in results if r.provider == provider), key=lambda r: int(getattr(r, axis)))
         x, y = [getattr(r, axis) for r in mine], [r.gb_per_s / floor if floor else r.p50_us for r in mine]

@@ -1,20 +1,20 @@
-"""Who is measured. A provider makes, for an operator and a weight, a function of x, or of x and residual.
+"""What is timed. For an operator and a weight, a provider makes a function of x, of x and residual, or of x and gate.
 
-The function returns y, or (y, sum), in new tensors or, for the fused operator, in its arguments: as its users call it.
-The gated norm, whose weight is never zero-centred, is a function of x and gate.
-How each treats a zero-centred weight ("gemma"):
+The function returns y or (y, sum), as the library's users call it: in new tensors or, if its fused operator works in
+place, in its arguments. The gated norm has no zero-centred weight. Each provider treats a zero-centred weight ("gemma")
+in its own way:
 
 ===================  ================================================================================
 ours                 a flag; ``1 + w`` in float32
-eager, torch.compile Hugging Face's chain for Gemma: float32, times ``1 + w``, back (``s = x + residual`` before it)
+eager, torch.compile as Hugging Face's Gemma: in float32, times ``1 + w``, rounded once (``s = x + residual`` first)
 liger                ``offset=1.0, casting_mode="gemma"``, what its Gemma modules pass
 quack                ``weight_offset=1.0``
-flashinfer           functions of their own, ``gemma_rmsnorm`` and ``gemma_fused_add_rmsnorm``
+flashinfer           two functions for it, ``gemma_rmsnorm`` and ``gemma_fused_add_rmsnorm``
 sgl_kernel           likewise
-fla                  (flash-linear-attention) has the gated norm alone
+fla                  (flash-linear-attention) has only the gated norm
 transformer_engine   ``zero_centered_gamma=True``; has no fused addition
-F.rms_norm           not at all: timed, and checked, with a plain weight, which is another operator
-                     (a ``1 + w`` kept aside is a second tensor, rounded, and stale once w changes)
+F.rms_norm           has none: it is timed and checked with a plain weight, which is another operator. (A ``1 + w``
+                     computed beforehand would be a second tensor, rounded, and wrong once w changes.)
 vllm, aiter          likewise
 ===================  ================================================================================
 """
@@ -44,21 +44,21 @@ Make = Callable[[str, Tensor, bool], Call]
 class Provider:
     name: str
     make: Make
-    """(op, weight, gemma) -> the function."""
+    """Takes (op, weight, gemma) and returns the function."""
     ops: tuple[str, ...] = OPS
     """The operators that it has."""
     gemma: bool = True
-    """Knows the zero-centred weight."""
+    """Whether it can take a zero-centred weight."""
     module: str = ""
-    """What must be importable."""
+    """The module that must be importable; empty for PyTorch."""
     needs: tuple[str, ...] = ()
-    """What that module must have, since others bear its name."""
+    """Names that this module must have. Another package may have a module of that name."""
     suites: tuple[str, ...] = ()
-    """The only suites it is for; empty: all."""
+    """The suites in which it is measured; if empty, in all."""
     exact: bool = False
-    """Held to this package's error bound; the others round more often."""
+    """Whether it must keep this package's error bound. The others round more often."""
     copies: bool = False
-    """The floor: moves the same bytes and computes nothing."""
+    """Whether it only moves the same bytes and computes nothing: the least time that is possible."""
 
     @property
     def family(self) -> str:
@@ -99,7 +99,7 @@ def _copy(op: str, weight: Tensor, gemma: bool) -> Call:
 
 
 def _half_more(x: Tensor, gate: Tensor) -> Tensor:
-    """x and the first half of gate, which lies behind it."""
+    """x and the first half of gate, which follows it in memory."""
     assert gate.data_ptr() == x.data_ptr() + x.nbytes
     return x.as_strided((x.numel() + x.numel() // 2,), (1,))
 
@@ -125,7 +125,7 @@ def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
 
 
 def _torch_compile(op: str, weight: Tensor, gemma: bool) -> Call:
-    torch._dynamo.reset()  # each shape compiled for itself, none lost to the recompilation limit
+    torch._dynamo.reset()  # so that each shape is compiled, and none exceeds the recompilation limit
     return torch.compile(_eager(op, weight, gemma), fullgraph=True, dynamic=False)
 
 
@@ -156,7 +156,7 @@ def _quack(op: str, weight: Tensor, gemma: bool) -> Call:
 
 
 def _flashinfer_names(module: str) -> Make:
-    """FlashInfer and sgl_kernel call their functions alike."""
+    """For FlashInfer and sgl_kernel, whose functions have the same names."""
 
     def make(op: str, weight: Tensor, gemma: bool) -> Call:
         prefix = "gemma_" if gemma else ""
@@ -246,12 +246,12 @@ PROVIDERS = {
 
 
 def why_absent(provider: Provider) -> str:
-    """Empty when the provider can be used."""
+    """Why the provider cannot be used; empty if it can."""
     if not provider.module:
         return ""
     try:
         module = importlib.import_module(provider.module)
-    except Exception as error:  # a library may fail in any way where its device, driver or dependency is missing
+    except Exception as error:  # an import may fail in any way if a device, driver or dependency is missing
         return f"{type(error).__name__}: {error}".splitlines()[0]
     missing = [name for name in provider.needs if not hasattr(module, name)]
     return f"the installed {provider.module} has no {missing[0]}" if missing else ""

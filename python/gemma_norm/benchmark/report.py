@@ -1,4 +1,4 @@
-"""Tables and progress, which fit a terminal."""
+"""Tables of results and a progress line, both within the terminal's width."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .suites import SUITES
 
 POINT = ("op", "dtype", "rows", "hidden", "layout", "cache", "threads")
 WORDS = {"suite", "op", "dtype", "layout", "cache", "provider", "next best"}
-Row = Mapping[str, Result]  # the providers at one point
+Row = Mapping[str, Result]  # the results at one point, by provider
 
 
 def table(suite: str, results: Sequence[Result], width: int | None = None) -> str:
-    """One line a point, one column a provider; above it what all points share, below it why a figure is missing.
+    """A table with a line for each point and a column for each provider.
 
-    ``width`` is that of the terminal, None for no limit.
+    Above it is what all points have in common, below it why figures are missing. ``width`` is the terminal's; None
+    stands for no limit.
     """
     names = list(dict.fromkeys(r.provider for r in results))
     rows: dict[tuple[object, ...], dict[str, Result]] = {}
@@ -70,13 +71,13 @@ def _derived(suite: str, row: Row) -> list[str]:
 
 
 def next_best(row: Row) -> Result | None:
-    """The fastest of the others."""
+    """The fastest provider other than ours and copy_."""
     others = [r for n, r in row.items() if n != "copy_" and not n.startswith("ours") and r.p50_us]
     return min(others, key=lambda r: r.p50_us, default=None)
 
 
 def _summary(rows: Sequence[Row]) -> list[str]:
-    """How ours does over all points of an operator: the geometric mean and the worst point."""
+    """For each operator, how fast ours is: the geometric mean over all points, and the worst point."""
     lines = []
     for op in dict.fromkeys(r.op for row in rows for r in row.values()):
         pairs = [(ours, next_best(row)) for row in rows if (ours := row.get("ours")) and ours.op == op and ours.p50_us]
@@ -104,14 +105,14 @@ def moved_table(moved: Sequence[Moved], pairs: int, width: int | None = None) ->
 
 
 def number(value: float) -> str:
-    """Three digits or a few more."""
+    """``value`` with at least three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def align(lines: Sequence[Sequence[str]], keys: int, width: int | None) -> list[str]:
-    """The first line names the columns, the first ``keys`` of which say what a line is about: see ``tables``.
+    """The lines of a table, see :func:`tables`. The first line names the columns, and the first ``keys`` are its keys.
 
-    Words go to the left, numbers to the right.
+    Words are aligned left, numbers right.
     """
     words = [i for i, name in enumerate(lines[0]) if name in WORDS]
     parts = tables(lines, words, keys, width)
@@ -119,7 +120,11 @@ def align(lines: Sequence[Sequence[str]], keys: int, width: int | None) -> list[
 
 
 class Progress:
-    """On a terminal a line that leaves nothing behind, with a bar where it is wide; elsewhere a line every tenth."""
+    """Shows how far the run is.
+
+    On a terminal, this is one line that is wiped at the end, with a bar if the terminal is wide. Elsewhere, a line is
+    printed after each tenth of the points.
+    """
 
     BAR, WIDE = 24, 80
 

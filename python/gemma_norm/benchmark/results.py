@@ -1,4 +1,4 @@
-"""A result, files of them, and what moved between two."""
+"""A result, files of results, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .timing import Timing
 
 @dataclass(frozen=True)
 class Result:
-    """One provider at one point; ``p50_us`` is 0 where there is no figure, and ``note`` says why."""
+    """The result of one provider at one point. If there is no figure, ``p50_us`` is 0, and ``note`` says why."""
 
     suite: str
     op: str
@@ -35,7 +35,7 @@ class Result:
     bytes: int = 0
     gb_per_s: float = 0.0
     of_copy: float = 0.0
-    """copy_'s time over this one's: the share of copy_'s bandwidth that is reached."""
+    """copy_'s time divided by this one's, which is the share of copy_'s bandwidth that is reached."""
     note: str = ""
 
     @property
@@ -71,17 +71,20 @@ def describe(error: Exception) -> str:
 
 
 def write_csv(path: Path, environment: Mapping[str, str], results: Iterable[Result]) -> None:
-    """The environment in ``# name: value`` lines, then the table."""
+    """Write the environment in lines ``# name: value``, then the results as a table."""
     text = io.StringIO()
     text.writelines(f"# {name}: {value}\n" for name, value in environment.items())
     writer = csv.DictWriter(text, [f.name for f in fields(Result)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(r) for r in results)
-    path.write_text(text.getvalue(), encoding="utf-8")  # at once, so that an interrupt leaves no half of it
+    path.write_text(text.getvalue(), encoding="utf-8")  # in one call, so that an interrupt leaves no partial file
 
 
 def read_csv(path: Path) -> tuple[dict[str, str], list[Result]]:
-    """Raises OSError for a file that cannot be read, ValueError for one that :func:`write_csv` did not write."""
+    """Return the environment and the results.
+
+    Raises OSError if the file cannot be read, ValueError if it was not written by :func:`write_csv`.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         comments = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
@@ -132,12 +135,15 @@ class Moved:
 
     @property
     def factor(self) -> float:
-        """New time over old."""
+        """The new time divided by the old."""
         return self.new.p50_us / self.old.p50_us
 
 
 def compare(old: Sequence[Result], new: Sequence[Result]) -> tuple[list[Moved], int]:
-    """What moved beyond noise (p20 to p80 of old and new apart), slowest first, and how many figures both have."""
+    """The results that moved beyond noise, the most slowed down first; and how many results both runs have.
+
+    A result has moved if the ranges from p20 to p80 of the old and the new run do not overlap.
+    """
     before = {r.key: r for r in old if r.p50_us}
     pairs = [Moved(before[r.key], r) for r in new if r.p50_us and r.key in before]
     moved = [m for m in pairs if m.new.p20_us > m.old.p80_us or m.new.p80_us < m.old.p20_us]

@@ -1,4 +1,4 @@
-"""The run: at each point make, check and time every provider; whatever fails becomes a note beside the point."""
+"""The run. At each point, every provider is made, checked and timed. If one fails, its result has a note of why."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .timing import Effort, GraphTimed, Timed, Timing, WallTimed, interleave, se
 
 
 class DeviceLost(Exception):
-    """The device answers no more (an illegal access by some kernel, say), so no later figure is possible."""
+    """The device no longer works, for example after an illegal access by a kernel, so nothing more can be measured."""
 
 
 class Unsupported(Exception):
-    """The provider has no such operator."""
+    """The provider does not have the operator."""
 
 
 def run(points: Sequence[Point], providers: Sequence[Provider], effort: Effort, gemma: bool) -> Iterator[list[Result]]:
-    """The results of each point in turn."""
+    """Yield the results of one point after another."""
     threads = torch.get_num_threads()
     try:
         for point in points:
@@ -64,7 +64,7 @@ def _measure(point: Point, providers: Sequence[Provider], effort: Effort, gemma:
         try:
             timed[provider.name] = _prepare(provider, inputs, effort, gemma and provider.gemma)
         except Exception as error:
-            failed[provider.name] = error.with_traceback(None)  # which would keep tensors alive
+            failed[provider.name] = error.with_traceback(None)  # a traceback would keep tensors alive
     return failed | interleave(timed)
 
 

@@ -1,4 +1,4 @@
-"""The suites: which points, on which device. A new one is a generator of points and an entry in SUITES."""
+"""The suites: which points are measured where. A new suite is a generator of points and an entry in SUITES."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .cases import ADD_RMS_NORM, GATED_RMS_NORM, OPS, RMS_NORM, Heads, Point
 
-LARGE = 64 * 2**20  # bytes of one tensor of the cold suites
+LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
 FORWARD_HIDDEN = (64, 128, 256, 512, 1024, 2048, 2880, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072)
 DECODE_ROWS, DECODE_HIDDEN = (1, 2, 4, 8, 16, 32, 64, 128, 256), (2048, 4096, 5120, 8192)
 CPU_ROWS, CPU_HIDDEN = (1, 16, 128, 1024, 8192), (64, 256, 576, 2048, 4096, 5120, 16384)
@@ -20,7 +20,7 @@ QK_HEADS = {
     256: (Heads("q", 16, 0, 512, 9216), Heads("k", 2, 8192, 256, 9216)),  # Qwen3-Next: each head's q, then its gate
 }
 QK_TOKENS = (1, 16, 256, 8192)
-GATED_ROWS = {  # 32 heads, or all of a token
+GATED_ROWS = {  # hidden: rows. Below 2048 a token has 32 rows (heads), otherwise one
     128: (32, 128, 512, 2048, 65536),
     256: (32, 128, 512, 2048, 65536),
     2048: (1, 16, 64, 16384),
@@ -31,7 +31,7 @@ GATED_ROWS = {  # 32 heads, or all of a token
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line asks of a suite; an empty tuple stands for the suite's own."""
+    """What the command line asks for. An empty tuple stands for the suite's own choice."""
 
     dtypes: tuple[torch.dtype, ...] = ()
     rows: tuple[int, ...] = ()
@@ -80,7 +80,10 @@ def gated(choice: Choice) -> Iterator[Point]:
 
 
 def host(choice: Choice) -> Iterator[Point]:
-    """So little work that the GPU keeps up: what is left is the host's time. On the CPU it is the whole call."""
+    """Calls with so little work that the GPU is never behind, so that they take the host's time.
+
+    On the CPU, it is the time of the whole call.
+    """
     gpu = torch.cuda.is_available()
     hidden_sizes = choice.pick(choice.hidden, (2048, 4096), (4096,))
     for dtype, op, h, r in product(choice.dtypes or (torch.bfloat16,), OPS, hidden_sizes, choice.rows or (1,)):
@@ -103,10 +106,10 @@ class Suite:
     points: Callable[[Choice], Iterator[Point]]
     title: str
     axis: str = "rows"
-    """What a plot has along its axis; empty: it shows bars."""
+    """What plots have on the x axis; if empty, they show bars."""
     needs_gpu: bool = True
     hidden: tuple[int, ...] = ()
-    """The only hidden sizes there are; empty: any."""
+    """The only hidden sizes that are possible; if empty, all are."""
 
 
 SUITES = {

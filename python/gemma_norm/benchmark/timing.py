@@ -1,4 +1,7 @@
-"""How a call is timed. Both ways give objects whose ``sample()`` is the mean time of one call over a run of many."""
+"""How a call is timed: in a CUDA graph (:class:`GraphTimed`) or by the clock (:class:`WallTimed`).
+
+The ``sample()`` of either is the mean time of a call over a number of calls in a row.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ AMD_LAST_LEVEL_CACHE = 256 * 2**20  # MI300's Infinity Cache, which PyTorch does
 @dataclass(frozen=True)
 class Effort:
     rounds: int = 21
-    """Samples of each provider."""
+    """How many samples are taken of each provider."""
     warm_up: float = 3.0
-    """Seconds: a fresh GPU runs several times slower at first."""
+    """In seconds. A GPU that was idle is several times slower at first."""
     seconds: float = 0.5
-    """Of wall-clock samples of each provider, at most, once there are five."""
+    """How long the wall-clock samples of a provider may take. At least five are taken, however long they take."""
 
 
 QUICK = Effort(rounds=7, warm_up=2.0, seconds=0.1)
@@ -39,13 +42,13 @@ class Timed(Protocol):
     rounds: int
 
     def sample(self) -> float:
-        """Microseconds a call."""
+        """The microseconds of a call."""
         ...
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: the median of the samples, and what a fifth of them lie below and above."""
+    """Microseconds of a call. p50 is the median of the samples; a fifth of them is below p20, a fifth above p80."""
 
     p20: float
     p50: float
@@ -53,7 +56,7 @@ class Timing:
 
 
 def interleave(timed: Mapping[str, Timed]) -> dict[str, Timing | Exception]:
-    """Samples of all in turn, so that a drift of clocks or load meets all alike."""
+    """Take samples of all in turn, so that a drift of clock rates or load affects all of them equally."""
     samples: dict[str, list[float]] = {name: [] for name in timed}
     failed: dict[str, Timing | Exception] = {}
     gc.collect()
@@ -77,14 +80,14 @@ def _summary(samples: list[float]) -> Timing:
 
 
 class NotCaptured(Exception):
-    pass
+    """The call cannot be captured in a CUDA graph."""
 
 
 class GraphTimed:
-    """Replays of a CUDA graph of ``calls`` calls, between two events.
+    """Times a replay of a CUDA graph of ``calls`` calls, between two events.
 
-    Long enough (half a millisecond) that the microseconds of starting a graph do not count. An untimed replay first
-    brings the caches into the state of a replay, and keeps the GPU busy while the host enqueues what is timed.
+    The graph takes half a millisecond, so that the microseconds of starting it do not matter. An untimed replay comes
+    first. It leaves the caches as a replay leaves them, and keeps the GPU busy while the host enqueues the timed one.
     """
 
     PROBE, LENGTH, MOST_CALLS = 8, 500.0, 512
@@ -92,7 +95,7 @@ class GraphTimed:
     def __init__(self, call: Call, inputs: Inputs, effort: Effort) -> None:
         self.inputs, self.rounds = inputs, effort.rounds
         self.start, self.stop = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        for _ in range(3):  # compiles, tunes and loads what must not happen during a capture
+        for _ in range(3):  # compiling, tuning and loading must be over before the capture
             call(*inputs.sets[0])
         cuda.synchronize()
         self._capture(call, self.PROBE)
@@ -105,9 +108,9 @@ class GraphTimed:
         sets = self.inputs.sets
         self.calls = math.ceil(calls / len(sets)) * len(sets)
         graph = cuda.CUDAGraph()
-        outputs: deque[object] = deque(maxlen=len(sets))  # kept alive, so that they rotate like the inputs
+        outputs: deque[object] = deque(maxlen=len(sets))  # kept alive, so that the outputs rotate like the inputs
         try:
-            # The outer context puts the stream back, which a failed capture forgets.
+            # The outer context restores the current stream, which a failed capture does not do.
             with cuda.stream(cuda.current_stream()), cuda.graph(graph, capture_error_mode="thread_local"):
                 for i in range(self.calls):
                     outputs.append(call(*sets[i % len(sets)]))
@@ -127,7 +130,7 @@ class GraphTimed:
 
 
 def sets_for(point: Point) -> int:
-    """How many sets of buffers make a point cold: six times the last-level cache."""
+    """How many sets of buffers a point needs. If it is cold, they are together six times the last-level cache."""
     if point.cache == "hot":
         return 1
     cache: int = cuda.get_device_properties(point.device).L2_cache_size
@@ -137,7 +140,10 @@ def sets_for(point: Point) -> int:
 
 
 class WallTimed:
-    """A loop of calls between two readings of the clock. For a GPU: the host's part alone, the queue being short."""
+    """Times a loop of calls by the clock.
+
+    On a GPU this is the host's time only: the loop is so short that the host never waits for the GPU.
+    """
 
     LENGTH, MOST_CALLS = 200.0, 100
 
@@ -154,7 +160,7 @@ class WallTimed:
         call, arguments, calls = self.call, self.inputs.sets[0], range(self.calls)
         if self.inputs.point.op == ADD_RMS_NORM:
             self.inputs.restore()
-        call(*arguments)  # whoever was timed before has filled the caches
+        call(*arguments)  # untimed: the caches hold the data of the provider before
         self.synchronize()
         start = time.perf_counter_ns()
         for _ in calls:
@@ -174,10 +180,10 @@ def warm_up(seconds: float) -> None:
 
 
 def keep_freed_memory(tensor: int) -> None:
-    """Have glibc keep freed memory for the next tensors, enough for a dozen of ``tensor`` bytes, all of it touched.
+    """Make glibc keep freed memory for later tensors: enough for a dozen of ``tensor`` bytes, with all pages touched.
 
-    Else large outputs come from the kernel anew in every call, and its page faults, several times the work itself, are
-    what is measured. Does nothing with another C library.
+    Otherwise the operating system would provide the memory of a large output anew in each call, and its page faults
+    would be measured, which take several times as long as the norm. With another C library this does nothing.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     try:
