@@ -1,0 +1,252 @@
+"""The residual additions in a layer's own ``forward``, found in its source and rewritten there.
+
+Only statements of exactly these forms are known, ``r`` and ``h`` being any names. The sum may have either order, and
+``h * self.scale`` in it for h; what is returned may be a tuple that begins with h:
+
+    h = r + h; r = h; h = self.norm(h)    becomes    h, r = self._gemma_norm_add(self.norm, r, h)
+    h = r + h; return h                   becomes    h = self._gemma_norm_add_last(r, h); return h
+
+Everything else stays as it was compiled. The source must compile to the very code that the class runs, else nothing is
+rewritten: a file may have been edited since it was imported, and a decorator may have replaced the function.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import linecache
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+_FUTURE = 0x1FF0000  # the flags that "from __future__" sets in a code object
+
+
+@dataclass
+class Form:
+    """What is known of one layer class."""
+
+    norms: list[str] = field(default_factory=list)
+    """The attributes of the norms that an addition joins inside the layer."""
+    ends_with_sum: bool = False
+    """Whether the layer returns a sum, which may join the next layer's norm."""
+    first: str | None = None
+    """The attribute of the norm that is called with the layer's input."""
+    reason: str = ""
+    """Why nothing is known."""
+    tree: ast.Module | None = None
+    function: types.FunctionType | None = None
+
+
+_forms: dict[type, Form] = {}
+
+
+def form(base: type) -> Form:
+    if base not in _forms:
+        _forms[base] = _form(base)
+    return _forms[base]
+
+
+def _form(base: type) -> Form:
+    outer: Any = base.__dict__.get("forward") or next(
+        c.__dict__["forward"] for c in base.__mro__ if "forward" in c.__dict__
+    )
+    function = inspect.unwrap(outer)
+    if not isinstance(function, types.FunctionType):
+        return Form(reason="its forward is not a Python function")
+    if _rewrap(outer, function, function) is None:
+        return Form(reason="its forward is wrapped by a decorator of a form that is not known")
+    if function.__code__.co_freevars:
+        return Form(reason="its forward refers to variables of a scope around it")
+    owner = next(c for c in base.__mro__ if "forward" in c.__dict__)
+    try:
+        # The class around it has the names that begin with two underscores mean what they mean in the file.
+        tree = ast.parse(f"class {owner.__name__}:\n{inspect.getsource(function)}")
+        imports = _imports(function.__code__.co_filename)
+    except (OSError, TypeError, SyntaxError):
+        return Form(reason="its forward's source is not available")
+    ast.increment_lineno(tree, function.__code__.co_firstlineno - 2)
+    tree.body = [*imports, *tree.body]
+    compiled = _compile(tree, function)
+    if compiled is None or not _same(compiled, function.__code__):
+        return Form(reason="its forward's source is not what the class runs")
+    found = Form(tree=tree, function=function)
+    body = _definition(tree)
+    for statements in _blocks(body):
+        for i in range(len(statements)):
+            if norm := _triple(statements[i : i + 3], _self(body)):
+                found.norms.append(norm)
+            elif _ends(statements[i : i + 2], _self(body)):
+                found.ends_with_sum = True
+    found.first = _first(body)
+    return found
+
+
+def rewritten(base: type, norms: frozenset[str], across: bool) -> Callable[..., Any]:
+    """The forward with the additions before these norms joined to them, and with ``across`` the last one as well."""
+    known = form(base)
+    old: Any = known.function
+    assert known.tree is not None
+    tree = copy.deepcopy(known.tree)
+    body = _definition(tree)
+    own = _self(body)
+    for statements in _blocks(body):
+        i = 0
+        while i < len(statements):
+            first = statements[i]
+            if (norm := _triple(statements[i : i + 3], own)) in norms:
+                assert isinstance(statements[i + 1], ast.Assign)
+                h, r = _target(first), _target(statements[i + 1])
+                call = f"{h}, {r} = {own}._gemma_norm_add({own}.{norm}, {_arguments(first)})"
+                statements[i : i + 3] = [_placed(call, first)]
+            elif across and _ends(statements[i : i + 2], own):
+                call = f"{_target(first)} = {own}._gemma_norm_add_last({_arguments(first)})"
+                statements[i] = _placed(call, first)
+            i += 1
+    code = _compile(tree, old)
+    assert code is not None
+    new = types.FunctionType(code, old.__globals__, old.__name__, old.__defaults__)
+    new.__kwdefaults__, new.__annotations__, new.__doc__ = old.__kwdefaults__, old.__annotations__, old.__doc__
+    new.__module__, new.__qualname__ = old.__module__, old.__qualname__
+    new.__dict__.update(old.__dict__)
+    result = _rewrap(base.forward, old, new)  # type: ignore[attr-defined]
+    assert result is not None
+    return result
+
+
+@functools.cache
+def _imports(path: str) -> list[ast.stmt]:
+    """What a file imports. Python compiles a call of an imported module's function otherwise than that of a method."""
+    nodes = _blocks(ast.parse("".join(linecache.getlines(path))))
+    found = [s for block in nodes for s in block if isinstance(s, ast.Import | ast.ImportFrom)]
+    return [s for s in found if getattr(s, "module", "") != "__future__"]
+
+
+def _rewrap(outer: Any, old: types.FunctionType, new: types.FunctionType) -> Callable[..., Any] | None:
+    """``outer``, a decorator's wrapper around ``old``, around ``new``. None where it does not hold it in a closure."""
+    if outer is old:
+        return new
+    inner = getattr(outer, "__wrapped__", None)
+    if not isinstance(outer, types.FunctionType) or inner is None:
+        return None
+    within = _rewrap(inner, old, new)
+    cells = [cell.cell_contents is inner for cell in outer.__closure__ or ()]
+    if within is None or sum(cells) != 1:
+        return None
+    closure = tuple(
+        types.CellType(within) if is_it else cell for is_it, cell in zip(cells, outer.__closure__ or (), strict=True)
+    )
+    made = types.FunctionType(outer.__code__, outer.__globals__, outer.__name__, outer.__defaults__, closure)
+    made.__kwdefaults__ = outer.__kwdefaults__
+    return functools.update_wrapper(made, within)
+
+
+def _compile(tree: ast.Module, function: types.FunctionType) -> types.CodeType | None:
+    code = function.__code__
+    module = compile(tree, code.co_filename, "exec", flags=code.co_flags & _FUTURE, dont_inherit=True)
+    owner = next(const for const in module.co_consts if isinstance(const, types.CodeType))
+    found = [const for const in owner.co_consts if isinstance(const, types.CodeType) and const.co_name == code.co_name]
+    return found[0] if len(found) == 1 else None
+
+
+def _same(a: types.CodeType, b: types.CodeType) -> bool:
+    names = ("co_code", "co_names", "co_varnames", "co_consts", "co_freevars", "co_argcount", "co_kwonlyargcount")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+
+def _definition(tree: ast.Module) -> ast.FunctionDef:
+    owner = tree.body[-1]
+    assert isinstance(owner, ast.ClassDef) and isinstance(owner.body[0], ast.FunctionDef)
+    return owner.body[0]
+
+
+def _self(function: ast.FunctionDef) -> str:
+    return (function.args.posonlyargs + function.args.args)[0].arg
+
+
+def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
+    """Every list of statements of a function, but not of functions inside it."""
+    found = []
+    for _, value in ast.iter_fields(node):
+        if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+            found.append(value)
+            inner = (statement for statement in value if not isinstance(statement, ast.FunctionDef | ast.ClassDef))
+            found += [block for statement in inner for block in _blocks(statement)]
+    return found
+
+
+def _name(node: ast.AST | None) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _target(statement: ast.stmt) -> str | None:
+    return _name(statement.targets[0]) if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+
+
+def _sum(statement: ast.stmt, own: str) -> str | None:
+    """The name of r in ``h = r + h`` or ``h = r + h * self.scale``, in any order."""
+    h, value = _target(statement), getattr(statement, "value", None)
+    if not h or not isinstance(value, ast.BinOp) or not isinstance(value.op, ast.Add):
+        return None
+    for r, other in ((value.left, value.right), (value.right, value.left)):
+        if _name(r) not in (None, h) and (_name(other) == h or _is_scaled(other, h, own)):
+            return _name(r)
+    return None
+
+
+def _is_scaled(node: ast.expr, h: str, own: str) -> bool:
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return False
+    sides = ((node.left, node.right), (node.right, node.left))
+    return any(_name(a) == h and isinstance(b, ast.Attribute) and _name(b.value) == own for a, b in sides)
+
+
+def _arguments(statement: ast.stmt) -> str:
+    """The operands of the sum, as they are written."""
+    assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.BinOp)
+    return f"{ast.unparse(statement.value.left)}, {ast.unparse(statement.value.right)}"
+
+
+def _norm_call(statement: ast.stmt, h: str | None, self_name: str) -> str | None:
+    """The attribute in ``h = self.attribute(h)``."""
+    call = getattr(statement, "value", None)
+    if not h or _target(statement) != h or not isinstance(call, ast.Call) or call.keywords:
+        return None
+    is_method = isinstance(call.func, ast.Attribute) and _name(call.func.value) == self_name
+    return call.func.attr if is_method and [_name(arg) for arg in call.args] == [h] else None  # type: ignore[attr-defined]
+
+
+def _triple(statements: list[ast.stmt], own: str) -> str | None:
+    r = _sum(statements[0], own) if len(statements) == 3 else None
+    h = _target(statements[0])
+    if not r or _target(statements[1]) != r or _name(getattr(statements[1], "value", None)) != h:
+        return None
+    return _norm_call(statements[2], h, own)
+
+
+def _ends(statements: list[ast.stmt], own: str) -> bool:
+    if len(statements) < 2 or not _sum(statements[0], own) or not isinstance(statements[1], ast.Return):
+        return False
+    value = statements[1].value
+    first = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
+    return _name(first) == _target(statements[0])
+
+
+def _first(function: ast.FunctionDef) -> str | None:
+    """The norm in ``r = h; h = self.norm(h)``, h being the first argument."""
+    arguments = function.args.posonlyargs + function.args.args
+    h = arguments[1].arg if len(arguments) > 1 else None
+    for a, b in zip(function.body, function.body[1:], strict=False):
+        if h and _target(a) not in (None, h) and _name(getattr(a, "value", None)) == h:
+            return _norm_call(b, h, _self(function))
+    return None
+
+
+def _placed(source: str, like: ast.stmt) -> ast.stmt:
+    statement = ast.parse(source).body[0]
+    for node in ast.walk(statement):
+        ast.copy_location(node, like)
+    return statement
