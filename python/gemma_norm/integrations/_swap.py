@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .._ops.gated_rms_norm import gated_rms_norm
 from .._ops.rms_norm import rms_norm
@@ -151,32 +152,41 @@ def own_forward(module: nn.Module) -> str | None:
 
 
 def _plain_forward(swap: Swap) -> Callable[..., Any]:
+    """In a decoding step this costs as much as the kernel, so what is called here is bound to names of its own, and a
+    call without derivatives goes to the operator, past :func:`gemma_norm.rms_norm`, which sees to all others.
+    """
     base, eps, gemma, each_step = swap.base, swap.eps_name, swap.semantics.gemma, swap.each_step
     in_compiled_code = _compiled_plain(swap)
     original = base.forward
+    is_compiling, is_tracing, in_functorch = _is_compiling, _is_tracing, _in_functorch
+    is_grad_enabled, plain = torch.is_grad_enabled, Tensor
+    operator: Any = torch.ops.gemma_norm.rms_norm.default
+    operator = getattr(operator, "_op", operator)  # what an OpOverload calls in a Python frame of its own
 
     def forward(self: Any, x: Tensor) -> Any:
-        if _is_compiling():
+        if is_compiling():
             return in_compiled_code(self, x)
         weight = self._parameters.get("weight")
         if weight is None:
             weight = self.weight
-        if x.dtype is weight.dtype and not _in_functorch() and not _is_tracing():
+        if x.dtype is weight.dtype and not in_functorch() and not is_tracing():
             reason, rounds = None, each_step
         else:
             reason, rounds = unusual(swap, x, weight), False
         if reason is None:
             try:
-                return rms_norm(x, weight, getattr(self, eps), gemma, rounds)
+                if is_grad_enabled() or type(x) is not plain or forward_ad._current_level >= 0:
+                    return rms_norm(x, weight, getattr(self, eps), gemma, rounds)
+                return operator(x, weight, getattr(self, eps), gemma, rounds)
             except RuntimeError as error:
                 reason = refusal(error)
         state(self).count(reason)
         return original(self, x)
 
     def weightless(self: Any, x: Tensor) -> Any:
-        if _is_compiling():
+        if is_compiling():
             return in_compiled_code(self, x)
-        if _in_functorch() or _is_tracing():
+        if in_functorch() or is_tracing():
             reason = _TRANSFORMED
         else:
             try:
@@ -248,7 +258,7 @@ def unusual(swap: Swap, x: Tensor, weight: Tensor) -> str | None:
 
 def refusal(error: RuntimeError) -> str:
     """The reason for the report, without numbers that differ from call to call. Out of memory is no refusal."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or " out of memory" in str(error):
         raise error
     return str(error).partition("\n")[0][:160]
 
