@@ -13,7 +13,7 @@ from ._semantics import Semantics
 
 @dataclass(frozen=True)
 class Replaced:
-    """A norm that runs this library's operator."""
+    """A norm that runs this library's operator. ``semantics`` is what it computes now."""
 
     name: str
     cls: str

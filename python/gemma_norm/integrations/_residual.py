@@ -9,7 +9,6 @@ computes its result itself. So whatever happens between two layers, results have
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from .._ops.rms_norm import add_rms_norm
-from . import _swap
+from ._forwards import in_functorch, is_compiling, is_tracing, refusal, subclass, usable_in_compiled_code, weight_of
 from ._report import Fused, Left, Report
 from ._rewrite import form, rewritten
-from ._swap import STATE, State, Swap, base_of, derive, exchange, own_forward, state, subclass
+from ._swap import STATE, State, Swap, base_of, derive, exchange, own_forward, state
 
-_is_compiling, _is_tracing, _in_functorch = _swap._is_compiling, _swap._is_tracing, _swap._in_functorch
 MISSES = 3  # An offer that is not taken cost a norm: after so many, none is made any more.
 
 
@@ -41,9 +39,6 @@ def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
     return derive(swap.base, "layer", swap, forward, **members)
 
 
-_swap.MAKERS["layer"] = layer_subclass
-
-
 def add(self: nn.Module, norm: nn.Module, a: Any, b: Any) -> tuple[Any, Any]:
     """``(norm(a + b), a + b)``, in one operator where it has the same bits and effects."""
     swap = norm_swap(norm)
@@ -53,8 +48,8 @@ def add(self: nn.Module, norm: nn.Module, a: Any, b: Any) -> tuple[Any, Any]:
             try:
                 return _add_rms_norm(norm, swap, a, b)
             except RuntimeError as error:
-                reason = _swap.refusal(error)
-        if not _is_compiling():
+                reason = refusal(error)
+        if not is_compiling():
             state(norm).apart(reason)
     s = a + b
     return norm(s), s
@@ -62,7 +57,7 @@ def add(self: nn.Module, norm: nn.Module, a: Any, b: Any) -> tuple[Any, Any]:
 
 def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     """``a + b``, with the next norm's result beside it where no gradient is recorded."""
-    if _is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return a + b
     norm = state(self).next
     swap = None if norm is None else norm_swap(norm)
@@ -74,39 +69,16 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     reason = "the sums of the layer before are not what it is given" if own.wasted >= MISSES else None
     reason = reason or _apart(norm, swap, a, b, hooks=False)
     if reason is None:
-        weight = _weight(norm)
+        weight = weight_of(norm)
         try:
             y, s = _add_rms_norm(norm, swap, a, b)
         except RuntimeError as error:
-            reason = _swap.refusal(error)
+            reason = refusal(error)
         else:
             own.offer = (s, s._version, weight, None if weight is None else weight._version, y)
             return s
     own.apart(reason)
     return a + b
-
-
-def taking(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a norm that may have been offered its result."""
-
-    def take(self: Any, x: Tensor) -> Any:
-        if not _is_compiling():
-            own = self.__dict__.get(STATE)
-            offer = None if own is None else own.offer
-            if offer is not None:
-                own.offer = None
-                s, version, weight, weight_version, y = offer
-                same = s is x and s._version == version and _weight(self) is weight and not torch.is_grad_enabled()
-                if same and (weight is None or weight._version == weight_version):
-                    own.wasted = 0
-                    return y
-                own.wasted += 1
-        return forward(self, x)
-
-    return take
-
-
-_swap.TAKING.append(taking)
 
 
 def norm_swap(module: nn.Module) -> Swap | None:
@@ -115,13 +87,8 @@ def norm_swap(module: nn.Module) -> Swap | None:
     return swap if isinstance(swap, Swap) and not swap.semantics.gated else None
 
 
-def _weight(norm: nn.Module) -> Tensor | None:
-    weight = norm._parameters.get("weight")
-    return weight if weight is not None else getattr(norm, "weight", None)
-
-
 def _add_rms_norm(norm: nn.Module, swap: Swap, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    weight = _weight(norm) if swap.semantics.weighted else None
+    weight = weight_of(norm) if swap.semantics.weighted else None
     each_step = swap.each_step and weight is not None and weight.dtype == a.dtype
     return add_rms_norm(a, b, weight, getattr(norm, swap.eps_name), swap.semantics.gemma, None, each_step)
 
@@ -131,14 +98,14 @@ def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | No
 
     ``hooks``: whether hooks after the norm matter. Across layers the norm is called all the same, and they run.
     """
-    if _is_compiling():
-        if not swap.native or not _swap.usable_in_compiled_code(swap, a, _weight(norm), b):
+    if is_compiling():
+        if not swap.native or not usable_in_compiled_code(swap, a, weight_of(norm), b):
             return "in compiled code"
-    elif _in_functorch() or _is_tracing():
+    elif in_functorch() or is_tracing():
         return "inside a torch.func transform or a trace"
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return "the residual has another shape or dtype"
-    weight = _weight(norm) if swap.semantics.weighted else None
+    weight = weight_of(norm) if swap.semantics.weighted else None
     if a.device != b.device or (weight is not None and weight.device != a.device):
         return "the residual or the norm is on another device"
     if weight is not None:
@@ -179,7 +146,7 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], acros
     if across:
         for parent in names:
             for items in parent.children():
-                if isinstance(items, nn.ModuleList) and len(items):
+                if isinstance(items, nn.ModuleList) and any(norm(item, key) for item in items for key in item._modules):
                     finals = [child for key in parent._modules if (child := norm(parent, key)) is not None]
                     following = [norm(item, form(_base(item)).first) for item in items[1:]]
                     following.append(finals[0] if len(finals) == 1 else None)

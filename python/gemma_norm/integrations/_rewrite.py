@@ -11,6 +11,7 @@ rewritten: a file may have been edited since it was imported, and a decorator ma
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_FUTURE = 0x1FF0000  # the flags that "from __future__" sets in a code object
+_FUTURE = __future__.annotations.compiler_flag  # changes what is compiled
 
 
 @dataclass
@@ -51,9 +52,8 @@ def form(base: type) -> Form:
 
 
 def _form(base: type) -> Form:
-    outer: Any = base.__dict__.get("forward") or next(
-        c.__dict__["forward"] for c in base.__mro__ if "forward" in c.__dict__
-    )
+    owner = next(c for c in base.__mro__ if "forward" in c.__dict__)
+    outer = owner.__dict__["forward"]
     function = inspect.unwrap(outer)
     if not isinstance(function, types.FunctionType):
         return Form(reason="its forward is not a Python function")
@@ -61,13 +61,14 @@ def _form(base: type) -> Form:
         return Form(reason="its forward is wrapped by a decorator of a form that is not known")
     if function.__code__.co_freevars:
         return Form(reason="its forward refers to variables of a scope around it")
-    owner = next(c for c in base.__mro__ if "forward" in c.__dict__)
     try:
         # The class around it has the names that begin with two underscores mean what they mean in the file.
         tree = ast.parse(f"class {owner.__name__}:\n{inspect.getsource(function)}")
         imports = _imports(function.__code__.co_filename)
     except (OSError, TypeError, SyntaxError):
         return Form(reason="its forward's source is not available")
+    if not isinstance(tree.body[0].body[0], ast.FunctionDef):  # type: ignore[attr-defined]
+        return Form(reason="its forward is a lambda")
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 2)
     tree.body = [*imports, *tree.body]
     compiled = _compile(tree, function)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +120,8 @@ def classify(module: nn.Module) -> Found | Left | None:
     key = (kind, kind.forward, size, tuple(sorted((k, repr(v)) for k, v in attributes.items())))
     if simple and key in _cache:
         return _cache[key]
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        warnings.simplefilter("ignore")  # PyTorch's own norm warns of mixed dtypes, which the model may never see
         result = _Probe(module, names[0], weight).run()
     if simple:
         _cache[key] = result

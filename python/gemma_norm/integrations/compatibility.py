@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .transformers import patch, patched, unpatch
+
 SIZES: dict[tuple[str, ...], Any] = {
     ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"): 128,
     ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "word_embed_proj_dim", "lru_width"): 64,
@@ -65,7 +67,7 @@ def tiny(config_class: Any, family: str) -> Any:
     default = config_class()
     options: dict[str, Any] = {}
     for name in {*default.to_dict(), *(getattr(default, "attribute_map", None) or {})}:
-        value = getattr(default, name, None)
+        value: Any = getattr(default, name, None)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             options[name] = tiny(type(value), value.model_type)
         elif name in SIZE_OF and (value is None or isinstance(value, int | list)) and not isinstance(value, bool):
@@ -90,8 +92,6 @@ def build(config_class: Any, model_class: Any, family: str) -> nn.Module:
 @torch.no_grad()
 def judge(config_class: Any, model_class: Any, family: str) -> dict[str, Any]:
     """What the table says of one family. Raises what building and running it raises."""
-    from .transformers import patch, patched, unpatch
-
     model = build(config_class, model_class, family)
     plan = patch(model, dry_run=True)
     result: dict[str, Any] = {
@@ -193,7 +193,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     half = [row for row in judged.values() if "equal" in row]
     equal = sum(row["equal"] == 1 for row in half)
     good = sum(passes(row) for row in judged.values())
-    versions = f"transformers {transformers.__version__}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
+    versions = (
+        f"transformers {transformers.__version__}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
+    )
     lines = [
         "# Compatibility with transformers\n",
         f"Written by `python -m gemma_norm.integrations.compatibility` with {versions} ({platform.machine()}).\n",
@@ -243,7 +245,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     rows = {}
     for family, config_class, model_class in families():
         if options.only and family not in options.only:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,10 +22,11 @@ from torch import nn
 from ..gated_module import GatedRMSNorm
 from ..module import RMSNorm
 from . import _residual
+from ._forwards import subclass
 from ._report import Fused, Left, Replaced, Report
 from ._semantics import Found, Semantics, classify
 from ._semantics import Left as _Left
-from ._swap import STATE, State, Swap, base_of, exchange, own_forward, subclass
+from ._swap import STATE, State, Swap, base_of, exchange, own_forward
 
 __all__ = ["Fused", "Left", "Replaced", "Report", "Semantics", "patch", "patched", "unpatch"]
 
@@ -78,8 +80,18 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every module that :func:`patch` changed its own class back. Others are not touched."""
-    for module in model.modules():
+    """Give every module that :func:`patch` changed its own class back. Others are not touched.
+
+    Raises:
+        RuntimeError: one of them has been given a class derived from ours, as a parametrization and ``fully_shard`` do.
+            Nothing is changed then.
+    """
+    modules = list(model.modules())
+    for module in modules:
+        if base_of(module) is None and any("_gemma_norm_swap" in kind.__dict__ for kind in type(module).__mro__):
+            what = "undo what was made of it after patch, such as a parametrization, then unpatch"
+            raise RuntimeError(f"unpatch: {type(module).__name__} is of a class derived from a patched one: {what}")
+    for module in modules:
         _restore(module)
 
 
@@ -130,7 +142,7 @@ def _patch(
         if base_of(module) is not None:
             known = type(module).__dict__["_gemma_norm_swap"]
             if isinstance(known, Swap):
-                report.already.append(_describe(name, module, known.semantics, known.eps_name, 0.0))
+                report.already.append(_describe(name, module, known, 0.0))
             continue
         kind = type(module).__name__
         found = classify(module)
@@ -141,10 +153,9 @@ def _patch(
             elif found.semantics.gated and not gated:
                 reason = "has a gate, and gated=False"
             if reason is None:
-                swaps[module] = Swap(
-                    type(module), found.semantics, found.eps_name, rounding == "once", compiled == "native"
-                )
-                report.replaced.append(_describe(name, module, found.semantics, found.eps_name, found.share))
+                once, native = rounding == "once", compiled == "native"
+                swaps[module] = swap = Swap(type(module), found.semantics, found.eps_name, once, native)
+                report.replaced.append(_describe(name, module, swap, found.share))
                 continue
             report.left.append(Left(name, kind, reason))
         elif isinstance(found, _Left):
@@ -162,18 +173,15 @@ def _patch(
     return report, changed
 
 
-def _describe(name: str, module: nn.Module, semantics: Semantics, eps_name: str, share: float) -> Replaced:
+def _describe(name: str, module: nn.Module, swap: Swap, share: float) -> Replaced:
     weight = getattr(module, "weight", None)
     hidden, dtype = (None, None) if weight is None else (weight.shape[0], weight.dtype)
-    return Replaced(name, type(module).__name__, semantics, hidden, getattr(module, eps_name), dtype, share)
+    semantics = replace(swap.semantics, each_step=swap.each_step)
+    return Replaced(name, type(module).__name__, semantics, hidden, getattr(module, swap.eps_name), dtype, share)
 
 
 def _restore(module: nn.Module) -> None:
     base = base_of(module)
-    if base is None:
-        if any("_gemma_norm_swap" in kind.__dict__ for kind in type(module).__mro__):
-            what = "remove what was made of it after patch (a parametrization?), then unpatch"
-            raise RuntimeError(f"unpatch: {type(module).__name__} is of a class derived from a patched one; {what}")
-        return
-    exchange(module, base)
-    module.__dict__.pop(STATE, None)
+    if base is not None:
+        exchange(module, base)
+        module.__dict__.pop(STATE, None)
