@@ -165,12 +165,15 @@ class Odd(nn.Module):
         (Odd(bias=nn.Parameter(torch.ones(4))), "has bias beside a weight"),
         (Odd(weight=nn.Parameter(torch.ones(4, 4))), "its weight has 2 dimensions"),
         (Odd(weight=nn.Parameter(torch.ones(4).int(), requires_grad=False)), "its weight has dtype int32"),
-        (Odd(inner=nn.Linear(2, 2)), "has submodules"),
         (type("BareNorm", (nn.Module,), {})(), "has no variance_epsilon or eps"),
     ],
 )
 def test_reasons(module, reason):
     assert classify(module) == Left(reason)
+
+
+def test_containers_of_norms_are_none_themselves():
+    assert classify(Odd(inner=nn.Linear(2, 2))) is None
 
 
 def test_dtypes_are_those_of_the_operators():

@@ -97,8 +97,8 @@ def classify(module: nn.Module) -> Found | Left | None:
         return None
     if "weight" in getattr(module, "parametrizations", ()):
         return Left("its weight is parametrized")
-    if module._modules:
-        return Left("has submodules") if names else None
+    if module._modules:  # what it consists of is looked at by itself
+        return None
     tensors = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     if not names:
         return Left(f"has no {' or '.join(EPS_NAMES)}")

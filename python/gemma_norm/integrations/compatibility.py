@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .transformers import patch, patched, unpatch
+from .transformers import Report, patch, patched, unpatch
 
 SIZES: dict[tuple[str, ...], Any] = {
     ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"): 128,
-    ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "word_embed_proj_dim", "lru_width"): 64,
+    ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "word_embed_proj_dim", "lru_width",
+     "hidden_size_global"): 64,
     ("intermediate_size", "ffn_dim", "d_ff", "ffn_hidden_size", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"): 96,
     ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"): 4,
     ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"): 4,
@@ -56,8 +57,21 @@ ALSO: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_groups": 1, "mamba_expand": 2},
     "falcon_h1": {"mamba_n_groups": 1, "mamba_d_ssm": 128},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 1},
-    "zamba2": {"mamba_ngroups": 1, "num_mem_blocks": 1, "use_shared_attention_adapter": False},
+    "zamba2": {"mamba_ngroups": 1, "num_mem_blocks": 1, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "nemotron_h": {"n_groups": 1, "mamba_num_heads": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {"num_hidden_layers": 12},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 5, "intermediate_size": 96},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
 }
 SIZE_OF = {name: size for names, size in SIZES.items() for name in names}
 
@@ -67,17 +81,25 @@ def tiny(config_class: Any, family: str) -> Any:
     default = config_class()
     options: dict[str, Any] = {}
     for name in {*default.to_dict(), *(getattr(default, "attribute_map", None) or {})}:
-        value: Any = getattr(default, name, None)
+        try:
+            value: Any = getattr(default, name, None)
+        except Exception:  # such as an attribute that differs from layer to layer
+            value = None
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             options[name] = tiny(type(value), value.model_type)
         elif name in SIZE_OF and (value is None or isinstance(value, int | list)) and not isinstance(value, bool):
             options[name] = [SIZE_OF[name]] * 4 if isinstance(value, list) else SIZE_OF[name]
+    if "qk_rope_head_dim" in options and "num_key_value_heads" in options:  # keys and values of a latent, for each head
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    if "qk_rope_head_dim" in options and "head_dim" in options:
+        options["head_dim"] = options["qk_rope_head_dim"]  # the part that is rotated
     return config_class(**{**options, **ALSO.get(family, {})})
 
 
 def build(config_class: Any, model_class: Any, family: str) -> nn.Module:
     torch.manual_seed(0)
-    config = tiny(config_class, family)
+    own = getattr(model_class, "config_class", None) or config_class  # the text part of a larger configuration
+    config = tiny(own, own.model_type)
     config.use_cache = False
     model: nn.Module = model_class(config).float().eval()
     with torch.no_grad():
@@ -118,7 +140,7 @@ def judge(config_class: Any, model_class: Any, family: str) -> dict[str, Any]:
         "state": state == wanted,
         "float32": float((single - exact).abs().max() / exact.abs().max()),
         "restored": torch.equal(exact, logits()),
-        "calls": report.fallbacks.total(),
+        "calls": _reasons(report),
     }
     try:
         model.bfloat16()
@@ -135,7 +157,11 @@ def judge(config_class: Any, model_class: Any, family: str) -> dict[str, Any]:
     result["restored"] &= torch.equal(original, logits().float())
     distance = [float((t.float() - exact).abs().mean()) for t in (half, original)]
     result |= {"equal": float((half.float() == original).float().mean()), "ratio": distance[0] / distance[1]}
-    return {**result, "calls": result["calls"] + report.fallbacks.total()}
+    return {**result, "calls": sorted({*result["calls"], *_reasons(report)})}
+
+
+def _reasons(report: Report) -> list[str]:
+    return sorted({reason for _, reason in report.fallbacks})
 
 
 def families() -> Iterator[tuple[str, Any, Any]]:
