@@ -22,7 +22,6 @@ LINEAR = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-MIXERS = {"linear": "linear_attention", "full": "full_attention"}
 FAMILIES: dict[str, dict] = {
     "Llama": {},
     "Qwen3": {},
@@ -31,7 +30,6 @@ FAMILIES: dict[str, dict] = {
     "Granite": {"residual_multiplier": 0.5},
     "Qwen3_5Text": {**LINEAR, "num_hidden_layers": 4},
     "Mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "expand": 2},
-    "KimiLinear": {"num_experts": None, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
 }
 
 

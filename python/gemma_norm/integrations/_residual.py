@@ -66,7 +66,7 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     own = state(norm)
     if own.offer is not None:
         own.offer, own.wasted = None, own.wasted + 1
-    reason = "the sums of the layer before are not what it is given" if own.wasted >= MISSES else None
+    reason = "the norm after the layer is not given its sum" if own.wasted >= MISSES else None
     reason = reason or _apart(norm, swap, a, b, hooks=False)
     if reason is None:
         weight = weight_of(norm)
