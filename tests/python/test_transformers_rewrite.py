@@ -143,6 +143,7 @@ def test_a_residual_of_another_dtype_is_added_apart(monkeypatch):
     layer = Known(16).bfloat16()
     plain = Known(16).bfloat16()
     plain.load_state_dict(layer.state_dict())
+    patch(plain)
     report = patch(nn.ModuleList([layer]), fuse_residual="layer")
     x = torch.randn(3, 16)
     assert torch.equal(layer(x.bfloat16(), x), plain(x.bfloat16(), x)) and not calls

@@ -1,6 +1,6 @@
 """A residual addition and the norm after it as one operator, in the layers of a patched model.
 
-Inside a layer, ``_gemma_norm_add(norm, a, b)`` returns ``(norm(a + b), a + b)``. Across layers,
+Inside a layer, ``_gemma_norm_add(a, b, norm)`` returns ``(norm(a + b), a + b)``. Across layers,
 ``_gemma_norm_add_last(a, b)`` returns ``s = a + b`` and offers the next layer's norm what it computes of s. That norm
 takes the offer if its input is that very tensor and neither the tensor nor the weight has been written to since; else it
 computes its result itself. So whatever happens between two layers, results have the bits of the patched model without.
@@ -39,7 +39,7 @@ def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
     return derive(swap.base, "layer", swap, forward, **members)
 
 
-def add(self: nn.Module, norm: nn.Module, a: Any, b: Any) -> tuple[Any, Any]:
+def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
     """``(norm(a + b), a + b)``, in one operator where it has the same bits and effects."""
     swap = norm_swap(norm)
     if swap is not None:
@@ -136,9 +136,9 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], acros
     changed: list[nn.Module] = []
     layers: dict[nn.Module, frozenset[str]] = {}
 
-    def norm(parent: nn.Module, attribute: str | None) -> nn.Module | None:
+    def norm(parent: nn.Module, attribute: str) -> nn.Module | None:
         """A norm of ours, or one that a dry run would make ours."""
-        child = parent._modules.get(attribute or "")
+        child = parent._modules.get(attribute)
         swap = None if child is None else planned.get(child) or norm_swap(child)
         return child if swap is not None and not swap.semantics.gated else None
 
@@ -148,7 +148,9 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], acros
             for items in parent.children():
                 if isinstance(items, nn.ModuleList) and any(norm(item, key) for item in items for key in item._modules):
                     finals = [child for key in parent._modules if (child := norm(parent, key)) is not None]
-                    following = [norm(item, form(_base(item)).first) for item in items[1:]]
+                    following = [
+                        next(filter(None, (norm(i, n) for n in form(_base(i)).first)), None) for i in items[1:]
+                    ]
                     following.append(finals[0] if len(finals) == 1 else None)
                     ends |= {a: b for a, b in zip(items, following, strict=True) if b is not None}
     in_lists = {item for module in names if isinstance(module, nn.ModuleList) for item in module}

@@ -1,13 +1,14 @@
 """The residual additions in a layer's own ``forward``, found in its source and rewritten there.
 
-Only statements of exactly these forms are known, ``r`` and ``h`` being any names. The sum may have either order, and
-``h * self.scale`` in it for h; what is returned may be a tuple that begins with h:
+Only statements of exactly these forms are known, h and r being names, and a and b any expressions:
 
-    h = r + h; r = h; h = self.norm(h)    becomes    h, r = self._gemma_norm_add(self.norm, r, h)
-    h = r + h; return h                   becomes    h = self._gemma_norm_add_last(r, h); return h
+    h = a + b; r = h; h = self.norm(h)    becomes    h, r = self._gemma_norm_add(a, b, self.norm)
+    h = a + b; return h                   becomes    h = self._gemma_norm_add_last(a, b); return h
 
-Everything else stays as it was compiled. The source must compile to the very code that the class runs, else nothing is
-rewritten: a file may have been edited since it was imported, and a decorator may have replaced the function.
+What is returned may be a tuple that begins with h. Everything is evaluated once and in the order that it was, and what
+the two methods do for tensors that do not suit is what was there. Everything else stays as it was compiled. The source
+must compile to the very code that the class runs, else nothing is rewritten: a file may have been edited since it was
+imported, and a decorator may have replaced the function.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Form:
     """The attributes of the norms that an addition joins inside the layer."""
     ends_with_sum: bool = False
     """Whether the layer returns a sum, which may join the next layer's norm."""
-    first: str | None = None
-    """The attribute of the norm that is called with the layer's input."""
+    first: list[str] = field(default_factory=list)
+    """The attributes that are called with the layer's input, one of which may be a norm."""
     reason: str = ""
     """Why nothing is known."""
     tree: ast.Module | None = None
@@ -80,7 +81,7 @@ def _form(base: type) -> Form:
         for i in range(len(statements)):
             if norm := _triple(statements[i : i + 3], _self(body)):
                 found.norms.append(norm)
-            elif _ends(statements[i : i + 2], _self(body)):
+            elif _ends(statements[i : i + 2]):
                 found.ends_with_sum = True
     found.first = _first(body)
     return found
@@ -101,10 +102,10 @@ def rewritten(base: type, norms: frozenset[str], across: bool) -> Callable[..., 
             if (norm := _triple(statements[i : i + 3], own)) in norms:
                 assert isinstance(statements[i + 1], ast.Assign)
                 h, r = _target(first), _target(statements[i + 1])
-                call = f"{h}, {r} = {own}._gemma_norm_add({own}.{norm}, {_arguments(first)})"
+                call = f"{h}, {r} = {own}._gemma_norm_add({_operands(first)}, {own}.{norm})"
                 statements[i : i + 3] = [_placed(call, first)]
-            elif across and _ends(statements[i : i + 2], own):
-                call = f"{_target(first)} = {own}._gemma_norm_add_last({_arguments(first)})"
+            elif across and _ends(statements[i : i + 2]):
+                call = f"{_target(first)} = {own}._gemma_norm_add_last({_operands(first)})"
                 statements[i] = _placed(call, first)
             i += 1
     code = _compile(tree, old)
@@ -187,28 +188,16 @@ def _target(statement: ast.stmt) -> str | None:
     return _name(statement.targets[0]) if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
 
 
-def _sum(statement: ast.stmt, own: str) -> str | None:
-    """The name of r in ``h = r + h`` or ``h = r + h * self.scale``, in any order."""
-    h, value = _target(statement), getattr(statement, "value", None)
-    if not h or not isinstance(value, ast.BinOp) or not isinstance(value.op, ast.Add):
-        return None
-    for r, other in ((value.left, value.right), (value.right, value.left)):
-        if _name(r) not in (None, h) and (_name(other) == h or _is_scaled(other, h, own)):
-            return _name(r)
-    return None
+def _is_sum(statement: ast.stmt) -> bool:
+    """``h = a + b``."""
+    value = getattr(statement, "value", None)
+    return _target(statement) is not None and isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
 
 
-def _is_scaled(node: ast.expr, h: str, own: str) -> bool:
-    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
-        return False
-    sides = ((node.left, node.right), (node.right, node.left))
-    return any(_name(a) == h and isinstance(b, ast.Attribute) and _name(b.value) == own for a, b in sides)
-
-
-def _arguments(statement: ast.stmt) -> str:
-    """The operands of the sum, as they are written."""
+def _operands(statement: ast.stmt) -> str:
+    """Those of the sum, as they are written."""
     assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.BinOp)
-    return f"{ast.unparse(statement.value.left)}, {ast.unparse(statement.value.right)}"
+    return f"({ast.unparse(statement.value.left)}), ({ast.unparse(statement.value.right)})"
 
 
 def _norm_call(statement: ast.stmt, h: str | None, self_name: str) -> str | None:
@@ -221,29 +210,35 @@ def _norm_call(statement: ast.stmt, h: str | None, self_name: str) -> str | None
 
 
 def _triple(statements: list[ast.stmt], own: str) -> str | None:
-    r = _sum(statements[0], own) if len(statements) == 3 else None
-    h = _target(statements[0])
-    if not r or _target(statements[1]) != r or _name(getattr(statements[1], "value", None)) != h:
+    """The norm's attribute, where these are the three statements."""
+    if len(statements) < 3 or not _is_sum(statements[0]):
+        return None
+    h, r = _target(statements[0]), _target(statements[1])
+    if r in (None, h, own) or _name(getattr(statements[1], "value", None)) != h:
         return None
     return _norm_call(statements[2], h, own)
 
 
-def _ends(statements: list[ast.stmt], own: str) -> bool:
-    if len(statements) < 2 or not _sum(statements[0], own) or not isinstance(statements[1], ast.Return):
+def _ends(statements: list[ast.stmt]) -> bool:
+    if len(statements) < 2 or not _is_sum(statements[0]) or not isinstance(statements[1], ast.Return):
         return False
     value = statements[1].value
     first = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
     return _name(first) == _target(statements[0])
 
 
-def _first(function: ast.FunctionDef) -> str | None:
-    """The norm in ``r = h; h = self.norm(h)``, h being the first argument."""
+def _first(function: ast.FunctionDef) -> list[str]:
+    """The attributes called with the first argument alone, up to the statement that gives it another value."""
     arguments = function.args.posonlyargs + function.args.args
-    h = arguments[1].arg if len(arguments) > 1 else None
-    for a, b in zip(function.body, function.body[1:], strict=False):
-        if h and _target(a) not in (None, h) and _name(getattr(a, "value", None)) == h:
-            return _norm_call(b, h, _self(function))
-    return None
+    own, h, found = _self(function), arguments[1].arg if len(arguments) > 1 else None, []
+    for statement in function.body:
+        nodes = list(ast.walk(statement))
+        calls = [n for n in nodes if isinstance(n, ast.Call) and [_name(a) for a in n.args] == [h] and not n.keywords]
+        methods = (call.func for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)))
+        found += [m.attr for m in methods if isinstance(m, ast.Attribute) and _name(m.value) == own]
+        if any(_name(node) == h and isinstance(getattr(node, "ctx", None), ast.Store) for node in nodes):
+            break
+    return found
 
 
 def _placed(source: str, like: ast.stmt) -> ast.stmt:

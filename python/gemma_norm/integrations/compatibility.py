@@ -238,7 +238,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     for family, row in sorted(judged.items()):
         same = f"{100 * row['equal']:.4g} %" if "equal" in row else row.get("bfloat16", "")
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
-        left = "<br>".join(row["left"])
+        left = "<br>".join([*row["left"], *(f"some calls: {reason}" for reason in row["calls"])])
         name = family if passes(row) else f"**{family}: {_broken(row)}**"
         kinds = "<br>".join(row["kinds"])
         lines.append(
@@ -247,7 +247,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines += [
         "\n*norms*: replaced; *joined*: residual additions that `fuse_residual=True` joins with a norm; *float32*: the",
         "largest difference of the logits over the largest logit; *error*: mean distance of the bfloat16 logits from the",
-        "original's float32 ones, over the original's distance; *left*: norms that stay as they are, and why.\n",
+        "original's float32 ones, over the original's distance; *left*: norms that stay as they are, and why, and\n"
+        "why some calls of replaced norms ran the original forward.\n",
         f"**No RMSNorm that is replaced** ({len(none)}): {', '.join(none)}.\n",
         f"**Not judged** ({len(unknown)}), as this script builds no tiny model of them, or the original does not run:\n",
         *(f"- {family}: {error}" for family, error in sorted(unknown.items())),
