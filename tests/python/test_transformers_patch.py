@@ -149,7 +149,11 @@ def test_gated_norms_are_optional_and_their_gate_too():
     report = patch(mamba)
     assert torch.equal(norm(x, gate), want) and torch.equal(norm(x, gate=gate), want) and torch.equal(norm(x), alone)
     assert not report.fallbacks
-    assert norm(x.float(), gate).dtype == torch.float32  # a gate of another dtype than x, as when it scans in float32
+    before = model("Mamba2", torch.bfloat16).backbone.layers[0].mixer.norm
+    got, want = norm(x.float(), gate), before(x.float(), gate)  # as when the scan is float32 and the rest is not
+    assert got.dtype == want.dtype == torch.float32 and not report.fallbacks
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(norm(x, gate.float()), before(x, gate.float()))
     assert "gate must have x's dtype" in next(iter(report.fallbacks))[1]
 
 

@@ -79,6 +79,8 @@ def _gated_forward(swap: Swap) -> Callable[..., Any]:
     sigmoid, before, size = semantics.sigmoid, semantics.norm_before_gate, semantics.group_size
 
     def norm(self: Any, x: Tensor, gate: Tensor | None, weight: Tensor, each_step: bool) -> Tensor:
+        if gate is not None and x.dtype is torch.float32 and semantics.wide_gate:
+            gate = gate.float()  # exact, and what the original does; no copy where it is float32 already
         return gated_rms_norm(
             x,
             gate,

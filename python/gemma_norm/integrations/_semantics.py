@@ -43,6 +43,8 @@ class Semantics:
     group_size: int | None = None
     without_gate: bool = False
     """A gated norm that also takes None for the gate, and then is the norm alone."""
+    wide_gate: bool = False
+    """A gate of 16 bits is taken with float32 x, as if it were float32."""
     mixed: frozenset[tuple[torch.dtype, torch.dtype]] = field(default=frozenset(), repr=False)
     """The pairs of different dtypes, x's and the weight's, for which the module computes what our function does.
     transformers' Llama-like classes return float32 for 16-bit x and a float32 weight, which no function of ours does."""
@@ -157,7 +159,9 @@ class _Probe:
         return torch.randn(*shape, generator=self.generator, device="cpu", dtype=torch.float32)
 
     def original(self, dtype: torch.dtype, weight_dtype: torch.dtype, gates: tuple[Tensor | None, ...]) -> Any:
-        """The class's forward on a shallow copy: no hook runs, and no tensor of the model is touched."""
+        """The class's forward on a shallow copy: no hook runs, and no tensor of the model is touched. A float32 gate is
+        given x's dtype.
+        """
         copy = object.__new__(type(self.module))
         copy.__dict__ = dict(self.module.__dict__)
         copy._parameters, copy._buffers = dict(self.module._parameters), dict(self.module._buffers)
@@ -170,7 +174,7 @@ class _Probe:
                 copy._buffers["weight"] = weight
             else:
                 copy.__dict__["weight"] = weight
-        cast = [gate if gate is None else gate.to(dtype) for gate in gates]
+        cast = [gate.to(dtype) if gate is not None and gate.dtype == torch.float32 else gate for gate in gates]
         return type(self.module).forward(copy, self.x.to(dtype), *cast)
 
     def run(self) -> Found | Left:
@@ -252,6 +256,10 @@ class _Probe:
             want = self._formula(candidate, None)(torch.bfloat16, torch.bfloat16)
             alone = functools.partial(self.original, torch.bfloat16, torch.bfloat16, (None,))
             options["without_gate"] = self._agrees(want, alone)
+            half = gate.bfloat16()
+            want = self._formula(candidate, half.float())(torch.float32, torch.float32)
+            wide = functools.partial(self.original, torch.float32, torch.float32, (half,))
+            options["wide_gate"] = self._agrees(want, wide)
         return Semantics(**options)
 
     def _agrees(self, want: Tensor, original: Callable[[], Any]) -> bool:

@@ -7,6 +7,7 @@ the file that is named, or to the standard output. Each family has a process of 
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import platform
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from .transformers import Report, patch, patched, unpatch
 
 SIZES: dict[tuple[str, ...], Any] = {
@@ -74,6 +76,11 @@ ALSO: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
 }
 SIZE_OF = {name: size for names, size in SIZES.items() for name in names}
+
+
+def _import(name: str) -> Any:
+    """transformers is not typed everywhere, and is not there when the types are checked."""
+    return importlib.import_module(name)
 
 
 def tiny(config_class: Any, family: str) -> Any:
@@ -165,13 +172,11 @@ def _reasons(report: Report) -> list[str]:
 
 
 def families() -> Iterator[tuple[str, Any, Any]]:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    auto = _import("transformers.models.auto.modeling_auto")
+    for family in sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
-            config_class = type(AutoConfig.for_model(family))
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+            config_class = type(_import("transformers").AutoConfig.for_model(family))
+            model_class = auto.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
             yield family, config_class, model_class[0] if isinstance(model_class, tuple) else model_class
         except Exception as error:  # an optional package that is missing, for one
             yield family, None, error
@@ -209,19 +214,13 @@ def passes(row: dict[str, Any]) -> bool:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    import transformers
-
-    from .. import __version__
-
     judged = {family: row for family, row in rows.items() if row.get("norms") and "float32" in row}
     none = sorted(family for family, row in rows.items() if row.get("norms") == 0)
     unknown = {family: row["error"] for family, row in rows.items() if "error" in row}
     half = [row for row in judged.values() if "equal" in row]
     equal = sum(row["equal"] == 1 for row in half)
     good = sum(passes(row) for row in judged.values())
-    versions = (
-        f"transformers {transformers.__version__}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
-    )
+    versions = f"transformers {_import('transformers').__version__}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
     lines = [
         "# Compatibility with transformers\n",
         f"Written by `python -m gemma_norm.integrations.compatibility` with {versions} ({platform.machine()}).\n",
@@ -270,9 +269,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="the limit for one family")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    _import("transformers").logging.set_verbosity_error()
     rows = {}
     for family, config_class, model_class in families():
         if options.only and family not in options.only:
