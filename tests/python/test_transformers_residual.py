@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
-from gemma_norm.integrations import _residual
 from gemma_norm.integrations.transformers import patch, unpatch
-from tiny_models import FAMILIES, TOKENS, logits, model
+from tiny_models import FAMILIES, TOKENS, Additions, logits, model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 # (inside of layers, across layers) of the tiny models: Olmo 2 has its norms after the mixers, so only the last is left.
@@ -19,12 +20,10 @@ JOINED = {
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def calls() -> Iterator[list[str]]:
     """One element for each addition that ran in one operator with a norm."""
-    made: list[int] = []
-    operator = _residual.add_rms_norm
-    monkeypatch.setattr(_residual, "add_rms_norm", lambda *args: made.append(1) or operator(*args))
-    return made
+    with Additions() as additions:
+        yield additions.calls
 
 
 def states(module: nn.Module, **options: object) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 tf = pytest.importorskip(
     "transformers", minversion="5", reason="needs transformers 5: pip install 'gemma-norm[example]'"
@@ -60,3 +61,16 @@ def norms(module: nn.Module) -> dict[str, nn.Module]:
 
 def is_ours(module: nn.Module) -> bool:
     return "_gemma_norm_swap" in type(module).__dict__
+
+
+class Additions(TorchDispatchMode):
+    """Notes every call of the operator that adds and normalises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.gemma_norm.add_rms_norm.default:
+            self.calls.append(str(function))
+        return function(*args, **(kwargs or {}))

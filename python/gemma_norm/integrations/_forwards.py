@@ -24,7 +24,10 @@ def subclass(swap: Swap) -> type[nn.Module]:
     base = swap.base
     forward = _gated_forward(swap) if swap.semantics.gated else _plain_forward(swap)
     forward = named_like(_taking(forward) if swap.takes else forward, base.forward)
-    return derive(base, "norm", swap, forward, extra_repr=_extra_repr(base), _gemma_norm_swap=swap)
+    members = {"_gemma_norm_swap": swap, "extra_repr": _extra_repr(base)}
+    if not swap.semantics.gated:
+        members["_gemma_norm_join"] = staticmethod(_join(swap))
+    return derive(base, "norm", swap, forward, **members)
 
 
 def _plain_forward(swap: Swap) -> Callable[..., Any]:
@@ -77,6 +80,9 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
 def _gated_forward(swap: Swap) -> Callable[..., Any]:
     semantics, eps, original = swap.semantics, swap.eps_name, swap.base.forward
     sigmoid, before, size = semantics.sigmoid, semantics.norm_before_gate, semantics.group_size
+    is_grad_enabled, plain, each = torch.is_grad_enabled, Tensor, swap.each_step
+    operator: Any = torch.ops.gemma_norm.gated_rms_norm.default
+    operator = getattr(operator, "_op", operator)
 
     def norm(self: Any, x: Tensor, gate: Tensor | None, weight: Tensor, each_step: bool) -> Tensor:
         if gate is not None and x.dtype is torch.float32 and semantics.wide_gate:
@@ -105,19 +111,47 @@ def _gated_forward(swap: Swap) -> Callable[..., Any]:
         weight = self._parameters.get("weight")
         if weight is None:
             weight = self.weight
-        each_step = swap.each_step
+        each_step = each
         reason = None if gate is not None or semantics.without_gate else "no gate"
         if reason is None and (x.dtype is not weight.dtype or in_functorch() or is_tracing()):
             reason, each_step = unusual(swap, x, weight), False
         if reason is None:
             try:
-                return norm(self, x, gate, weight, each_step)
+                if is_grad_enabled() or type(x) is not plain or type(gate) is not plain or x.shape != gate.shape:
+                    return norm(self, x, gate, weight, each_step)
+                if gate.dtype is not x.dtype or forward_ad._current_level >= 0:
+                    return norm(self, x, gate, weight, each_step)
+                return operator(x, gate, weight, getattr(self, eps), sigmoid, before, size, each_step)
             except RuntimeError as error:
                 reason = refusal(error)
         state(self).count(reason)
         return original(self, x, gate)
 
     return forward
+
+
+def _join(swap: Swap) -> Callable[..., Any]:
+    """A residual addition and this norm in one operator, for an ordinary call without derivatives; else None."""
+    eps, gemma, each_step, weighted = swap.eps_name, swap.semantics.gemma, swap.each_step, swap.semantics.weighted
+    is_grad_enabled, plain = torch.is_grad_enabled, Tensor
+    operator: Any = torch.ops.gemma_norm.add_rms_norm.default
+    operator = getattr(operator, "_op", operator)
+
+    def join(self: Any, a: Any, b: Any) -> Any:
+        if is_compiling() or is_grad_enabled() or type(a) is not plain or type(b) is not plain:
+            return None
+        weight = self._parameters.get("weight")
+        if weight is None or not weighted or not a.dtype is b.dtype is weight.dtype:
+            return None
+        if in_functorch() or is_tracing() or forward_ad._current_level >= 0:
+            return None
+        try:
+            return operator(a, b, weight, getattr(self, eps), gemma, None, each_step)
+        except RuntimeError as error:
+            refusal(error)  # it is made again with all checks, which gives the reason
+            return None
+
+    return join
 
 
 _TRANSFORMED = "inside a torch.func transform or a trace"

@@ -41,6 +41,11 @@ def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
 
 def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
     """``(norm(a + b), a + b)``, in one operator where it has the same bits and effects."""
+    join = getattr(type(norm), "_gemma_norm_join", None)
+    if join is not None and not (_called_otherwise(norm) or _seen_after(norm)):
+        both = join(norm, a, b)
+        if both is not None:
+            return both  # type: ignore[no-any-return]
     swap = norm_swap(norm)
     if swap is not None:
         reason = _apart(norm, swap, a, b, hooks=True)
@@ -67,18 +72,40 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     if own.offer is not None:
         own.offer, own.wasted = None, own.wasted + 1
     reason = "the norm after the layer is not given its sum" if own.wasted >= MISSES else None
-    reason = reason or _apart(norm, swap, a, b, hooks=False)
     if reason is None:
         weight = weight_of(norm)
-        try:
-            y, s = _add_rms_norm(norm, swap, a, b)
-        except RuntimeError as error:
-            reason = refusal(error)
-        else:
-            own.offer = (s, s._version, weight, None if weight is None else weight._version, y)
-            return s
+        both = None
+        if not _called_otherwise(norm) and (weight is None or not weight.is_inference()):
+            both = type(norm)._gemma_norm_join(norm, a, b)  # type: ignore[attr-defined]
+        if both is None:
+            reason = _apart(norm, swap, a, b, hooks=False)
+        if reason is None:
+            try:
+                y, s = both or _add_rms_norm(norm, swap, a, b)
+            except RuntimeError as error:
+                reason = refusal(error)
+            else:
+                own.offer = (s, s._version, weight, None if weight is None else weight._version, y)
+                return s
     own.apart(reason)
     return a + b
+
+
+def _called_otherwise(norm: nn.Module) -> Any:
+    """Whether something comes before the norm's forward, or in its place."""
+    return norm._forward_pre_hooks or norm._backward_pre_hooks or "forward" in norm.__dict__
+
+
+def _seen_after(norm: nn.Module) -> Any:
+    """Whether something is told of the norm's result, which must not be a part of another call then."""
+    return (
+        norm._forward_hooks
+        or norm._backward_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
 
 
 def norm_swap(module: nn.Module) -> Swap | None:
@@ -113,21 +140,7 @@ def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | No
             return "the weight has another dtype, for which the original computes what no operator here does"
         if not hooks and (weight.is_inference() or weight.untyped_storage().nbytes() == 0):
             return "the weight is not there yet, or does not tell whether it has been written to"
-    if norm._forward_pre_hooks or norm._backward_pre_hooks or "forward" in norm.__dict__:
-        return "the norm has hooks"
-    if hooks and (norm._forward_hooks or norm._backward_hooks or _global_hooks()):
-        return "the norm has hooks"
-    return None
-
-
-def _global_hooks() -> bool:
-    names = (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-    return any(getattr(_module, name) for name in names)
+    return "the norm has hooks" if _called_otherwise(norm) or (hooks and _seen_after(norm)) else None
 
 
 def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], across: bool) -> list[nn.Module]:

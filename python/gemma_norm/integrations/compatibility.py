@@ -220,7 +220,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     half = [row for row in judged.values() if "equal" in row]
     equal = sum(row["equal"] == 1 for row in half)
     good = sum(passes(row) for row in judged.values())
-    versions = f"transformers {_import('transformers').__version__}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
+    peer = _import("transformers").__version__
+    versions = f"transformers {peer}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
     lines = [
         "# Compatibility with transformers\n",
         f"Written by `python -m gemma_norm.integrations.compatibility` with {versions} ({platform.machine()}).\n",
