@@ -62,6 +62,20 @@ def test_compiled_native_code_asks_before_what_the_operator_would_refuse():
         assert got.dtype == want(x).dtype and torch.equal(got, want(x))
 
 
+def test_compiled_native_gates():
+    """A gate of 16 bits with float32 x is widened; a float32 gate with 16-bit x runs the original."""
+    mixer = model("Qwen3_5Text", **SMALL).model.layers[0].linear_attn
+    patch(mixer, compiled="native")
+    want = model("Qwen3_5Text", **SMALL).model.layers[0].linear_attn
+    for weight, x, gate in [(torch.float32, torch.float32, torch.bfloat16), (torch.bfloat16,) * 2 + (torch.float32,)]:
+        torch._dynamo.reset()
+        for norm in (mixer.norm, want.norm):
+            norm.to(weight)
+        inputs = torch.randn(3, 16).to(x), torch.randn(3, 16).to(gate)
+        got = torch.compile(mixer.norm, backend="eager", fullgraph=True)(*inputs)
+        torch.testing.assert_close(got, want.norm(*inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("native", [False, True], ids=["formula", "native"])
 def test_export(native):
     ours = model()

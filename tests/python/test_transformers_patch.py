@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gemma_norm
+from gemma_norm.integrations._forwards import refusal
 from gemma_norm.integrations.transformers import patch, patched, unpatch
 from tiny_models import FAMILIES, is_ours, logits, model, norms, randomise
 
@@ -105,6 +106,14 @@ def test_calls_that_the_operator_would_not_answer_alike_run_the_original():
     assert "x must have a contiguous last dimension (stride 1), got stride 5" in text
     with pytest.raises(RuntimeError, match="must match the size"):
         norm(torch.randn(3, 65))  # what the original does not take either
+
+
+def test_out_of_memory_is_no_refusal():
+    """There is no memory for the original either, and those who wait for this error must see it."""
+    for error in (RuntimeError("rms_norm: CUDA out of memory"), torch.OutOfMemoryError("no memory")):
+        with pytest.raises(torch.OutOfMemoryError):
+            refusal(error)
+    assert refusal(RuntimeError("rms_norm: x must\nnot")) == "rms_norm: x must"
 
 
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16])

@@ -98,10 +98,15 @@ def _gated_forward(swap: Swap) -> Callable[..., Any]:
             round_each_step=each_step,
         )
 
+    def suits(x: Tensor, gate: Tensor | None) -> bool:
+        if gate is None:
+            return semantics.without_gate
+        widened = semantics.wide_gate and x.dtype == torch.float32
+        return x.shape == gate.shape and (x.dtype == gate.dtype or widened)
+
     def in_compiled_code(self: Any, x: Tensor, gate: Tensor | None) -> Any:
         weight = self.weight
-        usable = gate is not None or semantics.without_gate
-        if not swap.native or not usable or not usable_in_compiled_code(swap, x, weight, gate):
+        if not swap.native or not usable_in_compiled_code(swap, x, weight, gate) or not suits(x, gate):
             return original(self, x, gate)
         return norm(self, x, gate, weight, swap.each_step and x.dtype == weight.dtype)
 
@@ -169,8 +174,10 @@ def unusual(swap: Swap, x: Tensor, weight: Tensor) -> str | None:
 
 def refusal(error: RuntimeError) -> str:
     """The reason for the report, without numbers that differ from call to call. Out of memory is no refusal."""
-    if isinstance(error, torch.OutOfMemoryError) or " out of memory" in str(error):
+    if isinstance(error, torch.OutOfMemoryError):
         raise error
+    if " out of memory" in str(error):  # of the operator, which can only raise a RuntimeError
+        raise torch.OutOfMemoryError(str(error)) from None
     return str(error).partition("\n")[0][:160]
 
 
@@ -182,9 +189,9 @@ def usable_in_compiled_code(swap: Swap, *tensors: Tensor | None) -> bool:
         return False
     if weight is not None and x.dtype != weight.dtype and (x.dtype, weight.dtype) not in swap.semantics.mixed:
         return False
-    if weight is not None and x.shape[-1] != weight.shape[0]:
+    if weight is not None and x.shape[-1:] != weight.shape:
         return False
-    return all(t is None or t.dim() == 1 or t.stride(-1) == 1 for t in tensors)
+    return x.dim() > 0 and all(t is None or t.stride(-1) == 1 for t in tensors)
 
 
 def _compiled_plain(swap: Swap) -> Callable[..., Any]:
