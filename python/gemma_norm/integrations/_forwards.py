@@ -68,7 +68,9 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
             reason = _TRANSFORMED
         else:
             try:
-                return rms_norm(x, None, getattr(self, eps))
+                if is_grad_enabled() or type(x) is not plain or forward_ad._current_level >= 0:
+                    return rms_norm(x, None, getattr(self, eps))
+                return operator(x, None, getattr(self, eps), False, False)
             except RuntimeError as error:
                 reason = refusal(error)
         state(self).count(reason)

@@ -11,6 +11,7 @@ import importlib
 import multiprocessing
 import platform
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -221,39 +222,45 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     equal = sum(row["equal"] == 1 for row in half)
     good = sum(passes(row) for row in judged.values())
     peer = _import("transformers").__version__
-    versions = f"transformers {peer}, PyTorch {torch.__version__}, gemma_norm {__version__}, on the CPU"
+    versions = f"transformers {peer}, PyTorch {torch.__version__} and gemma_norm {__version__}, on a CPU"
     lines = [
-        "# Compatibility with transformers\n",
-        f"Written by `python -m gemma_norm.integrations.compatibility` with {versions} ({platform.machine()}).\n",
-        "Every family of causal language models is built tiny, with random weights, and run as it is and after",
-        "`gemma_norm.integrations.transformers.patch(model)`, on 2 x 12 tokens.\n",
-        f"**{good} of {len(judged)} families with an RMSNorm keep every promise**: logits in float32 within 1e-5 of the",
-        "largest, the same `state_dict` (keys and memory), the original's bits after `unpatch`, the same bits with",
-        "`fuse_residual=True` as without, and bfloat16 logits no farther from the float32 ones than 1.1 times the original's.",
-        f"In bfloat16 {equal} of {len(half)} have the original's bits. The others differ where another last place of",
-        "float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips a rounding, in about one element of a million.\n",
-        "| family | norms | what they compute | joined | float32 | bfloat16 equal | error | left |",
-        "|---|---|---|---|---|---|---|---|",
+        "# Compatibility with transformers",
+        f"Written by `python -m gemma_norm.integrations.compatibility` with {versions} ({platform.machine()}). Every "
+        "family of causal language models is built tiny, with random weights, and run on 2 x 12 tokens, as it is and "
+        "after `gemma_norm.integrations.transformers.patch(model)`.",
+        f"**{good} of {len(judged)} families with an RMSNorm keep every promise**: logits in float32 within 1e-5 of the "
+        "largest, the same `state_dict` (keys and memory), the original's bits after `unpatch`, the same bits with "
+        "`fuse_residual=True` as without, and bfloat16 logits no farther from the float32 ones than 1.1 times the "
+        f"original's. In bfloat16 {equal} of {len(half)} have the original's bits. The others differ where another last "
+        "place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips a rounding, in about one element of a "
+        "million, after which a model of many layers goes on with other bits.",
+        "\n".join([_HEAD, *(_row(family, row) for family, row in sorted(judged.items()))]),
+        _LEGEND,
+        f"**No RMSNorm that is replaced** ({len(none)}): {', '.join(none)}.",
+        f"**Not judged** ({len(unknown)}), as this script builds no tiny model of them, or the original does not run:",
+        "\n".join(textwrap.shorten(f"- {family}: {error}", 118) for family, error in sorted(unknown.items())),
     ]
-    for family, row in sorted(judged.items()):
-        same = f"{100 * row['equal']:.4g} %" if "equal" in row else row.get("bfloat16", "")
-        ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
-        left = "<br>".join([*row["left"], *(f"some calls: {reason}" for reason in row["calls"])])
-        name = family if passes(row) else f"**{family}: {_broken(row)}**"
-        kinds = "<br>".join(row["kinds"])
-        lines.append(
-            f"| {name} | {row['norms']} | {kinds} | {row['fused']} | {row['float32']:.1e} | {same} | {ratio} | {left} |"
-        )
-    lines += [
-        "\n*norms*: replaced; *joined*: residual additions that `fuse_residual=True` joins with a norm; *float32*: the",
-        "largest difference of the logits over the largest logit; *error*: mean distance of the bfloat16 logits from the",
-        "original's float32 ones, over the original's distance; *left*: norms that stay as they are, and why, and\n"
-        "why some calls of replaced norms ran the original forward.\n",
-        f"**No RMSNorm that is replaced** ({len(none)}): {', '.join(none)}.\n",
-        f"**Not judged** ({len(unknown)}), as this script builds no tiny model of them, or the original does not run:\n",
-        *(f"- {family}: {error}" for family, error in sorted(unknown.items())),
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(line if line[0] in "|-" else textwrap.fill(line, 118) for line in lines) + "\n"
+
+
+_HEAD = """| family | norms | what they compute | joined | float32 | bfloat16 equal | error | left |
+|---|---|---|---|---|---|---|---|"""
+_LEGEND = (
+    "*norms*: how many are replaced. *What they compute*: `rounds twice` and `rounds each step` are `round_each_step` in "
+    "[the contract](contract.md), `1 + weight` is `gemma`. *joined*: residual additions that `fuse_residual=True` joins "
+    "with a norm. *float32*: the largest difference of the logits, over the largest logit. *error*: mean distance of the "
+    "bfloat16 logits from the original's float32 ones, over the original's distance. *left*: what looks like a norm and "
+    "stays as it is, and why; and why some calls of replaced norms ran the original forward."
+)
+
+
+def _row(family: str, row: dict[str, Any]) -> str:
+    same = f"{100 * row['equal']:.4g} %" if "equal" in row else row.get("bfloat16", "")
+    ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
+    left = "<br>".join([*row["left"], *(f"some calls: {reason}" for reason in row["calls"])])
+    name = family if passes(row) else f"**{family}: {_broken(row)}**"
+    kinds = "<br>".join(row["kinds"])
+    return f"| {name} | {row['norms']} | {kinds} | {row['fused']} | {row['float32']:.1e} | {same} | {ratio} | {left} |"
 
 
 def _broken(row: dict[str, Any]) -> str:

@@ -50,6 +50,9 @@ def patch(
     names, hooks and ``state_dict``, and ``isinstance`` holds. Only the class of each becomes a subclass with another
     ``forward``, which ``print(model)`` shows, and :func:`unpatch` takes back.
 
+    What has a ``forward`` of its own, set by ``kernelize`` or Liger on the module, is left and reported; set after patch,
+    it comes before ours.
+
     A call that the operator refuses, or for which the original returns another dtype, runs the original ``forward`` and
     is counted in ``report.fallbacks``. So do calls inside the transforms of ``torch.func`` and traces.
 
