@@ -240,6 +240,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"**Not judged** ({len(unknown)}), as this script builds no tiny model of them, or the original does not run:",
         "\n".join(textwrap.shorten(f"- {family}: {error}", 118) for family, error in sorted(unknown.items())),
     ]
+    lines = [line for line in lines if line]
     return "\n\n".join(line if line[0] in "|-" else textwrap.fill(line, 118) for line in lines) + "\n"
 
 
