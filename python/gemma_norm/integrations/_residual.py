@@ -1,0 +1,207 @@
+"""A residual addition and the norm after it as one operator, in the layers of a patched model.
+
+Inside a layer, ``_gemma_norm_add(a, b, norm)`` returns ``(norm(a + b), a + b)``. Across layers,
+``_gemma_norm_add_last(a, b)`` returns ``s = a + b`` and offers the next layer's norm what it computes of s. That norm
+takes the offer if its input is that very tensor and neither the tensor nor the weight has been written to since; else it
+computes its result itself. So whatever happens between two layers, results have the bits of the patched model without.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from .._ops.rms_norm import add_rms_norm
+from ._forwards import in_functorch, is_compiling, is_tracing, refusal, subclass, usable_in_compiled_code, weight_of
+from ._report import Fused, Left, Report
+from ._rewrite import form, rewritten
+from ._swap import STATE, State, Swap, base_of, derive, exchange, own_forward, state
+
+MISSES = 3  # An offer that is not taken cost a norm: after so many, none is made any more.
+
+
+@dataclass(frozen=True)
+class LayerSwap:
+    base: type[nn.Module]
+    norms: frozenset[str]
+    across: bool
+
+
+@functools.cache
+def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
+    forward = rewritten(swap.base, swap.norms, swap.across)
+    members = {"_gemma_norm_swap": swap, "_gemma_norm_add": add, "_gemma_norm_add_last": add_last}
+    return derive(swap.base, "layer", swap, forward, **members)
+
+
+def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
+    """``(norm(a + b), a + b)``, in one operator where it has the same bits and effects."""
+    join = getattr(type(norm), "_gemma_norm_join", None)
+    if join is not None and not (_called_otherwise(norm) or _seen_after(norm)):
+        both = join(norm, a, b)
+        if both is not None:
+            return both  # type: ignore[no-any-return]
+    swap = norm_swap(norm)
+    if swap is not None:
+        reason = _apart(norm, swap, a, b, hooks=True)
+        if reason is None:
+            try:
+                return _add_rms_norm(norm, swap, a, b)
+            except RuntimeError as error:
+                reason = refusal(error)
+        if not is_compiling():
+            state(norm).apart(reason)
+    s = a + b
+    return norm(s), s
+
+
+def add_last(self: nn.Module, a: Any, b: Any) -> Any:
+    """``a + b``, with the next norm's result beside it where no gradient is recorded."""
+    if is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return a + b
+    norm = state(self).next
+    swap = None if norm is None else norm_swap(norm)
+    if norm is None or swap is None:
+        return a + b
+    own = state(norm)
+    if own.offer is not None:
+        own.offer, own.wasted = None, own.wasted + 1
+    reason = "the norm after the layer is not given its sum" if own.wasted >= MISSES else None
+    if reason is None:
+        weight = weight_of(norm)
+        both = None
+        if not _called_otherwise(norm) and (weight is None or not weight.is_inference()):
+            both = type(norm)._gemma_norm_join(norm, a, b)  # type: ignore[attr-defined]
+        if both is None:
+            reason = _apart(norm, swap, a, b, hooks=False)
+        if reason is None:
+            try:
+                y, s = both or _add_rms_norm(norm, swap, a, b)
+            except RuntimeError as error:
+                reason = refusal(error)
+            else:
+                own.offer = (s, s._version, weight, None if weight is None else weight._version, y)
+                return s
+    own.apart(reason)
+    return a + b
+
+
+def _called_otherwise(norm: nn.Module) -> Any:
+    """Whether something comes before the norm's forward, or in its place."""
+    return norm._forward_pre_hooks or norm._backward_pre_hooks or "forward" in norm.__dict__
+
+
+def _seen_after(norm: nn.Module) -> Any:
+    """Whether something is told of the norm's result, which must not be a part of another call then."""
+    return (
+        norm._forward_hooks
+        or norm._backward_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def norm_swap(module: nn.Module) -> Swap | None:
+    """That of a replaced norm without a gate."""
+    swap = type(module).__dict__.get("_gemma_norm_swap")
+    return swap if isinstance(swap, Swap) and not swap.semantics.gated else None
+
+
+def _add_rms_norm(norm: nn.Module, swap: Swap, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight_of(norm) if swap.semantics.weighted else None
+    each_step = swap.each_step and weight is not None and weight.dtype == a.dtype
+    return add_rms_norm(a, b, weight, getattr(norm, swap.eps_name), swap.semantics.gemma, None, each_step)
+
+
+def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | None:
+    """Why the addition stays apart from the norm; None where it does not.
+
+    ``hooks``: whether hooks after the norm matter. Across layers the norm is called all the same, and they run.
+    """
+    if is_compiling():
+        if not swap.native or not usable_in_compiled_code(swap, a, weight_of(norm), b):
+            return "in compiled code"
+    elif in_functorch() or is_tracing():
+        return "inside a torch.func transform or a trace"
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return "the residual has another shape or dtype"
+    weight = weight_of(norm) if swap.semantics.weighted else None
+    if a.device != b.device or (weight is not None and weight.device != a.device):
+        return "the residual or the norm is on another device"
+    if weight is not None:
+        if weight.dtype != a.dtype and (a.dtype, weight.dtype) not in swap.semantics.mixed:
+            return "the weight has another dtype, for which the original computes what no operator here does"
+        if not hooks and (weight.is_inference() or weight.untyped_storage().nbytes() == 0):
+            return "the weight is not there yet, or does not tell whether it has been written to"
+    return "the norm has hooks" if _called_otherwise(norm) or (hooks and _seen_after(norm)) else None
+
+
+def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], across: bool) -> list[nn.Module]:
+    """Rewrite the layers, as far as their forms are known. Returns what was changed, nothing in a dry run."""
+    names = {module: name for name, module in model.named_modules()}
+    changed: list[nn.Module] = []
+    layers: dict[nn.Module, frozenset[str]] = {}
+
+    def norm(parent: nn.Module, attribute: str) -> nn.Module | None:
+        """A norm of ours, or one that a dry run would make ours."""
+        child = parent._modules.get(attribute)
+        swap = None if child is None else planned.get(child) or norm_swap(child)
+        return child if swap is not None and not swap.semantics.gated else None
+
+    ends: dict[nn.Module, nn.Module] = {}  # the norm that the addition at a layer's end joins
+    if across:
+        for parent in names:
+            for items in parent.children():
+                if isinstance(items, nn.ModuleList) and any(norm(item, key) for item in items for key in item._modules):
+                    finals = [child for key in parent._modules if (child := norm(parent, key)) is not None]
+                    following = [
+                        next(filter(None, (norm(i, n) for n in form(_base(i)).first)), None) for i in items[1:]
+                    ]
+                    following.append(finals[0] if len(finals) == 1 else None)
+                    ends |= {a: b for a, b in zip(items, following, strict=True) if b is not None}
+    in_lists = {item for module in names if isinstance(module, nn.ModuleList) for item in module}
+    for layer, name in names.items():
+        if not any(norm(layer, key) is not None for key in layer._modules) or base_of(layer) is not None:
+            continue
+        known = form(type(layer))
+        joined = frozenset(n for n in known.norms if norm(layer, n) is not None)
+        last = known.ends_with_sum and layer in ends
+        reason = (
+            known.reason
+            or own_forward(layer)
+            or ("" if joined or last else "no addition of a known form before a norm")
+        )
+        if reason:
+            if layer in in_lists:
+                report.unfused.append(Left(name, type(layer).__name__, reason))
+            continue
+        kind = type(layer).__name__
+        report.fused += [Fused(name, kind, f"{name}.{n}".lstrip("."), False) for n in known.norms if n in joined]
+        report.fused += [Fused(name, kind, names[ends[layer]], True)] if last else []
+        layers[layer] = joined
+    if report.dry_run:
+        return []
+    for layer, joined in layers.items():
+        last = form(type(layer)).ends_with_sum and layer in ends
+        exchange(layer, layer_subclass(LayerSwap(type(layer), joined, last)))
+        layer.__dict__[STATE] = State(names[layer], report.fallbacks, report.additions)
+        changed.append(layer)
+        if last:
+            target = ends[layer]
+            state(layer).next = target
+            swap = norm_swap(target)
+            assert swap is not None
+            if not swap.takes:
+                exchange(target, subclass(replace(swap, takes=True)))
+    return changed
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    return base_of(module) or type(module)

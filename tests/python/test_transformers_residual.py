@@ -1,0 +1,168 @@
+"""fuse_residual: additions that join the norm after them have the unfused model's bits, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from gemma_norm.integrations.transformers import patch, unpatch
+from tiny_models import FAMILIES, TOKENS, Additions, logits, model
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# (inside of layers, across layers) of the tiny models: Olmo 2 has its norms after the mixers, so only the last is left.
+JOINED = {
+    "Llama": (3, 3), "Qwen3": (3, 3), "Gemma3Text": (3, 3), "Olmo2": (0, 1), "Granite": (3, 3), "Qwen3_5Text": (4, 4),
+    "Mamba2": (0, 1),
+}  # fmt: skip
+
+
+@pytest.fixture
+def calls() -> Iterator[list[str]]:
+    """One element for each addition that ran in one operator with a norm."""
+    with Additions() as additions:
+        yield additions.calls
+
+
+def states(module: nn.Module, **options: object) -> list[torch.Tensor]:
+    with torch.no_grad():
+        output = module(TOKENS, use_cache=False, output_hidden_states=True, **options)
+    return [output.logits, *output.hidden_states]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("fuse", ["layer", True])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_family(family, fuse, dtype, calls):
+    plain, fused = model(family, dtype), model(family, dtype)
+    patch(plain)
+    report = patch(fused, fuse_residual=fuse)
+    inside, across = JOINED[family]
+    across = across if fuse is True else 0
+    assert [row.across for row in report.fused].count(False) == inside and len(report.fused) == inside + across
+    want = states(plain)
+    assert not calls and same(states(fused), want)
+    in_float32 = family == "Mamba2" and dtype != torch.float32  # its residual is, so the addition stays apart
+    assert len(calls) == (0 if in_float32 else inside + across)
+    unpatch(fused)
+    assert not any("_gemma_norm" in m.__dict__ for m in fused.modules()) and same(
+        states(fused), states(model(family, dtype))
+    )
+
+
+def test_decoding_with_a_cache(calls):
+    plain, fused = model("Qwen3_5Text", torch.bfloat16), model("Qwen3_5Text", torch.bfloat16)
+    patch(plain)
+    patch(fused, fuse_residual=True)
+    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    a, b = plain.generate(TOKENS, **options), fused.generate(TOKENS, **options)
+    assert same(list(a.logits), list(b.logits)) and len(calls) == 5 * 8
+
+
+def test_gradients_are_recorded_inside_of_layers_alone(calls):
+    fused, plain = model(), model()
+    patch(plain)
+    patch(fused, fuse_residual=True)
+    for m in (plain, fused):
+        m(TOKENS, labels=TOKENS).loss.backward()
+    assert len(calls) == 3
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert float((a.grad - b.grad).abs().max()) <= 1e-5 * max(float(b.grad.abs().max()), 1e-2)
+
+
+def test_inference_mode_joins_inside_of_layers_alone(calls):
+    """Its tensors have no version counter, which would tell of writes between two layers."""
+    fused = model()
+    patch(fused, fuse_residual=True)
+    want = logits(fused)
+    del calls[:]
+    with torch.inference_mode():
+        got = fused(TOKENS, use_cache=False).logits
+    assert torch.equal(got, want) and len(calls) == 3
+
+
+def write_in_place(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    output.add_(0.5)
+
+
+def return_another(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + 0.5
+
+
+def return_an_equal_one(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.clone()
+
+
+def change_the_weight(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    norm = module.__dict__.get("following")
+    with torch.no_grad():
+        norm.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("hook", [write_in_place, return_another, return_an_equal_one, change_the_weight])
+def test_what_hooks_do_between_layers_counts(hook):
+    results = []
+    for fuse in (False, True):
+        m = model()
+        m.model.layers[0].__dict__["following"] = m.model.layers[1].input_layernorm
+        m.model.layers[0].register_forward_hook(hook)
+        patch(m, fuse_residual=fuse)
+        results.append([*states(m), *states(m)])
+    assert same(*results)
+    assert not same(results[0][:5], states(patch_plain(model()))) or hook is return_an_equal_one
+
+
+def patch_plain(module: nn.Module) -> nn.Module:
+    patch(module)
+    return module
+
+
+def test_hooks_of_the_norms_fire_and_their_results_count(calls):
+    results = []
+    for fuse in (False, True):
+        m, seen = model(), []
+        for norm in (m.model.layers[1].post_attention_layernorm, m.model.layers[2].input_layernorm, m.model.norm):
+            norm.register_forward_hook(lambda n, args, y, seen=seen: seen.append(args[0].clone()) or y * 2)
+        report = patch(m, fuse_residual=fuse)
+        results.append([*states(m), *seen])
+        assert len(seen) == 3
+    assert same(*results)
+    assert len(calls) == 5  # all but the norm inside of a layer that has the hook
+    assert report.additions == {("model.layers.1.post_attention_layernorm", "the norm has hooks"): 1}
+
+
+def test_global_hooks_fire(calls):
+    m, seen = model(), []
+    patch(m, fuse_residual="layer")
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(type(module).__name__))
+    try:
+        logits(m)
+    finally:
+        handle.remove()
+    assert seen.count("LlamaRMSNorm") == 7 and not calls
+
+
+def test_another_path_through_the_layers(calls):
+    """Layers that are skipped, repeated or run alone take no offer that was not for them, and keep none."""
+    results = []
+    for fuse in (False, True):
+        m = model()
+        layers = list(m.model.layers)
+        m.model.layers = nn.ModuleList([layers[0], layers[2], layers[1], layers[0]])
+        m.config.num_hidden_layers = 4
+        patch(m, fuse_residual=fuse)
+        results.append([*states(m), *states(m)])
+    assert same(*results) and calls
+
+
+def test_an_offer_is_not_kept_by_copies_nor_by_pickles():
+    m = model()
+    patch(m, fuse_residual=True)
+    logits(m)
+    assert all(state.offer is None for x in m.modules() if (state := x.__dict__.get("_gemma_norm")))
