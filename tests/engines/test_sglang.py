@@ -6,7 +6,10 @@ GEMMA_NORM_ENGINES=folder python -m pytest tests/engines/test_sglang.py
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,3 +268,10 @@ def test_another_signature_is_one_error_and_nothing_is_installed(monkeypatch):
     with pytest.raises(RuntimeError, match=r"GemmaRMSNorm\.forward_native must be a function of .*scale=None"):
         integration.install()
     assert integration._installed is None and "forward_plugin" not in vars(layernorm.RMSNorm)
+
+
+def test_the_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serving.py", "sglang"])
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serving.py"))
+    assert example["main"]() == 0
+    assert capsys.readouterr().out.count("gemma_norm") == 3

@@ -6,7 +6,11 @@ GEMMA_NORM_ENGINES=folder python -m pytest tests/engines/test_vllm.py
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -205,3 +209,11 @@ def test_another_signature_or_plugin_is_one_error_and_nothing_is_installed(monke
 def test_float32_weights_are_not_rounded(installed):
     module, x = make(layernorm.GemmaRMSNorm, torch.float32), randn(4, HIDDEN, dtype=torch.bfloat16)
     assert torch.equal(module(x), reference.rms_norm(x, module.weight, module.variance_epsilon, True))
+
+
+@pytest.mark.skipif(find_spec("xgrammar") is None, reason="VllmConfig needs xgrammar: tests/engines/README.md")
+def test_the_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serving.py", "vllm"])
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serving.py"))
+    assert example["main"]() == 0
+    assert capsys.readouterr().out.count("gemma_norm") == 3

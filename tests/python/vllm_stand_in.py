@@ -4,6 +4,7 @@ tests/engines has the real vLLM.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 
@@ -100,6 +101,9 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         monkeypatch,
         vllm__config={
             "get_cached_compilation_config": lambda: config,
+            "CompilationConfig": types.SimpleNamespace,
+            "VllmConfig": types.SimpleNamespace,
+            "set_current_vllm_config": contextlib.nullcontext,
             "CompilationMode": types.SimpleNamespace(NONE=0, __name__="CompilationMode"),
         },
         vllm__envs={"VLLM_BATCH_INVARIANT": False},
