@@ -59,3 +59,11 @@ def use(engine: str) -> None:
 
     sys.path.insert(0, FOLDER)
     sys.meta_path.append(_StandIns(STAND_INS[engine]))
+
+
+def declare_plugin(folder: Path, group: str, target: str) -> None:
+    """What installing the wheel does: importlib.metadata finds the entry point in ``folder``."""
+    info = folder / "gemma_norm_plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gemma_norm_plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\ngemma_norm = {target}\n")

@@ -6,8 +6,10 @@ pip install kernels==0.17.2 transformers==5.22.0 && python -m pytest tests/engin
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,21 @@ def test_kernelize(name, monkeypatch):
                 with kernels.use_kernel_mapping({}, inherit_mapping=False):  # the classes' own forwards again
                     kernels.kernelize(ours, mode=Mode.INFERENCE, device="cpu")
                 assert torch.equal(ours(tokens).logits, want)
+
+
+@pytest.mark.skipif(not WORKS, reason="this transformers works with another kernels: tests/engines/README.md")
+def test_every_class_with_one_of_our_layer_names_computes_one_of_our_formulas():
+    found: Counter[str] = Counter()
+    for source in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if 'use_kernel_forward_from_hub("RMSNorm' not in source.read_text():
+            continue
+        module = importlib.import_module(f"transformers.models.{source.parent.name}.{source.stem}")
+        for kind in vars(module).values():
+            name = getattr(kind, "kernel_layer_name", "")
+            if inspect.isclass(kind) and kind.__module__ == module.__name__ and name in integration.kernel_mapping():
+                assert integration._formula(kind(64), gated=name == "RMSNormGated"), kind.__name__
+                found[name] += 1
+    assert found["RMSNorm"] > 100 and found["RMSNormGated"] >= 8 and found["RMSNormZeroCentered"] >= 2
 
 
 @pytest.mark.skipif(not WORKS, reason="this transformers works with another kernels: tests/engines/README.md")

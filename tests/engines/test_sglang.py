@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import use
+from conftest import declare_plugin, use
 
 use("sglang")
 
 from sglang.kernels import fused_op  # noqa: E402
 from sglang.kernels.ops.attention.fla import fused_norm_gate, layernorm_gated  # noqa: E402
 from sglang.kernels.spec import KernelBackend  # noqa: E402
+from sglang.srt import plugins  # noqa: E402
 from sglang.srt.layers import layernorm  # noqa: E402
 from sglang.srt.models import gemma3n_causal, glm4v  # noqa: E402
 
@@ -268,6 +269,17 @@ def test_another_signature_is_one_error_and_nothing_is_installed(monkeypatch):
     with pytest.raises(RuntimeError, match=r"GemmaRMSNorm\.forward_native must be a function of .*scale=None"):
         integration.install()
     assert integration._installed is None and "forward_plugin" not in vars(layernorm.RMSNorm)
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_sglang_loads_the_plugin(monkeypatch, tmp_path, value):
+    declare_plugin(tmp_path, "sglang.srt.plugins", "gemma_norm.integrations.sglang:plugin")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("GEMMA_NORM_SGLANG", value)
+    monkeypatch.setattr(plugins, "_plugins_loaded", False)
+    plugins.load_plugins()
+    assert (make(layernorm.RMSNorm, torch.float32).auto_selected_backend() is KernelBackend.PLUGIN) == (value == "1")
+    integration.uninstall()
 
 
 def test_the_example(monkeypatch, capsys):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import use
+from conftest import declare_plugin, use
 
 use("vllm")
 
@@ -28,6 +28,7 @@ vllm.platforms._current_platform = CpuPlatform()
 
 import vllm.config  # noqa: E402
 import vllm.config.vllm as vllm_config  # noqa: E402
+from vllm import plugins  # noqa: E402
 from vllm.config import CompilationConfig, CompilationMode  # noqa: E402
 from vllm.model_executor.custom_op import op_registry_oot  # noqa: E402
 from vllm.model_executor.layers import layernorm  # noqa: E402
@@ -209,6 +210,16 @@ def test_another_signature_or_plugin_is_one_error_and_nothing_is_installed(monke
 def test_float32_weights_are_not_rounded(installed):
     module, x = make(layernorm.GemmaRMSNorm, torch.float32), randn(4, HIDDEN, dtype=torch.bfloat16)
     assert torch.equal(module(x), reference.rms_norm(x, module.weight, module.variance_epsilon, True))
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_vllm_loads_the_plugin(monkeypatch, tmp_path, value):
+    declare_plugin(tmp_path, "vllm.general_plugins", "gemma_norm.integrations.vllm:plugin")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("GEMMA_NORM_VLLM", value)
+    monkeypatch.setattr(plugins, "plugins_loaded", False)
+    plugins.load_general_plugins()
+    assert is_ours(make(layernorm.GemmaRMSNorm)) == (value == "1")
 
 
 @pytest.mark.skipif(find_spec("xgrammar") is None, reason="VllmConfig needs xgrammar: tests/engines/README.md")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 import gemma_norm
+from gemma_norm import _library
+from gemma_norm.integrations import _engine
 from gemma_norm.integrations import vllm as integration
 from stand_ins import THEIRS
 from support import randn
@@ -94,6 +97,20 @@ def test_where_the_layers_are_ours(vllm):
     vllm.envs.VLLM_BATCH_INVARIANT = False
     vllm.platform.is_cpu = lambda: False  # a TPU, say
     assert served(vllm) == []
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_gpu_that_our_library_has_no_code_for_stays_with_vllm(vllm, monkeypatch, caplog, current):
+    monkeypatch.setattr(_engine, "unserved_gpus", functools.cache(_engine.unserved_gpus.__wrapped__))
+    monkeypatch.setattr(integration, "unserved_gpus", _engine.unserved_gpus)
+    monkeypatch.setattr(_library, "unserved_gpus", lambda: {1: "cuda:1 (an old GPU) is sm_50"})
+    integration.install()
+    vllm.platform.is_cuda = lambda: True
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    assert served(vllm) == ([] if current else [*NAMES])
+    assert caplog.messages == ["gemma_norm: cuda:1 (an old GPU) is sm_50; its norms stay with the engine"], "said once"
+    x = SimpleNamespace(is_cpu=False, is_cuda=True, get_device=lambda: current)
+    assert _engine.has_kernels(x) == (not current)
 
 
 def test_a_copy_is_a_layer_of_its_own(vllm):

@@ -89,7 +89,8 @@ def instances(kinds: tuple[type, ...]) -> Iterator[Any]:
 
 
 @functools.cache
-def _unserved_gpus() -> frozenset[int]:
+def unserved_gpus() -> frozenset[int]:
+    """The GPUs that our library has no code for. Asked when a tensor lies on one, for it initialises CUDA."""
     unserved = _library.unserved_gpus()
     for reason in unserved.values():
         logger.warning("gemma_norm: %s; its norms stay with the engine", reason)
@@ -98,7 +99,7 @@ def _unserved_gpus() -> frozenset[int]:
 
 def has_kernels(x: Tensor) -> bool:
     """Code that torch.compile traces is taken to run where the same code ran before."""
-    return x.is_cpu or (x.is_cuda and (torch.compiler.is_compiling() or x.get_device() not in _unserved_gpus()))
+    return x.is_cpu or (x.is_cuda and (torch.compiler.is_compiling() or x.get_device() not in unserved_gpus()))
 
 
 def takes(x: Tensor, weight: Tensor | None, residual: Tensor | None = None, post: Tensor | None = None) -> bool:

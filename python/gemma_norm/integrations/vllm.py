@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _library
 from .._ops.rms_norm import rms_norm
-from ._engine import Engine, add_norm, gated_norm, instances, logger, switch, takes, takes_gate
+from ._engine import Engine, add_norm, gated_norm, instances, logger, switch, takes, takes_gate, unserved_gpus
 
 TESTED = "0.33.0"
 
@@ -181,8 +180,7 @@ def _takes_over(layer: Any) -> bool:
     on_gpu = platform.is_cuda() or platform.is_rocm()
     if not (on_gpu or platform.is_cpu()):
         return False
-    if on_gpu and torch.cuda.current_device() in (unserved := _library.unserved_gpus()):
-        logger.warning("gemma_norm: %s; its norms stay with vLLM", unserved[torch.cuda.current_device()])
+    if on_gpu and torch.cuda.current_device() in unserved_gpus():
         return False
     if config.backend == "inductor" and config.mode not in (None, _installed.no_compilation):
         return _installed.under_inductor and f"-{layer.name}" not in config.custom_ops
