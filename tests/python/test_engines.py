@@ -13,7 +13,7 @@ import pytest
 ENGINES = Path(__file__).parents[1] / "engines"
 
 
-def tests_pass(file: str) -> None:
+def assert_passing(file: str) -> None:
     """In a process of their own: an engine changes transformers, and brings stand-ins for what it imports."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ENGINES / file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -29,10 +29,10 @@ def test_the_real_engine(engine, version):
             f"pip download --no-deps -d wheels {engine}=={version} && unzip -q wheels/{engine}-*.whl -d engines && "
             "export GEMMA_NORM_ENGINES=$PWD/engines; tests/engines/README.md names the packages that it imports"
         )
-    tests_pass(f"test_{engine}.py")
+    assert_passing(f"test_{engine}.py")
 
 
 def test_the_real_kernels_library():
     if importlib.util.find_spec("kernels") is None or importlib.util.find_spec("transformers") is None:
         pytest.skip("pip install kernels==0.17.2 transformers==5.22.0, in an environment of their own")
-    tests_pass("test_kernels.py")
+    assert_passing("test_kernels.py")
