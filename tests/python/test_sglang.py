@@ -152,7 +152,9 @@ def test_another_sglang_is_one_error_and_nothing_is_changed(sglang, monkeypatch,
     before = [dict(vars(k)) for k in kinds]
     with pytest.raises(RuntimeError, match=rf"{kind}.{name} must be {difference}") as error:
         integration.install()
-    assert "This adapter knows sglang 0.5.23" in str(error.value) and "Nothing was changed" in str(error.value)
+    assert f"This adapter knows sglang {integration.TESTED}; " in str(error.value) and "Nothing was changed" in str(
+        error.value
+    )
     assert [dict(vars(k)) for k in kinds] == before
 
 

@@ -21,7 +21,7 @@ from .._ops.gated_rms_norm import gated_rms_norm
 from .._ops.rms_norm import rms_norm
 from ._engine import Engine, has_kernels, takes, takes_gate
 
-TESTED = "0.17.2 with transformers 5.22"
+TESTED = "0.17.2 with transformers 5.19.0 to 5.22.0"
 DEVICES = ("cpu", "cuda", "rocm")
 
 # kernelize asks that a layer class has no __init__ and nothing beside these two attributes and forward, whose

@@ -19,7 +19,7 @@ from torch import Tensor
 from .._ops.rms_norm import rms_norm
 from ._engine import Engine, add_norm, gated_norm, instances, logger, switch, takes, takes_gate, unserved_gpus
 
-TESTED = "0.33.0"
+TESTED = "0.24.0 to 0.33.0"
 
 
 class _Layer(NamedTuple):
