@@ -27,6 +27,7 @@ from sglang.srt.layers import layernorm  # noqa: E402
 from sglang.srt.models import gemma3n_causal, glm4v  # noqa: E402
 
 from gemma_norm import reference  # noqa: E402
+from gemma_norm.integrations import _sglang_norms  # noqa: E402
 from gemma_norm.integrations import sglang as integration  # noqa: E402
 
 HIDDEN = 256
@@ -178,7 +179,7 @@ def test_what_is_not_ours_is_left_to_sglang(installed, name):
 
 
 def test_batch_invariant_mode_is_left_to_sglang(installed, monkeypatch):
-    monkeypatch.setattr(integration, "_is_batch_invariant", lambda: True)
+    monkeypatch.setattr(_sglang_norms, "batch_invariant", lambda: True)
     make(layernorm.RMSNorm, torch.float32)(randn(4, HIDDEN, dtype=torch.float32))
     assert backends() == ["torch"]
 
@@ -246,7 +247,7 @@ def test_fused_rms_norm_gated(installed, monkeypatch):
 
 
 def test_uninstall_restores_every_class_and_module():
-    kinds = [getattr(layernorm, norm.name) for norm in integration._NORMS]
+    kinds = [getattr(layernorm, norm.name) for norm in _sglang_norms.NORMS]
     kinds += [layernorm_gated.RMSNorm, fused_norm_gate.FusedRMSNormGated]
     before = [dict(vars(kind)) for kind in kinds]
     module, x = make(layernorm.GemmaRMSNorm, torch.bfloat16), randn(4, HIDDEN, dtype=torch.bfloat16)
