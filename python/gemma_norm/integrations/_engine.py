@@ -106,7 +106,8 @@ def takes(x: Tensor, weight: Tensor | None, residual: Tensor | None = None, post
     """Whether our operators compute the norm of these tensors, and give the results the dtypes that engines expect."""
     dtype = x.dtype
     return (
-        dtype in DTYPES
+        has_kernels(x)
+        and dtype in DTYPES
         and x.dim() > 0
         and x.stride(-1) == 1
         and (weight is None or weight.dtype is dtype or weight.dtype is torch.float32)

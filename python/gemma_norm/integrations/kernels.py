@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import reference
 from .._ops.gated_rms_norm import gated_rms_norm
 from .._ops.rms_norm import rms_norm
-from ._engine import Engine, has_kernels, takes, takes_gate
+from ._engine import Engine, takes, takes_gate
 
 TESTED = "0.17.2 with transformers 5.19.0 to 5.22.0"
 DEVICES = ("cpu", "cuda", "rocm")
@@ -120,7 +120,7 @@ _formulas: dict[Any, _Formula | None] = {}
 def _norm(module: Any, x: Tensor) -> Tensor:
     weight = module.weight
     like_x = weight is not None and weight.dtype is x.dtype  # else many of these classes return float32
-    if not torch.compiler.is_compiling() and like_x and takes(x, weight) and has_kernels(x):
+    if not torch.compiler.is_compiling() and like_x and takes(x, weight):
         formula = _formula(module)
         if formula is not None:
             return rms_norm(x, weight, getattr(module, formula.eps), formula.gemma, formula.each_step)
@@ -131,7 +131,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 def _gated_norm(module: Any, x: Tensor, gate: Tensor | None) -> Tensor:
     weight = module.weight
     like_x = weight is not None and weight.dtype is x.dtype and gate is not None and gate.shape == x.shape
-    if not torch.compiler.is_compiling() and like_x and takes_gate(x, gate, weight, "silu") and has_kernels(x):
+    if not torch.compiler.is_compiling() and like_x and takes_gate(x, gate, weight, "silu"):
         formula = _formula(module, gated=True)
         if formula is not None:
             sigmoid, eps = formula.activation == "sigmoid", getattr(module, formula.eps)

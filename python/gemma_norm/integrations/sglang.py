@@ -9,13 +9,10 @@ SGLang's norms of one tensor become calls of the plugin backend that SGLang keep
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from . import _sglang_norms
-from ._engine import Engine, has_kernels, instances, logger, switch
+from ._engine import Engine, instances, logger, switch
 from ._sglang_norms import GATED, NORMS, Forward, Gated, Norm
 
 TESTED = "0.5.23"
@@ -132,34 +129,42 @@ def _computes_like(kind: type, base: type) -> bool:
     return _derived[kind]
 
 
-def _may_serve(self: Any, kind: type, serves: Callable[..., bool], x: Tensor, *args: Any, **kwargs: Any) -> bool:
-    own = type(self)
-    return (own is kind or _computes_like(own, kind)) and has_kernels(x) and serves(self, x, *args, **kwargs)
+# Each call passes here twice, so the condition is written out: a further call with *args costs as much as what it asks.
 
 
 def _backend_eligible(kind: type, norm: Norm, base: Any, plugin_backend: object) -> Forward:
+    serves, theirs = norm.serves, base.backend_eligible
+
     def backend_eligible(self: Any, backend: object, *args: Any, **kwargs: Any) -> bool:
-        if backend is plugin_backend:
-            return _may_serve(self, kind, norm.serves, *args, **kwargs)
-        return bool(base.backend_eligible(self, backend, *args, **kwargs))
+        if backend is not plugin_backend:
+            return bool(theirs(self, backend, *args, **kwargs))
+        own = type(self)
+        return (own is kind or _computes_like(own, kind)) and serves(self, *args, **kwargs)
 
     return backend_eligible
 
 
 def _forward_plugin(kind: type, norm: Norm) -> Forward:
+    serves, ours = norm.serves, norm.forward
+
     def forward_plugin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _may_serve(self, kind, norm.serves, *args, **kwargs):  # only where somebody forces the backend
-            raise NotImplementedError(f"gemma_norm: {kind.__name__}.forward_plugin does not serve this call")
-        return norm.forward(self, *args, **kwargs)
+        own = type(self)
+        if (own is kind or _computes_like(own, kind)) and serves(self, *args, **kwargs):
+            return ours(self, *args, **kwargs)
+        # Only where somebody forces the backend.
+        raise NotImplementedError(f"gemma_norm: {kind.__name__}.forward_plugin does not serve this call")
 
     return forward_plugin
 
 
 def _gated_forward(kind: type, entry: Gated, original: Forward) -> Forward:
+    serves, ours = entry.serves, entry.forward
+
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _may_serve(self, kind, entry.serves, *args, **kwargs):
-            return entry.forward(self, *args, **kwargs)
+        own = type(self)
+        if (own is kind or _computes_like(own, kind)) and serves(self, *args, **kwargs):
+            return ours(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return forward
