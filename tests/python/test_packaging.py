@@ -4,11 +4,13 @@ write down how they were called stand in for every compiler.
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
 import shutil
 import sys
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,27 @@ def test_wheels_hold_the_modules_that_the_sources_have_and_no_others(packed):
     assert "gemma_norm/sub/__init__.py" in expected
     assert modules("first") == {*expected, "gemma_norm/gone.py"}
     assert modules("second") == expected
+
+
+def test_a_wheel_has_the_plugins_of_sglang_and_vllm(packed):
+    (archive,) = (packed / "second").glob("gemma_norm-*.whl")
+    with zipfile.ZipFile(archive) as wheel:
+        (text,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    sections = configparser.ConfigParser()
+    sections.read_string(text)
+    found = {group: dict(sections[group]) for group in sections.sections()}
+    assert found == {
+        "sglang.srt.plugins": {"gemma_norm": "gemma_norm.integrations.sglang:plugin"},
+        "vllm.general_plugins": {"gemma_norm": "gemma_norm.integrations.vllm:plugin"},
+    }
+    for group, (target,) in ((group, names.values()) for group, names in found.items()):
+        assert callable(EntryPoint("gemma_norm", target, group).load())
+
+
+def test_importing_the_package_imports_no_adapter():
+    code = "import gemma_norm, sys; print([m for m in sys.modules if m.startswith('gemma_norm.integrations')])"
+    done = run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT / "python"))
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_every_compiler_is_the_one_that_was_named(packed):

@@ -1,1 +1,1 @@
-"""gemma_norm inside other libraries. Nothing here is imported by ``import gemma_norm``."""
+"""Adapters for other projects. ``import gemma_norm`` imports none of them; each needs the project that it adapts to."""
