@@ -22,7 +22,7 @@ from gemma_norm._screen import Parser, columns, end_cleanly
 
 from . import environment
 from .model_run import Measured, Setting, measure, settings
-from .model_shapes import SHAPES, VARIANTS, variant_of
+from .model_shapes import SHAPES, VARIANTS, absent, variant_of
 from .report import align, number
 from .results import describe
 
@@ -58,17 +58,21 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     rows: list[Row] = []
-    facts = environment.describe([], {}, ["model"])
+    missing = {name: reason for name in options.variant if (reason := absent(name))}
+    variants = [name for name in options.variant if name not in missing]
+    facts = environment.describe([], missing, ["model"])
     facts["transformers"] = importlib.import_module("transformers").__version__
     dtype = torch.bfloat16
     for shape in options.shape:
         model = SHAPES[shape].build(options.layers, options.device, dtype)
-        models = {name: variant_of(model, name) for name in options.variant}
+        models = {name: variant_of(model, name) for name in variants}
         for setting in settings([shape], options.layers, options.phase, options.mode, options.batch, options.device):
             rows += _rows(setting, measure(models, setting, options.rounds, options.steps, options.seconds))
             print(table(rows[-len(models) :]), end="\n\n", flush=True)
             if options.csv:
                 write_csv(options.csv, facts, rows)
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}")
     return 1 if any(row.note for row in rows) else 0
 
 

@@ -114,6 +114,16 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def absent(variant: str) -> str:
+    """Why a variant cannot be had; empty where it can."""
+    if variant == "liger":
+        try:
+            importlib.import_module("liger_kernel.transformers.monkey_patch")
+        except Exception as error:  # a library may fail in any way where its device, driver or dependency is missing
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
 def norms(model: nn.Module) -> list[str]:
     """The names of the modules that ``patch`` would serve."""
     return [entry.name for entry in integration.patch(model, dry_run=True).replaced]
