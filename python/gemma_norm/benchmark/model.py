@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = [name for name in options.variant if name not in missing]
     facts = environment.describe([], missing, ["model"])
     facts["transformers"] = importlib.import_module("transformers").__version__
+    # cuDNN's attention makes a plan for each new length of the cache, some milliseconds of host time a layer. Which
+    # attention PyTorch takes hangs on the strides of q and k, hence on the norms: it would hide what they cost.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = torch.bfloat16
     for shape in options.shape:
         model = SHAPES[shape].build(options.layers, options.device, dtype)
