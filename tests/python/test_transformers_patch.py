@@ -108,6 +108,22 @@ def test_calls_that_the_operator_would_not_answer_alike_run_the_original():
         norm(torch.randn(3, 65))  # what the original does not take either
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_in_inference_a_result_has_the_strides_that_the_original_gives_it(family):
+    """They decide which kernels the model takes next. Heads before tokens, as attention has them, and a slice."""
+    norm = next(iter(norms(model(family)).values()))
+    hidden = norm.weight.shape[0]
+    inputs = [torch.randn(2, 5, 3, hidden).transpose(1, 2), torch.randn(2, 5, 3, 2 * hidden)[..., :hidden]]
+    with torch.no_grad():
+        want = [norm(x) for x in inputs]
+        patch(norm)
+        got = [norm(x) for x in inputs]
+    assert is_ours(norm) and [t.stride() for t in got] == [t.stride() for t in want]
+    assert not want[0].is_contiguous()
+    for ours, original in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, original)
+
+
 def test_out_of_memory_is_no_refusal():
     """There is no memory for the original either, and those who wait for this error must see it."""
     for error in (RuntimeError("rms_norm: CUDA out of memory"), torch.OutOfMemoryError("no memory")):

@@ -94,7 +94,7 @@ def _rows(setting: Setting, results: dict[str, Measured | Exception]) -> list[Ro
         if isinstance(result, Exception):
             rows.append(Row(**place, note=describe(result)))
             continue
-        figures = {
+        figures: dict[str, Any] = {
             "ms_a_step": round(result.milliseconds, 4),
             "tokens_per_s": round(setting.tokens / result.milliseconds * 1e3, 1),
             "kernels": round(result.kernels, 1),

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .model_shapes import norms
@@ -25,6 +24,7 @@ NORM = "gemma_norm.benchmark: a norm"
 OURS = "gemma_norm"
 """Part of the name of each of this package's kernels."""
 cuda: Any = torch.cuda  # partly without types
+DeviceType: Any = torch.autograd.DeviceType  # type: ignore[attr-defined]  # not exported, as mypy sees it
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Step:
         size = (setting.batch, PROMPT)
         self.prompt = torch.randint(VOCABULARY_USED, size, generator=generator).to(setting.device)
         self.cache: Any = None
+        self.read: list[Tensor] = []
         if setting.phase == "decode":
             if setting.mode == "compile":
                 self.cache = importlib.import_module("transformers").StaticCache(model.config, max_cache_len=2 * PROMPT)
@@ -103,7 +104,7 @@ class Step:
             for _ in range(2):
                 self._eager()
         cuda.synchronize()
-        self.cache = start
+        self.cache, self.read = start, list(_tensors(start))  # a graph does not own what it reads
         graph = cuda.CUDAGraph()
         with cuda.graph(graph):
             logits = self._eager()
@@ -113,6 +114,19 @@ class Step:
             return logits
 
         return replay
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in a cache."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
 
 
 def measure(

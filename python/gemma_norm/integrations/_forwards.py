@@ -40,6 +40,11 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
     is_grad_enabled, plain = torch.is_grad_enabled, Tensor
     operator: Any = torch.ops.gemma_norm.rms_norm.default
     operator = getattr(operator, "_op", operator)  # what an OpOverload calls in a Python frame of its own
+    # The original's result has x's order of strides, which decides what the model does next, such as which kernel its
+    # attention takes. The operator's own results are row-major, so where x is not, it writes into a tensor like x.
+    write: Any = torch.ops.gemma_norm.rms_norm.out
+    write = getattr(write, "_op", write)
+    empty_like = torch.empty_like
 
     def forward(self: Any, x: Tensor) -> Any:
         if is_compiling():
@@ -55,6 +60,8 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
             try:
                 if is_grad_enabled() or type(x) is not plain or forward_ad._current_level >= 0:
                     return rms_norm(x, weight, getattr(self, eps), gemma, rounds)
+                if not x.is_contiguous():
+                    return write(x, weight, getattr(self, eps), gemma, rounds, out=empty_like(x))
                 return operator(x, weight, getattr(self, eps), gemma, rounds)
             except RuntimeError as error:
                 reason = refusal(error)
@@ -70,6 +77,8 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
             try:
                 if is_grad_enabled() or type(x) is not plain or forward_ad._current_level >= 0:
                     return rms_norm(x, None, getattr(self, eps))
+                if not x.is_contiguous():
+                    return write(x, None, getattr(self, eps), False, False, out=empty_like(x))
                 return operator(x, None, getattr(self, eps), False, False)
             except RuntimeError as error:
                 reason = refusal(error)

@@ -23,11 +23,12 @@ from .. import reference
 EPS_NAMES = ("variance_epsilon", "eps")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIXED = tuple((x, weight) for x, weight in itertools.product(DTYPES, DTYPES) if x != weight)
-# Of 16-bit elements so many may differ from the formula, each by one unit in the last place: a class that computes
-# pow(mean, -0.5), or adds the squares in another order, rounds a few elements in the other direction. With another
-# place for a rounding 20 % and more differ.
-SHARE = 0.001
-ULPS = 1
+# Of 16-bit elements so many may differ from the formula, each by so many units in the last place. A class that computes
+# pow(mean, -0.5), or adds the squares in another order, rounds a few elements in the other direction, and so do other
+# versions of PyTorch's silu; what is rounded at each step then differs by more than one unit. With another place for a
+# rounding, 20 % of the elements and more differ.
+SHARE = 0.002
+ULPS = 4
 
 
 @dataclass(frozen=True)
