@@ -66,6 +66,13 @@ struct Arguments {
   }
 };
 
+// Writes into new tensors alone.
+constexpr bool is_functional(const OpInfo& op) {
+  for (int32_t i = 0; i < op.rule_count; ++i)
+    if (op.rules[i].written() && op.rules[i].use != Use::kNew) return false;
+  return true;
+}
+
 inline void set_option(Options* options, const OptionField& field, StableIValue value) {
   if (field.number)
     options->*field.number = argument<double>(value);

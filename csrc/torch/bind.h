@@ -215,11 +215,11 @@ inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensor
     if (!tensor) continue;
     if (recording && requires_grad(tensor))
       refuse(rule, std::string(" must not require grad while grad mode is enabled, got requires_grad=True;"
-                               " torch.ops.gemma_norm records no gradient: call gemma_norm.") +
+                               " this operator records no gradient: call gemma_norm.") +
                        op.differentiable + ", which is differentiable, or use torch.no_grad()");
     if (has_tangent(tensor))
       refuse(rule, std::string(" must not have a tangent, got a dual tensor;"
-                               " torch.ops.gemma_norm records no derivative: call gemma_norm.") +
+                               " this operator records no derivative: call gemma_norm.") +
                        op.differentiable + ", which is differentiable");
   }
 }
@@ -300,7 +300,9 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
 
 template <class Entry, class Op, int kInfo = 0>
 void register_op(torch::stable::detail::StableLibrary& library) {
-  library.impl(Op::kInfos[kInfo].torch_name, &boxed<Entry, Op, kInfo>);
+  constexpr const OpInfo& op = Op::kInfos[kInfo];
+  library.impl(op.torch_name, &boxed<Entry, Op, kInfo>);
+  if constexpr (is_functional(op)) library.impl((std::string("_") + op.torch_name).c_str(), &boxed<Entry, Op, kInfo>);
   if constexpr (kInfo + 1 < sizeof Op::kInfos / sizeof Op::kInfos[0]) register_op<Entry, Op, kInfo + 1>(library);
 }
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from ._checks import has_tangent
 from ._registry import Operator
 
 functorch_is_active = torch._C._are_functorch_transforms_active
-_is_grad_enabled = torch.is_grad_enabled
+is_compiled = torch.compiler.is_dynamo_compiling  # is_compiling() asks for both, and takes longer
+is_exported = torch.compiler.is_exporting
+_is_tracing = torch._C._is_tracing
 
 
 def overridden(function: Callable[..., Any], op: Operator, tensors: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
@@ -30,20 +31,15 @@ def overridden(function: Callable[..., Any], op: Operator, tensors: tuple[Any, .
     return handle_torch_function(function, tensors, *args, **kwargs)
 
 
-def differentiable(
-    native: Callable[..., Any], op: Operator, function: type[torch.autograd.Function], *args: Any
-) -> Any:
-    """Make a call that may need a derivative, because grad mode is on or forward-mode differentiation is active.
+def differentiable(twin: Callable[..., Any], op: Operator, *args: Any) -> Any:
+    """Make a call that may need a derivative, or that is being compiled or exported.
 
-    ``native`` is the operator. It computes derivatives itself inside a torch.func transform, but nowhere else.
+    A compiled or exported program holds the operator, which records derivatives when the program runs. Under
+    torch.jit.trace, and inside a torch.func transform, the twin acts as the operator does.
     """
-    tensors = [argument for argument in args if isinstance(argument, Tensor)]
-    if not functorch_is_active():
-        if has_tangent(*tensors):
-            return op.transformed(*args)
-        if _is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return function.apply(*args)  # type: ignore[no-untyped-call]
-    return native(*args)
+    if is_compiled() or is_exported():
+        return op.overload(*args)
+    return twin(*args) if _is_tracing() or functorch_is_active() else op.recorded(twin, args)
 
 
 def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:

@@ -187,10 +187,10 @@ def _check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
     recording = torch.is_grad_enabled()
     for name, t in tensors.items():
         rule = "must not require grad while grad mode is enabled, got requires_grad=True"
-        advice = f"torch.ops.gemma_norm records no gradient: {call}, or use torch.no_grad()"
+        advice = f"this operator records no gradient: {call}, or use torch.no_grad()"
         _require(not (recording and t.requires_grad), f"{op.label}: {name} {rule}; {advice}")
         rule = "must not have a tangent, got a dual tensor"
-        advice = f"torch.ops.gemma_norm records no derivative: {call}"
+        advice = f"this operator records no derivative: {call}"
         _require(not has_tangent(t), f"{op.label}: {name} {rule}; {advice}")
 
 

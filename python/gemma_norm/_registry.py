@@ -12,9 +12,15 @@ plain PyTorch and its rules are in :mod:`gemma_norm._ops`. From these, ``registe
   definition, which PyTorch can differentiate and batch in any order. Its dispatch key is active only inside a
   transform, so other calls pay nothing for it. It refuses an operator that writes into its arguments, because a
   transform would see neither the write nor its derivative; torch.func.functionalize is an exception;
-- refusals of nested tensors, and of lazily negated tensors that would be written.
+- refusals of nested tensors, and of lazily negated tensors that would be written;
+- an implementation for autograd, if the operator is functional, which records the derivative.
 
-The dispatcher skips autograd for these operators. The functions in :mod:`gemma_norm._ops` record the derivatives.
+The last one is in Python, and takes about as long as a small kernel. A functional operator therefore has a twin without
+it: ``torch.ops.gemma_norm._rms_norm`` beside ``rms_norm``. The functions in :mod:`gemma_norm._ops` call the twin in
+inference. Modes, tensor subclasses and tracers are shown the operator in the twin's place, so no program holds a twin;
+only a profiler sees it.
+
+The dispatcher skips autograd for operators that write into their arguments. They record no derivative.
 """
 
 from __future__ import annotations
@@ -28,13 +34,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from ._checks import Rule, check_arguments, check_memory, layout_name
+from ._checks import Rule, check_arguments, check_memory, has_tangent, layout_name
 from ._library import operator_implementations, why_not_native
 
 Arguments = dict[str, Any]
 
+_is_grad_enabled = torch.is_grad_enabled
+_is_tracing = torch._C._is_tracing
 _warned: set[str] = set()
 _library = operator_implementations(__name__)
 
@@ -48,12 +57,18 @@ class Operator:
     rules: Mapping[str, Rule]
     """The rule for each tensor, by the argument's name, in the order of the checks."""
     functional: str
-    """The operator that computes the same in new tensors. The public function of that name is differentiable."""
+    """The operator that computes the same in new tensors, and is differentiable."""
+    derivative: type[torch.autograd.Function] | None = None
+    """For a functional operator: its setup_context and backward. ``register`` adds the forward pass."""
 
     @functools.cached_property
     def overload(self) -> Any:
-        packet, _, overload = self.name.partition(".")
-        return getattr(getattr(torch.ops.gemma_norm, packet), overload or "default")
+        return _overload(self.name)
+
+    @functools.cached_property
+    def twin(self) -> Any:
+        """For a functional operator: the overload with the same kernels and without derivatives."""
+        return _overload(f"_{self.name}")
 
     @property
     def label(self) -> str:
@@ -69,6 +84,11 @@ class Operator:
         """The names of the arguments that it writes, in the order of the definition's results."""
         arguments = self.overload._schema.arguments
         return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+    @functools.cached_property
+    def defaults(self) -> tuple[Any, ...]:
+        """The default values of all arguments, in their order. None if an argument has none."""
+        return tuple(a.default_value for a in self.overload._schema.arguments)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """All arguments of a call by name, including defaults."""
@@ -126,6 +146,16 @@ class Operator:
         check_arguments(self, arguments, transformed=True)
         return self.give(arguments, self.compute(arguments))
 
+    def recorded(self, twin: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a functional operator, and record its derivative if one is wanted. If not, ``twin`` runs."""
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        if has_tangent(*tensors):
+            return self.transformed(*args)
+        if self.derivative is not None and _is_grad_enabled() and any(t.requires_grad for t in tensors):
+            args += self.defaults[len(args) :]  # the dispatcher omits trailing arguments that have their default values
+            return self.derivative.apply(*args)  # type: ignore[no-untyped-call]
+        return twin(*args)
+
     def negated(self, *args: Any, **kwargs: Any) -> Any:
         """For tensors with the negative bit, which PyTorch negates when they are read.
 
@@ -158,6 +188,10 @@ def register(*operators: Operator) -> None:
             "NestedTensorCPU": op.refuse_nested,
             "NestedTensorCUDA": op.refuse_nested,
         }
+        if op.derivative is not None:
+            _register_twin(op, kernels)
+            op.derivative.forward = staticmethod(op.twin)  # type: ignore[method-assign]
+            kernels["Autograd"] = _autograd(op)
         if op.written:
             returns_argument = bool(op.overload._schema.returns)
             kernels |= {"Functionalize": op.functionalised} if returns_argument else {"Negative": op.negated}
@@ -168,8 +202,45 @@ def register(*operators: Operator) -> None:
         torch.library.register_torch_dispatch(qualified, NestedTensor, _jagged(op), lib=_library)
 
 
+def _register_twin(op: Operator, kernels: Mapping[str, Callable[..., Any]]) -> None:
+    for key, kernel in {**kernels, "Meta": op.fake}.items():
+        _library.impl(f"_{op.name}", kernel, key)
+    for key in ("Python", "Tracer"):
+        _library.impl(f"_{op.name}", _shown_as(op, key), key, with_keyset=True)
+
+
+def _shown_as(op: Operator, key: str) -> Callable[..., Any]:
+    """Make the twin's kernel for a dispatch key at which calls are watched: it passes the operator to PyTorch's kernel."""
+    dispatch_key = torch._C._dispatch_key_parse(key)
+    own, below = torch._C.DispatchKeySet(dispatch_key), torch._C._dispatch_keyset_full_after(dispatch_key)
+    redispatch, twin = op.overload.redispatch, op.twin.redispatch
+
+    def show(keys: Any, *args: Any) -> Any:
+        if key == "Tracer" and not _is_tracing():  # the operator is recorded already, and runs now
+            return twin(keys & below, *args)
+        return redispatch(keys & below | own, *args)
+
+    return show
+
+
+def _autograd(op: Operator) -> Callable[..., Any]:
+    twin, recorded = op.twin, op.recorded
+
+    def kernel(*args: Any) -> Any:
+        if _is_grad_enabled() or forward_ad._current_level >= 0:
+            return recorded(twin, args)
+        return twin(*args)
+
+    return kernel
+
+
 def _jagged(op: Operator) -> Callable[..., NoReturn]:
     return lambda cls, func, types, args, kwargs: op.refuse_nested(*args, **(kwargs or {}))
+
+
+def _overload(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.gemma_norm, packet), overload or "default")
 
 
 def _warn_once(x: Tensor) -> None:

@@ -79,8 +79,9 @@ def gated_rms_norm(
         activation = torch.sigmoid(gate.float()) if sigmoid else torch.nn.functional.silu(gate.float())
     if activation is not None and not norm_before_gate:
         s = s * activation
-    groups = s.reshape(*s.shape[:-1], -1, group_size or s.shape[-1])
-    n = (groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    size = group_size or s.shape[-1]
+    groups = s.reshape(*s.shape[:-1], s.shape[-1] // size, size)
+    n = (groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)).reshape(s.shape)
     n = (n.to(dtype).float() if round_each_step else n) * weight.float()
     if activation is not None and norm_before_gate:
         n = (n.to(dtype).float() if round_each_step else n) * activation

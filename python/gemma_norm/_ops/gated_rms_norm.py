@@ -10,21 +10,13 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from .. import reference
-from .._calls import differentiable, explain, overridden
+from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
 from .._registry import Operator, register
 from .rms_norm import cast, norm_backward
 
 _RULES = {"x": X, "weight": WEIGHT, "gate": OPTIONAL_LIKE_X}
-GATED_RMS_NORM = Operator("gated_rms_norm", reference.gated_rms_norm, _RULES, "gated_rms_norm")
-GATED_RMS_NORM_OUT = Operator(
-    "gated_rms_norm.out", reference.gated_rms_norm, {**_RULES, "out": LIKE_X}, "gated_rms_norm"
-)
-register(GATED_RMS_NORM, GATED_RMS_NORM_OUT)
-
 _is_grad_enabled = torch.is_grad_enabled
-_gated_rms_norm = torch.ops.gemma_norm.gated_rms_norm.default
-_gated_rms_norm_out = torch.ops.gemma_norm.gated_rms_norm.out
 
 
 def gated_rms_norm(
@@ -92,9 +84,8 @@ def gated_rms_norm(
             shape = x.shape if isinstance(x, Tensor) else None
             if isinstance(gate, Tensor) and shape is not None and _is_other_view(shape, gate.shape):
                 x = x.view(gate.shape)
-            if _is_grad_enabled() or forward_ad._current_level >= 0:
-                arguments = (x, gate, weight, *options)
-                result = differentiable(_gated_rms_norm, GATED_RMS_NORM, GatedRMSNormFunction, *arguments)
+            if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
+                result = differentiable(_gated_rms_norm, GATED_RMS_NORM, x, gate, weight, *options)
             else:
                 result = _gated_rms_norm(x, gate, weight, *options)
             result = result if result.shape == shape else result.view(shape)
@@ -110,21 +101,6 @@ def _is_other_view(x: torch.Size, gate: torch.Size) -> bool:
 
 
 class GatedRMSNormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor,
-        gate: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        sigmoid: bool,
-        norm_before_gate: bool,
-        group_size: int | None,
-        round_each_step: bool,
-    ) -> Tensor:
-        options = (eps, sigmoid, norm_before_gate, group_size, round_each_step)
-        y: Tensor = _gated_rms_norm(x, gate, weight, *options)
-        return y
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, gate, weight, ctx.eps, ctx.sigmoid, ctx.norm_before_gate, ctx.group_size, _ = inputs
@@ -144,22 +120,33 @@ class GatedRMSNormFunction(torch.autograd.Function):
             slope = slope if ctx.sigmoid else logistic + gate.float() * slope
 
         def groups(t: Tensor) -> Tensor:
-            return t.reshape(*t.shape[:-1], -1, ctx.group_size or x.shape[-1])
+            size = ctx.group_size or x.shape[-1]
+            return t.reshape(*t.shape[:-1], x.shape[-1] // size, size)
 
         gates_x = gate is not None and not ctx.norm_before_gate
         s = x32 * activation if gates_x and activation is not None else x32
         upstream = dy * activation if activation is not None and ctx.norm_before_gate else dy
         needs_s = needs_x or (needs_gate and gates_x)
         ds, dweight = norm_backward(groups(upstream), groups(s), groups(weight), ctx.eps, False, needs_s, needs_weight)
-        ds = None if ds is None else ds.flatten(-2)
+        ds = None if ds is None else ds.reshape(x.shape)
         dgate = None
         if needs_gate and slope is not None:
             if gates_x and ds is not None:
                 dgate = ds * x32 * slope
             else:
                 rstd = torch.rsqrt(groups(x32).square().mean(-1, keepdim=True) + ctx.eps)
-                dgate = dy * (groups(x32) * rstd).flatten(-2) * weight.float() * slope
+                dgate = dy * (groups(x32) * rstd).reshape(x.shape) * weight.float() * slope
             dgate = cast(dgate, gate)
         dx = ds * activation if ds is not None and gates_x and activation is not None else ds
-        dweight = None if dweight is None else dweight.flatten()
+        dweight = None if dweight is None else dweight.reshape(weight.shape)
         return cast(dx, x) if needs_x else None, dgate, dweight, None, None, None, None, None
+
+
+GATED_RMS_NORM = Operator("gated_rms_norm", reference.gated_rms_norm, _RULES, "gated_rms_norm", GatedRMSNormFunction)
+GATED_RMS_NORM_OUT = Operator(
+    "gated_rms_norm.out", reference.gated_rms_norm, {**_RULES, "out": LIKE_X}, "gated_rms_norm"
+)
+register(GATED_RMS_NORM, GATED_RMS_NORM_OUT)
+
+_gated_rms_norm = GATED_RMS_NORM.twin
+_gated_rms_norm_out = GATED_RMS_NORM_OUT.overload

@@ -13,23 +13,13 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function, has_torch_function_variadic
 
 from .. import reference
-from .._calls import differentiable, explain, overridden
+from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_RESIDUAL, OPTIONAL_WEIGHT, RESIDUAL, X
 from .._registry import Operator, register
 
 _NORM = {"x": X, "weight": OPTIONAL_WEIGHT}
 _ADD = {**_NORM, "residual": RESIDUAL, "post_residual_addition": OPTIONAL_LIKE_RESIDUAL}
-RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm")
-ADD_RMS_NORM = Operator("add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
-RMS_NORM_OUT = Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm")
-FUSED_ADD_RMS_NORM = Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
-register(RMS_NORM, RMS_NORM_OUT, ADD_RMS_NORM, FUSED_ADD_RMS_NORM)
-
 _is_grad_enabled = torch.is_grad_enabled
-_rms_norm = torch.ops.gemma_norm.rms_norm.default
-_rms_norm_out = torch.ops.gemma_norm.rms_norm.out
-_fused_add_rms_norm = torch.ops.gemma_norm.fused_add_rms_norm.default
-_add_rms_norm = torch.ops.gemma_norm.add_rms_norm.default
 
 
 def rms_norm(
@@ -77,9 +67,8 @@ def rms_norm(
     try:
         if out is not None:
             result = _rms_norm_out(x, weight, eps, gemma, round_each_step, out=out)
-        elif _is_grad_enabled() or forward_ad._current_level >= 0:
-            arguments = (x, weight, eps, gemma, round_each_step)
-            result = differentiable(_rms_norm, RMS_NORM, RMSNormFunction, *arguments)
+        elif _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
+            result = differentiable(_rms_norm, RMS_NORM, x, weight, eps, gemma, round_each_step)
         else:
             result = _rms_norm(x, weight, eps, gemma, round_each_step)
     except RuntimeError as error:
@@ -159,12 +148,9 @@ def add_rms_norm(
         y, s = overridden(add_rms_norm, ADD_RMS_NORM, tensors, *arguments)
         return y, s
     try:
-        if _is_grad_enabled() or forward_ad._current_level >= 0:
-            # Dynamo does not accept one tensor twice. A view has the same memory, and a gradient of its own.
-            residual = x.view_as(x) if residual is x else residual
-            post = post.view_as(post) if post is not None and (post is x or post is residual) else post
+        if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
             arguments = (x, residual, weight, eps, gemma, post, round_each_step)
-            y, s = differentiable(_add_rms_norm, ADD_RMS_NORM, AddRMSNormFunction, *arguments)
+            y, s = differentiable(_add_rms_norm, ADD_RMS_NORM, *arguments)
         else:
             y, s = _add_rms_norm(x, residual, weight, eps, gemma, post, round_each_step)
     except RuntimeError as error:
@@ -181,11 +167,6 @@ for _function in (rms_norm, fused_add_rms_norm):
 
 class RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, eps: float, gemma: bool, round_each_step: bool) -> Tensor:
-        y: Tensor = _rms_norm(x, weight, eps, gemma, round_each_step)
-        return y
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, ctx.eps, ctx.gemma, _ = inputs
         ctx.save_for_backward(x, weight)
@@ -199,19 +180,6 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class AddRMSNormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        gemma: bool,
-        post: Tensor | None,
-        round_each_step: bool,
-    ) -> tuple[Tensor, Tensor]:
-        y_and_sum: tuple[Tensor, Tensor] = _add_rms_norm(x, residual, weight, eps, gemma, post, round_each_step)
-        return y_and_sum
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, _, weight, ctx.eps, ctx.gemma, _, _ = inputs
@@ -255,3 +223,15 @@ def norm_backward(
 
 def cast(gradient: Tensor | None, like: Tensor) -> Tensor | None:
     return None if gradient is None else gradient.to(like.dtype)
+
+
+RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm", RMSNormFunction)
+ADD_RMS_NORM = Operator("add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm", AddRMSNormFunction)
+RMS_NORM_OUT = Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm")
+FUSED_ADD_RMS_NORM = Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
+register(RMS_NORM, RMS_NORM_OUT, ADD_RMS_NORM, FUSED_ADD_RMS_NORM)
+
+_rms_norm = RMS_NORM.twin
+_rms_norm_out = RMS_NORM_OUT.overload
+_fused_add_rms_norm = FUSED_ADD_RMS_NORM.overload
+_add_rms_norm = ADD_RMS_NORM.twin
