@@ -47,6 +47,11 @@ class Operator:
         return getattr(getattr(torch.ops.gemma_norm, packet), overload or "default")
 
     @property
+    def below_autograd(self) -> Callable[..., Any]:
+        """The native implementation, which records no derivative: that of the twin, where the operator has one."""
+        return self.native if self.written else getattr(torch.ops.gemma_norm, f"_{self.name}").default
+
+    @property
     def plain(self) -> Callable[..., Any]:
         """The implementation in plain PyTorch, which serves devices without a native one."""
         return _registry.OPERATORS[self.name].plain

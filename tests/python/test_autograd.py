@@ -107,8 +107,10 @@ def test_no_graph_where_none_is_asked_for(device):
     with torch.no_grad():
         assert not gemma_norm.rms_norm(leaf(x), leaf(weight)).requires_grad
         assert not gemma_norm.add_rms_norm(leaf(x), x, weight)[0].requires_grad
+        assert not torch.ops.gemma_norm.rms_norm(leaf(x), leaf(weight)).requires_grad
     with torch.inference_mode():
         assert gemma_norm.rms_norm(x, weight).is_inference()
+        assert torch.ops.gemma_norm.rms_norm(leaf(x), weight).is_inference()
 
 
 def test_an_input_changed_before_backward_is_noticed(device):

@@ -6,7 +6,8 @@ it is about memory, on meta tensors: the three must say the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, ones
 
 import gemma_norm
 from bad_arguments import BAD, BAD_MEMORY, Bad, not_dense
+from gemma_norm import reference
 from operators import (
     ADD_RMS_NORM,
     FUSED_ADD_RMS_NORM,
@@ -23,6 +25,7 @@ from operators import (
     RMS_NORM,
     SHAPE,
     Arguments,
+    Operator,
     call,
     with_tensor,
 )
@@ -106,17 +109,53 @@ def test_a_tensor_on_another_device_than_x_is_named(op, kind):
 @every_operator
 @pytest.mark.parametrize("where", ["native", "plain", "meta"])
 def test_gradients_are_not_lost_in_silence(op, where):
-    """The operators record none, so a tensor that requires one is refused, naming the function that records it."""
+    """What writes records none, and neither do the twins and kernels below autograd: a tensor that requires one is
+    refused, naming what records it.
+    """
     with torch.device("meta" if where == "meta" else "cpu"):
         for name in op.tensors:
             arguments = op.good()
             arguments[name].requires_grad_()
-            kernel = op.plain if where == "plain" else op.native
+            kernel = op.plain if where == "plain" else op.below_autograd
             got = message(kernel, arguments)
             assert got.startswith(f"{op.prefix}{name} must not require grad while grad mode is enabled")
             assert f"call gemma_norm.{op.call_instead}, which is differentiable" in got
             with torch.no_grad(), warnings_are("ignore"):
                 call(kernel, arguments)
+
+
+@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM], ids=str)
+@pytest.mark.parametrize("where", ["native", "plain", "meta"])
+def test_functional_operators_record_gradients(op, where):
+    """Of each argument by itself, beside the formula in float64; on devices without a native kernel, too."""
+    for name in op.tensors:
+        arguments = {k: t + torch.arange(16) if isinstance(t, Tensor) else t for k, t in op.good().items()}
+        wanted = arguments[name].requires_grad_()
+        exact = {k: t.detach().double() for k, t in arguments.items() if isinstance(t, Tensor)}
+        wanted64 = exact[name].requires_grad_()
+        s = sum(exact[k] for k in ("x", "residual", "post_residual_addition") if k in exact)
+        y64 = reference.oracle(s, exact["weight"])
+        y64 = y64 * torch.nn.functional.silu(exact["gate"]) if op is GATED_RMS_NORM else y64
+        want = torch.autograd.grad(y64.sin().sum(), wanted64)[0]
+        if where == "meta":
+            arguments = {k: t.detach().to("meta") if isinstance(t, Tensor) else t for k, t in arguments.items()}
+            wanted = arguments[name].requires_grad_()
+        with plain_kernels(op) if where == "plain" else nullcontext():
+            y = call(op.native, arguments)
+            y = y[0] if op is ADD_RMS_NORM else y
+            (got,) = torch.autograd.grad(y.sin().sum(), wanted)
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.device == wanted.device
+        if where != "meta":
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@contextmanager
+def plain_kernels(op: Operator) -> Iterator[None]:
+    """In place of the CPU's, as on a device without a native library."""
+    with warnings_are("ignore"), torch.library._scoped_library("gemma_norm", "IMPL") as library:
+        for name in (op.name, f"_{op.name}"):
+            library.impl(name, op.plain, "CPU", allow_override=True)
+        yield
 
 
 @pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM], ids=str)

@@ -31,11 +31,14 @@ def arguments(device: str, dtype: torch.dtype = torch.float32, requires_grad: bo
 
 @pytest.mark.parametrize("with_post", [False, True])
 def test_opcheck(device, dtype, with_post):
-    x, residual, weight, post = arguments(device, dtype)
-    addition = post if with_post else None
-    torch.library.opcheck(OPS.rms_norm.default, (x, weight, 1e-5, True))
+    for requires_grad in (True, False):
+        x, residual, weight, post = arguments(device, dtype, requires_grad)
+        addition = post if with_post else None
+        torch.library.opcheck(OPS.rms_norm.default, (x, weight, 1e-5, True))
+        torch.library.opcheck(OPS.add_rms_norm.default, (x, residual, weight, 1e-6, False, addition))
+    torch.library.opcheck(OPS.rms_norm.default, (x, None))
+    torch.library.opcheck(OPS.rms_norm.default, (x.clone().requires_grad_(), weight))  # which is frozen
     torch.library.opcheck(OPS.rms_norm.out, (x, weight), {"out": torch.empty_like(residual)})
-    torch.library.opcheck(OPS.add_rms_norm.default, (x, residual, weight, 1e-6, False, addition))
     torch.library.opcheck(OPS.fused_add_rms_norm.default, (x.clone(), residual, weight, 1e-6, False, addition))
 
 

@@ -140,25 +140,45 @@ def test_gradients(device, mode):
         inputs = [t.requires_grad_() for t in tensors(6, 48, device=device)]
         exact = [t.detach().double().requires_grad_() for t in inputs]
         found = []
-        for function, (x, gate, weight) in ((gemma_norm.gated_rms_norm, inputs), (oracle, exact)):
+        for function, (x, gate, weight) in ((gemma_norm.gated_rms_norm, inputs), (OP, inputs), (oracle, exact)):
             wanted = (x, gate, weight) if gated else (x, weight)
             y = function(x, gate if gated else None, weight, **mode)
             first = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
             second = torch.autograd.grad(sum(g.cos().sum() for g in first), wanted)
             found.append([*first, *second])
-        for got, want in zip(*found, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        for *ours, want in zip(*found, strict=True):
+            for got in ours:
+                torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
 def test_gradients_have_their_inputs_dtypes(device):
     x, gate, weight = (t.requires_grad_() for t in tensors(4, 64, dtype=torch.bfloat16, device=device))
     w32 = weight.detach().float().requires_grad_()
-    gemma_norm.gated_rms_norm(x, gate, w32).sum().backward()
-    assert (x.grad.dtype, gate.grad.dtype, w32.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-    with pytest.raises(
-        RuntimeError, match=r"gated_rms_norm: x must not require grad .* call gemma_norm\.gated_rms_norm,"
-    ):
-        OP(x, gate, weight)
+    for function in (gemma_norm.gated_rms_norm, OP):
+        x.grad = gate.grad = w32.grad = None
+        function(x, gate, w32).sum().backward()
+        assert (x.grad.dtype, gate.grad.dtype, w32.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        exact = [t.detach().double().requires_grad_() for t in (x, gate, w32)]
+        want = torch.autograd.grad(oracle(*exact).sum(), exact)
+        for got, w in zip((x.grad, gate.grad, w32.grad), want, strict=True):
+            error = (got.double() - w).abs().max() / w.abs().max()
+            assert float(error) < 4 * torch.finfo(got.dtype).eps
+    out = torch.empty_like(x)
+    refused = r"gated_rms_norm: x must not require grad .* call gemma_norm\.gated_rms_norm without out,"
+    with pytest.raises(RuntimeError, match=refused):
+        torch.ops.gemma_norm.gated_rms_norm.out(x, gate, weight, out=out)
+
+
+def test_no_rows(device, mode):
+    """Sizes that follow from the number of elements would be ambiguous."""
+    x, gate = (torch.empty(0, 3, 48, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(48, device=device, requires_grad=True)
+    for function in (gemma_norm.gated_rms_norm, OP, reference.gated_rms_norm):
+        y = function(x, gate, weight, **mode)
+        assert y.shape == x.shape
+        gradients = torch.autograd.grad(y.sum(), (x, gate, weight))
+        assert [g.shape for g in gradients] == [x.shape, gate.shape, weight.shape]
+        assert bool((gradients[2] == 0).all())
 
 
 def test_torch_func(device, mode):
@@ -183,6 +203,7 @@ def test_opcheck(device, mode):
     options = [mode.get(name, default) for name, default in zip(names, (False, True, None), strict=True)]
     arguments = (*tensors(4, 48, device=device), 1e-6, *options)
     torch.library.opcheck(OP, arguments)
+    torch.library.opcheck(OP, (*(t.clone().requires_grad_() for t in arguments[:3]), 1e-6, *options))
     out = torch.empty_like(arguments[0])
     torch.library.opcheck(torch.ops.gemma_norm.gated_rms_norm.out, arguments, {"out": out})
 

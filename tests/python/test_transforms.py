@@ -56,6 +56,23 @@ def functions(device: str) -> dict[str, tuple[Function, Function]]:
             lambda t: OPS.add_rms_norm(t, residual, weight)[0],
             lambda t: exact(t + residual64, weight64),
         ),
+        "torch.ops rms_norm of weight": (lambda t: OPS.rms_norm(x, t[0], gemma=True), lambda t: exact(x64, 1 + t[0])),
+        "torch.ops add_rms_norm of residual, both results": (
+            lambda t: torch.mul(*OPS.add_rms_norm(x, t, weight)),
+            lambda t: (x64 + t) * exact(x64 + t, weight64),
+        ),
+        "gated_rms_norm of x": (
+            lambda t: gemma_norm.gated_rms_norm(t, residual, weight),
+            lambda t: exact(t, weight64) * F.silu(residual64),
+        ),
+        "torch.ops gated_rms_norm of gate": (
+            lambda t: OPS.gated_rms_norm(x, t, weight, sigmoid=True),
+            lambda t: exact(x64, weight64) * torch.sigmoid(t),
+        ),
+        "torch.ops gated_rms_norm of gate, which comes first": (
+            lambda t: OPS.gated_rms_norm(x, t, weight, norm_before_gate=False),
+            lambda t: exact(x64 * F.silu(t), weight64),
+        ),
         "module of x": (lambda t: module(t), lambda t: exact(t, torch.ones_like(weight64))),
         "module of x, with a residual": (
             lambda t: module(t, residual)[0],
@@ -69,7 +86,6 @@ def functions(device: str) -> dict[str, tuple[Function, Function]]:
 
 
 WAYS = list(functions("cpu"))
-THROUGH_AUTOGRAD = [way for way in WAYS if not way.startswith("torch.ops")]  # which refuse to record a derivative
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -112,7 +128,7 @@ def test_an_ensemble_of_modules(device):
     torch.testing.assert_close(got, torch.stack([module(x) for module in modules]))
 
 
-@pytest.mark.parametrize("way", THROUGH_AUTOGRAD)
+@pytest.mark.parametrize("way", WAYS)
 def test_second_derivatives_through_autograd(device, way):
     """A penalty on the gradient, and Hessians by autograd: with double backward, and with batched gradients."""
     mine, exact = functions(device)[way]
@@ -155,7 +171,7 @@ def test_a_penalty_on_the_gradient_of_x_has_a_gradient_for_every_parameter(devic
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("way", THROUGH_AUTOGRAD)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
 def test_tangents_of_dual_tensors(device, way, context):
     mine, exact = functions(device)[way]
