@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <utility>
 
 #include "overlap.h"
 
@@ -180,10 +181,10 @@ class Checker {
   Message* message_;
 };
 
-// The leading dimensions, innermost first, and collapsed: a dimension is merged with the one inside it if in every
-// tensor one stride leads through both. If each row consists of several groups of `hidden` elements, the groups are the
-// innermost dimension. No other is merged with it, since the weight has a stride along the groups and along no other
-// dimension.
+// The leading dimensions, collapsed: those of x's smallest strides come first, and a dimension is merged with the one
+// before it if in every tensor one stride leads through both. If each row consists of several groups of `hidden`
+// elements, the groups are the first dimension. No other is merged with it, since the weight has a stride along the
+// groups and along no other dimension.
 struct Dimensions {
   int count = 0;
   int64_t sizes[kMaxDims + 1], strides[kOperands][kMaxDims + 1];
@@ -201,11 +202,13 @@ struct Dimensions {
       strides[kWeight][count++] = hidden;
     }
     const int groups = count;
-    for (int d = x.dims - 2; d >= 0; --d) {
-      if (x.sizes[d] == 1) continue;
+    int order[kMaxDims];
+    const int leading = by_stride(x, order);
+    for (int i = 0; i < leading; ++i) {
+      const int d = order[i];
       bool joins = count > groups;
-      for (int i = 0; joins && i < operands; ++i) {
-        const Operand o = with_rows[i];
+      for (int k = 0; joins && k < operands; ++k) {
+        const Operand o = with_rows[k];
         joins = call.tensors[o]->strides[d] == strides[o][count - 1] * sizes[count - 1];
       }
       if (joins) {
@@ -214,14 +217,38 @@ struct Dimensions {
       }
       sizes[count] = x.sizes[d];
       for (auto& s : strides) s[count] = 0;
-      for (int i = 0; i < operands; ++i) strides[with_rows[i]][count] = call.tensors[with_rows[i]]->strides[d];
+      for (int k = 0; k < operands; ++k) strides[with_rows[k]][count] = call.tensors[with_rows[k]]->strides[d];
       ++count;
+    }
+    // Each slice is a launch of its own, so the dimensions with the most rows stay in the kernel. The groups stay
+    // first.
+    for (int at = groups; count > kMaxRowDims && at < kMaxRowDims; ++at) {
+      int largest = at;
+      for (int d = at + 1; d < count; ++d)
+        if (sizes[d] > sizes[largest]) largest = d;
+      std::swap(sizes[at], sizes[largest]);
+      for (auto& s : strides) std::swap(s[at], s[largest]);
     }
     if (count == 0) {  // one row
       sizes[0] = 1;
       for (auto& s : strides) s[0] = 0;
       count = 1;
     }
+  }
+
+ private:
+  // Writes the leading dimensions of size > 1 into `order`, x's smallest stride first, and returns how many there are.
+  // Rows are independent, so any order is right. This one puts dimensions that are neighbours in memory next to each
+  // other, so they are merged also in a transposed tensor, such as [batch, heads, tokens, size] stored tokens first.
+  static int by_stride(const Tensor& x, int (&order)[kMaxDims]) {
+    int count = 0;
+    for (int d = x.dims - 2; d >= 0; --d) {
+      if (x.sizes[d] == 1) continue;
+      int at = count++;
+      for (; at > 0 && x.strides[order[at - 1]] > x.strides[d]; --at) order[at] = order[at - 1];
+      order[at] = d;
+    }
+    return count;
   }
 };
 

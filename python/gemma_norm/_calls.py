@@ -14,7 +14,8 @@ from torch.overrides import handle_torch_function
 from ._registry import Operator
 
 functorch_is_active = torch._C._are_functorch_transforms_active
-is_compiled = torch.compiler.is_dynamo_compiling  # is_compiling() asks for both, and takes longer
+# Dynamo alone: torch.compiler.is_compiling() also asks for scripting, and export is asked for separately.
+is_compiled = torch.compiler.is_dynamo_compiling
 is_exported = torch.compiler.is_exporting
 _is_tracing = torch._C._is_tracing
 

@@ -224,7 +224,8 @@ def _shown_as(op: Operator, key: str) -> Callable[..., Any]:
 
 
 def _autograd(op: Operator) -> Callable[..., Any]:
-    twin, recorded = op.twin, op.recorded
+    recorded = op.recorded
+    twin = getattr(op.twin, "_op", op.twin)  # what an OpOverload calls in a Python frame of its own
 
     def kernel(*args: Any) -> Any:
         if _is_grad_enabled() or forward_ad._current_level >= 0:

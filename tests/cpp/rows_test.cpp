@@ -1,7 +1,10 @@
 // check() describes a call's tensors as rows, whose addresses kernels compute.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <map>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "gpu/row.cuh"
@@ -10,27 +13,35 @@
 namespace gemma_norm {
 namespace {
 
-// By the arithmetic of the kernels, the rows are those of the tensors, in their order, whichever dimensions collapse
-// into one.
+// By the arithmetic of the kernels, the rows are those of the tensors, each once, whichever dimensions collapse into
+// one and in whichever order they lie in memory.
 TEST(Rows, AreThoseOfTheTensors) {
   std::mt19937 random(3);
   const auto upto = [&](int64_t most) { return static_cast<int64_t>(random() % (most + 1)); };
-  int sliced = 0, collapsed = 0;
+  int sliced = 0, collapsed = 0, transposed = 0;
   for (int i = 0; i < 20000; ++i) {
     TestCall call = TestCall().add_post();
+    const std::pair<Place*, Operand> places[] = {{&call.x, kX},
+                                                 {&*call.residual, kResidual},
+                                                 {&*call.post, kPost},
+                                                 {&call.out, kOut},
+                                                 {&*call.sum, kResidualOut}};
     std::vector<int64_t> sizes;
     for (int64_t d = upto(6); d > 0; --d) sizes.push_back(1 + upto(2));
     sizes.push_back(8);
+    std::vector<size_t> order;  // of the leading dimensions in memory, the outermost first
+    for (size_t d = 0; d + 1 < sizes.size(); ++d) order.insert(order.begin() + (i % 2 ? upto(d) : d), d);
+    const bool is_transposed = !std::is_sorted(order.begin(), order.end());
     const int style =
         static_cast<int>(upto(2));  // of gaps: none, the same for all operands, or of each operand its own
     int64_t address = 30000;
-    for (Place* o : {&call.x, &call.out, &*call.residual, &*call.post, &*call.sum}) {
+    for (const auto& [o, operand] : places) {
       o->first = address;
       o->sizes = sizes;
       o->strides.assign(sizes.size(), 1);
       int64_t extent = 8;
-      for (size_t d = sizes.size() - 1; d-- > 0; extent *= sizes[d])
-        o->strides[d] = extent += style == 0 ? 0 : style == 1 ? 8 : 8 * upto(1);
+      for (size_t k = order.size(); k-- > 0; extent *= sizes[order[k]])
+        o->strides[order[k]] = extent += style == 0 ? 0 : style == 1 ? 8 : 8 * upto(1);
       address += extent + 8;
     }
     RowParams params;
@@ -40,31 +51,56 @@ TEST(Rows, AreThoseOfTheTensors) {
     ASSERT_LE(params.row_dims, kMaxRowDims);
     sliced += slices.count > 1;
     collapsed += slices.count == 1 && params.row_dims == 1 && sizes.size() > 2;
+    transposed += slices.count == 1 && params.row_dims == 1 && is_transposed;
 
-    // The rows come in the tensors' order: slices are the outer dimensions, and their first is the innermost of those.
-    int64_t row = 0;
-    for (int64_t s = 0; s < slices.count; ++s) {
-      const RowParams slice = select_slice(params, slices, s);
-      for (int64_t r = 0; r < slice.rows; ++r, ++row) {
-        const gpu::RowIndex at(slice, r);
-        const auto expect_row = [&](const Place& o, Operand operand) {
-          int64_t rest = row, want = o.first;
-          for (size_t d = sizes.size() - 1; d-- > 0; rest /= sizes[d]) want += rest % sizes[d] * o.strides[d];
-          ASSERT_EQ(want * 2, reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0))) << "row " << row;
-        };
-        expect_row(call.x, kX);
-        expect_row(*call.residual, kResidual);
-        expect_row(*call.post, kPost);
-        expect_row(call.out, kOut);
-        expect_row(*call.sum, kResidualOut);
-      }
-    }
     int64_t rows = 1;
     for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
-    ASSERT_EQ(rows, row);
+    std::map<int64_t, std::vector<int64_t>> expected;  // the addresses of a row in all operands, by that in x
+    for (int64_t row = 0; row < rows; ++row) {
+      std::vector<int64_t> addresses;
+      for (const auto& [o, operand] : places) {
+        int64_t rest = row, at = o->first;
+        for (size_t d = sizes.size() - 1; d-- > 0; rest /= sizes[d]) at += rest % sizes[d] * o->strides[d];
+        addresses.push_back(at * 2);
+      }
+      expected[addresses[0]] = addresses;
+    }
+    ASSERT_EQ(rows, static_cast<int64_t>(expected.size()));
+    for (int64_t s = 0; s < slices.count; ++s) {
+      const RowParams slice = select_slice(params, slices, s);
+      for (int64_t r = 0; r < slice.rows; ++r) {
+        const gpu::RowIndex at(slice, r);
+        std::vector<int64_t> addresses;
+        for (const auto& [o, operand] : places)
+          addresses.push_back(reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0)));
+        ASSERT_EQ(expected[addresses[0]], addresses) << "slice " << s << ", row " << r;
+        expected.erase(addresses[0]);
+      }
+    }
+    ASSERT_TRUE(expected.empty());
   }
   EXPECT_LT(100, sliced);
   EXPECT_LT(100, collapsed);
+  EXPECT_LT(100, transposed);
+}
+
+// A slice is a launch of its own, so there are few of them, in whichever order the dimensions of x lie in memory.
+TEST(Rows, AreFewSlicesOfManyRows) {
+  std::vector<int64_t> memory = {0, 1, 2};  // the dimensions, the outermost in memory first
+  do {
+    TestCall call;
+    call.x.sizes = call.out.sizes = {2, 8, 4096, 8};
+    call.out.strides = {8 * 4096 * 8, 4096 * 8, 8, 1};
+    call.x.strides = {0, 0, 0, 1};
+    int64_t stride = 8;
+    for (size_t k = memory.size(); k-- > 0; stride *= call.x.sizes[memory[k]]) call.x.strides[memory[k]] = stride;
+    call.x.first = 100000, call.out.first = 10000000;
+    RowParams params;
+    RowSlices slices;
+    Message message{};
+    ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
+    EXPECT_LE(slices.count, 2);
+  } while (std::next_permutation(memory.begin(), memory.end()));
 }
 
 // Groups of a row are rows of their own, whose weights lie apart as the groups do.

@@ -98,7 +98,7 @@ def test_every_class_with_one_of_our_layer_names_computes_one_of_our_formulas():
         for kind in vars(module).values():
             name = getattr(kind, "kernel_layer_name", "")
             if inspect.isclass(kind) and kind.__module__ == module.__name__ and name in integration.kernel_mapping():
-                assert integration._formula(kind(64), gated=name == "RMSNormGated"), kind.__name__
+                assert integration._semantics(kind(64), gated=name == "RMSNormGated"), kind.__name__
                 found[name] += 1
     assert found["RMSNorm"] > 100 and found["RMSNormGated"] > 5 and found["RMSNormZeroCentered"] > 1
 

@@ -32,6 +32,13 @@ def test_a_run_writes_a_row_for_each_variant_and_their_logits_agree(tmp_path, ca
     assert f"{shape}, 4 layers, {phase}, eager, batch 2" in capsys.readouterr().out
 
 
+def test_a_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    path = tmp_path / "model.png"
+    assert model.main(["--shape", "gemma3-tiny", "--variant", "original,ours", "--plot", str(path), *TINY]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_variants_share_their_weights_and_change_nothing_else():
     original = model_shapes.SHAPES["qwen3_5-tiny"].build(4, "cpu", model.torch.bfloat16)
     before = [type(module) for module in original.modules()]

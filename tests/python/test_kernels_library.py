@@ -101,7 +101,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     add_modules(monkeypatch, kernels={"register_kernel_mapping": register_kernel_mapping, "kernelize": kernelize})
     set_transformers(monkeypatch, works=True)
-    monkeypatch.setattr(integration, "_formulas", {})
     return types.SimpleNamespace(registered=registered, kernelize=kernelize)
 
 
@@ -171,3 +170,24 @@ def test_another_kernels_is_an_error(kernels, monkeypatch):
         RuntimeError, match=r"register_kernel_mapping must be a function of \(mapping, inherit_mapping=True\)"
     ):
         integration.register_kernels()
+
+
+class SwitchRMSNorm(Norm):
+    kernel_layer_name = "RMSNorm"
+
+    def __init__(self, zero_centred: bool) -> None:
+        super().__init__()
+        self.zero_centred = zero_centred
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight.float() + (1 if self.zero_centred else 0)
+        return (weight * self.normed(hidden_states)).to(hidden_states.dtype)
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_two_modules_of_one_class_may_compute_different_things(kernels, order):
+    integration.register_kernels()
+    x = randn(6, HIDDEN)
+    for zero_centred in order:
+        module = kernels.kernelize(SwitchRMSNorm(zero_centred), mode=None, device="cpu")
+        torch.testing.assert_close(module(x), SwitchRMSNorm.forward(module, x))

@@ -47,7 +47,7 @@ class Row:
     gpu_ms: float = 0.0
     """The sum of their times."""
     norm_share: float = 0.0
-    """The norms' part of it; 0 where it cannot be told, as for the original in a CUDA graph."""
+    """The norms' part of it. In a CUDA graph our kernels alone are counted, since a replay runs no hook."""
     logits_off: float = 0.0
     """The largest difference of the last token's logits from the original's, by the largest logit."""
     same_token: float = 0.0
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     missing = {name: reason for name in options.variant if (reason := absent(name))}
     variants = [name for name in options.variant if name not in missing]
+    if not variants:
+        sys.exit("\n".join(f"{name} is left out: {reason}" for name, reason in missing.items()))
     facts = environment.describe([], missing, ["model"])
     facts["transformers"] = importlib.import_module("transformers").__version__
     # cuDNN's attention makes a plan for each new length of the cache, some milliseconds of host time a layer. Which
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(table(rows[-len(models) :]), end="\n\n", flush=True)
             if options.csv:
                 write_csv(options.csv, facts, rows)
+    if options.plot:
+        write_plot(options.plot, facts, rows)
     for name, reason in missing.items():
         print(f"{name} is left out: {reason}")
     return 1 if any(row.note for row in rows) else 0
@@ -121,12 +125,12 @@ def table(rows: Sequence[Row]) -> str:
         cells = [
             number(row.ms_a_step),
             number(row.tokens_per_s),
-            f"{row.times_original:.2f}x",
+            f"{row.times_original:.2f}x" if row.times_original else "",
             f"{row.kernels:.0f}",
             number(row.gpu_ms),
             f"{row.norm_share:.0%}" if row.norm_share else "",
-            f"{row.logits_off:.2g}",
-            f"{row.same_token:.0%}",
+            f"{row.logits_off:.2g}" if row.times_original else "",
+            f"{row.same_token:.0%}" if row.times_original else "",
         ]
         lines.append([row.variant, *(cells if not row.note else [""] * len(cells))])
     notes = [f"{row.variant}: {row.note}" for row in rows if row.note]
@@ -140,6 +144,35 @@ def write_csv(path: Path, facts: dict[str, str], rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+def write_plot(path: Path, facts: dict[str, str], rows: Sequence[Row]) -> None:
+    """A panel for each shape, phase and mode, a group of bars for each batch: tokens a second by the original's."""
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    panels = list(dict.fromkeys((row.shape, row.phase, row.mode) for row in rows))
+    variants = [name for name in dict.fromkeys(row.variant for row in rows) if name != ORIGINAL]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(3.6 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, place in zip(axes.flat, panels, strict=True):
+        mine = [row for row in rows if (row.shape, row.phase, row.mode) == place]
+        batches = sorted({row.batch for row in mine})
+        for i, variant in enumerate(variants):
+            values = {row.batch: row.times_original for row in mine if row.variant == variant}
+            at = [j + 0.8 * (i + 0.5) / len(variants) - 0.4 for j in range(len(batches))]
+            panel.bar(at, [values.get(batch, 0.0) for batch in batches], 0.8 / len(variants), label=variant)
+        panel.axhline(1.0, color="black", linewidth=0.8)
+        panel.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+        panel.set_title(", ".join(place), fontsize=9)
+        panel.set_ylabel("tokens/s, by the original's", fontsize=8)
+    labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(variants), fontsize=8, frameon=False)
+    what = f"{facts.get('gpu', facts['cpu'])}, bfloat16, {rows[0].layers} layers, transformers {facts['transformers']}"
+    figure.suptitle(f"{what}, torch {facts['torch']}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def _parser() -> Parser:
@@ -162,19 +195,26 @@ def _parser() -> Parser:
             raise argparse.ArgumentTypeError(f"expected whole numbers from 1 on with commas between them, got {text!r}")
         return values
 
+    def count(text: str) -> int:
+        values = numbers(text)
+        if len(values) > 1:
+            raise argparse.ArgumentTypeError(f"expected one whole number, got {text!r}")
+        return values[0]
+
     gpu = torch.cuda.is_available()
     p = Parser(prog="python -m gemma_norm.benchmark.model", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--shape", type=some(SHAPES), default=["qwen3_5-4b", "gemma3-4b"], help=", ".join(SHAPES))
-    p.add_argument("--layers", type=int, default=16)
+    p.add_argument("--layers", type=count, default=16)
     p.add_argument("--phase", type=some(PHASES), default=["decode"], help=", ".join(PHASES))
     p.add_argument("--mode", type=some(MODES), default=["eager"], help=f"{', '.join(MODES)}; graph needs a GPU")
     p.add_argument("--batch", type=numbers, default=[1, 8, 64], metavar="N,M")
     p.add_argument("--variant", type=some(VARIANTS), default=list(VARIANTS), help=", ".join(VARIANTS))
-    p.add_argument("--device", default="cuda" if gpu else "cpu")
-    p.add_argument("--rounds", type=int, default=15, help="samples of each variant, in turn")
-    p.add_argument("--steps", type=int, default=4, help="steps a sample")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    p.add_argument("--rounds", type=count, default=15, help="samples of each variant, in turn")
+    p.add_argument("--steps", type=count, default=4, help="steps a sample")
     p.add_argument("--seconds", type=float, default=20.0, help="after which no more than five samples are taken")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write the results, anew after every setting")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="tokens a second (needs matplotlib)")
     return p
 
 

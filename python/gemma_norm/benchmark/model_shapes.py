@@ -129,6 +129,12 @@ def norms(model: nn.Module) -> list[str]:
     return [entry.name for entry in integration.patch(model, dry_run=True).replaced]
 
 
+def norms_of_others(model: nn.Module) -> list[str]:
+    """The names of the norms that run no kernel of ours, those that Liger has given a forward of its own included."""
+    plan = integration.patch(model, dry_run=True)
+    return [*(entry.name for entry in plan.replaced), *(entry.name for entry in plan.left)]
+
+
 def variant_of(model: nn.Module, name: str) -> nn.Module:
     """A model of its own that shares the parameters and buffers of ``model``."""
     shared = itertools.chain(model.parameters(), model.buffers())

@@ -1,1 +1,4 @@
-"""Adapters for other projects. ``import gemma_norm`` imports none of them; each needs the project that it adapts to."""
+"""Adapters for other projects. ``import gemma_norm`` imports none of them.
+
+Those for SGLang, vLLM and kernels, and ``compatibility``, need these projects; ``transformers`` takes any PyTorch model.
+"""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .._ops.gated_rms_norm import gated_rms_norm
-from .._ops.rms_norm import rms_norm
+from .._ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm
+from .._ops.rms_norm import ADD_RMS_NORM, RMS_NORM, RMS_NORM_OUT, rms_norm
 from ._swap import STATE, Swap, derive, named_like, state
 
 is_compiling = torch.compiler.is_compiling
@@ -30,6 +30,11 @@ def subclass(swap: Swap) -> type[nn.Module]:
     return derive(base, "norm", swap, forward, **members)
 
 
+def bare(overload: Any) -> Callable[..., Any]:
+    """What an OpOverload calls, in a Python frame of its own."""
+    return getattr(overload, "_op", overload)  # type: ignore[no-any-return]
+
+
 def _plain_forward(swap: Swap) -> Callable[..., Any]:
     """In a decoding step this costs as much as the kernel, so what is called here is bound to names of its own, and a
     call without derivatives goes to the operator, past :func:`gemma_norm.rms_norm`, which sees to all others.
@@ -38,12 +43,11 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
     in_compiled_code = _compiled_plain(swap)
     original = base.forward
     is_grad_enabled, plain = torch.is_grad_enabled, Tensor
-    operator: Any = torch.ops.gemma_norm.rms_norm.default
-    operator = getattr(operator, "_op", operator)  # what an OpOverload calls in a Python frame of its own
+    operator = bare(RMS_NORM.twin)
     # The original's result has x's order of strides, which decides what the model does next, such as which kernel its
-    # attention takes. The operator's own results are row-major, so where x is not, it writes into a tensor like x.
-    write: Any = torch.ops.gemma_norm.rms_norm.out
-    write = getattr(write, "_op", write)
+    # attention takes. The operator's own results are row-major. So where x is not and no gradient is recorded, it writes
+    # into a tensor like x.
+    write = bare(RMS_NORM_OUT.overload)
     empty_like = torch.empty_like
 
     def forward(self: Any, x: Tensor) -> Any:
@@ -92,8 +96,7 @@ def _gated_forward(swap: Swap) -> Callable[..., Any]:
     semantics, eps, original = swap.semantics, swap.eps_name, swap.base.forward
     sigmoid, before, size = semantics.sigmoid, semantics.norm_before_gate, semantics.group_size
     is_grad_enabled, plain, each = torch.is_grad_enabled, Tensor, swap.each_step
-    operator: Any = torch.ops.gemma_norm.gated_rms_norm.default
-    operator = getattr(operator, "_op", operator)
+    operator = bare(GATED_RMS_NORM.twin)
 
     def norm(self: Any, x: Tensor, gate: Tensor | None, weight: Tensor, each_step: bool) -> Tensor:
         if gate is not None and x.dtype is torch.float32 and semantics.wide_gate:
@@ -150,8 +153,7 @@ def _join(swap: Swap) -> Callable[..., Any]:
     """A residual addition and this norm in one operator, for an ordinary call without derivatives; else None."""
     eps, gemma, each_step, weighted = swap.eps_name, swap.semantics.gemma, swap.each_step, swap.semantics.weighted
     is_grad_enabled, plain = torch.is_grad_enabled, Tensor
-    operator: Any = torch.ops.gemma_norm.add_rms_norm.default
-    operator = getattr(operator, "_op", operator)
+    operator = bare(ADD_RMS_NORM.twin)
 
     def join(self: Any, a: Any, b: Any) -> Any:
         if is_compiling() or is_grad_enabled() or type(a) is not plain or type(b) is not plain:

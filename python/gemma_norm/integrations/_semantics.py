@@ -77,7 +77,7 @@ class Found:
     semantics: Semantics
     eps_name: str
     share: float
-    """The largest share of 16-bit elements that differ from the formula, each by one unit in the last place."""
+    """The largest share of 16-bit elements that differ from the formula, each by at most ULPS units in the last place."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def classify(module: nn.Module) -> Found | Left | None:
     key = (kind, kind.forward, size, tuple(sorted((k, repr(v)) for k, v in attributes.items())))
     if simple and key in _cache:
         return _cache[key]
-    with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # The probe is on the CPU, also where the program has made another device the default.
+    with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         warnings.simplefilter("ignore")  # PyTorch's own norm warns of mixed dtypes, which the model may never see
         result = _Probe(module, names[0], weight).run()
     if simple:
@@ -147,7 +148,6 @@ class _Probe:
         shape = module.__dict__.get("normalized_shape")
         own = shape[-1] if isinstance(shape, tuple) and len(shape) == 1 else 64
         self.hidden = own if weight is None else weight.shape[0]
-        self.kind = None if weight is None else type(weight)
         rows = max(4, -(-8192 // self.hidden))
         self.generator = torch.Generator().manual_seed(0)
         # One half of the inputs is about as large as the root of eps, so that a wrong eps shows.

@@ -8,18 +8,18 @@ that ``torch.compile`` traces. :mod:`gemma_norm.integrations.transformers` cover
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import reference
 from .._ops.gated_rms_norm import gated_rms_norm
 from .._ops.rms_norm import rms_norm
 from ._engine import Engine, takes, takes_gate
+from ._semantics import Found, Left, classify
 
 TESTED = "0.17.2 with transformers 5.19.0 to 5.22.0"
 DEVICES = ("cpu", "cuda", "rocm")
@@ -106,24 +106,25 @@ def _check_transformers(engine: Engine) -> None:
         engine.differs("USE_HUB_KERNELS", "unset, or YES, for transformers' norms to have layer names", "another value")
 
 
-class _Formula(NamedTuple):
-    eps: str
-    """The name of the module's attribute."""
-    gemma: bool = False
-    each_step: bool = False
-    activation: str = ""
+_found: weakref.WeakKeyDictionary[nn.Module, Found | Left | None] = weakref.WeakKeyDictionary()
 
 
-_formulas: dict[Any, _Formula | None] = {}
+def _semantics(module: nn.Module, gated: bool) -> Found | None:
+    """What a module computes. It is kept for each module, because asking :func:`classify` takes as long as a kernel."""
+    if module not in _found:
+        _found[module] = classify(module)
+    found = _found[module]
+    return found if isinstance(found, Found) and found.semantics.gated == gated else None
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     weight = module.weight
     like_x = weight is not None and weight.dtype is x.dtype  # else many of these classes return float32
     if not torch.compiler.is_compiling() and like_x and takes(x, weight):
-        formula = _formula(module)
-        if formula is not None:
-            return rms_norm(x, weight, getattr(module, formula.eps), formula.gemma, formula.each_step)
+        found = _semantics(module, gated=False)
+        if found is not None:
+            ours, eps = found.semantics, getattr(module, found.eps_name)
+            return rms_norm(x, weight if ours.weighted else None, eps, ours.gemma, ours.each_step)
     original: Tensor = type(module).forward(module, x)
     return original
 
@@ -132,54 +133,18 @@ def _gated_norm(module: Any, x: Tensor, gate: Tensor | None) -> Tensor:
     weight = module.weight
     like_x = weight is not None and weight.dtype is x.dtype and gate is not None and gate.shape == x.shape
     if not torch.compiler.is_compiling() and like_x and takes_gate(x, gate, weight, "silu"):
-        formula = _formula(module, gated=True)
-        if formula is not None:
-            sigmoid, eps = formula.activation == "sigmoid", getattr(module, formula.eps)
-            return gated_rms_norm(x, gate, weight, eps, sigmoid=sigmoid, round_each_step=formula.each_step)
+        found = _semantics(module, gated=True)
+        if found is not None:
+            ours = found.semantics
+            return gated_rms_norm(
+                x,
+                gate,
+                weight,
+                getattr(module, found.eps_name),
+                sigmoid=ours.sigmoid,
+                norm_before_gate=ours.norm_before_gate,
+                group_size=ours.group_size,
+                round_each_step=ours.each_step,
+            )
     original: Tensor = type(module).forward(module, x, gate)
     return original
-
-
-def _formula(module: Any, gated: bool = False) -> _Formula | None:
-    key = (type(module), gated, *(module.__dict__.get(name) for name in ("activation", "group_size", "n_groups")))
-    if key not in _formulas:
-        _formulas[key] = _find(module, gated)
-    return _formulas[key]
-
-
-def _find(module: Any, gated: bool) -> _Formula | None:
-    """The formula whose results a copy of the module has, in bfloat16 and on inputs among which some are as small as
-    the root of eps. With another formula a fifth of the elements differ. A few differ with the right one, where
-    another last place of float32 tips a rounding.
-    """
-    names = [name for name in ("variance_epsilon", "eps") if isinstance(module.__dict__.get(name), float)]
-    if len(names) != 1 or [*module._parameters] != ["weight"] or module._buffers or module._modules:
-        return None
-    eps, hidden = module.__dict__[names[0]], module.weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    x, gate = torch.randn(2, 2, 1 + 4096 // hidden, hidden, generator=generator, device="cpu")
-    x, gate = (x * torch.tensor([1.0, eps**0.5])[:, None, None]).bfloat16(), gate.bfloat16()
-    weight = (torch.randn(hidden, generator=generator, device="cpu") * 0.3 + 0.7).bfloat16()
-    probe = copy.copy(module)
-    probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            theirs = type(module).forward(probe, x, *([gate] if gated else []))
-        except Exception:  # whatever it needs, it is no norm of x (and a gate) alone
-            return None
-    for formula in _candidates(names[0], gated):
-        if gated:
-            sigmoid = formula.activation == "sigmoid"
-            ours = reference.gated_rms_norm(x, gate, weight, eps, sigmoid, round_each_step=formula.each_step)
-        else:
-            ours = reference.rms_norm(x, weight, eps, formula.gemma, formula.each_step)
-        like_ours = isinstance(theirs, Tensor) and theirs.dtype == ours.dtype and theirs.shape == ours.shape
-        if like_ours and float((theirs != ours).float().mean()) < 0.001:
-            return formula
-    return None
-
-
-def _candidates(eps: str, gated: bool) -> list[_Formula]:
-    if gated:
-        return [_Formula(eps, False, each_step, name) for name in ("silu", "sigmoid") for each_step in (True, False)]
-    return [_Formula(eps, each_step=True), _Formula(eps), _Formula(eps, gemma=True)]

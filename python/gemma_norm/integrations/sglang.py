@@ -31,7 +31,12 @@ _installed: _Installed | None = None
 
 
 def plugin() -> None:
-    """SGLang calls this in each of its processes (entry point group ``sglang.srt.plugins``)."""
+    """SGLang calls this in each of its processes (entry point group ``sglang.srt.plugins``).
+
+    Raises:
+        ValueError: GEMMA_NORM_SGLANG is neither 0 nor 1 nor unset.
+        RuntimeError: as :func:`install`.
+    """
     if switch("GEMMA_NORM_SGLANG"):
         install()
 
@@ -102,6 +107,7 @@ def uninstall() -> None:
     if _installed is None:
         return
     base, norms, gated = _installed
+    _sglang_norms.batch_invariant = lambda: False
     for kind in norms:
         for name in _ATTRIBUTES:
             delattr(kind, name)

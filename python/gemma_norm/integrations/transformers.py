@@ -72,9 +72,14 @@ def patch(
             fuses with what is around it, or "native", the operator, whose bits do not depend on the compiler.
 
     Returns:
-        what was done. A module that an earlier call replaced stays as that call made it, and is reported as such.
+        what was done. A module that an earlier call replaced stays as that call made it, and is reported as such. With
+        ``fuse_residual=True`` such a norm may be made to take a result from the layer before; :func:`unpatch` undoes it.
+
+    Without gradients, a plain norm's result has the strides that the original gives it. Where gradients are recorded, and
+    of gated norms and joined additions, results are row-major.
 
     Raises:
+        TypeError: model is no ``torch.nn.Module``.
         ValueError: for an option that is none of those above.
         RuntimeError: with ``strict``, if a norm is left.
     """
@@ -108,7 +113,10 @@ def patched(
     dry_run: bool = False,
     compiled: Compiled = "formula",
 ) -> Iterator[Report]:
-    """:func:`patch` for the length of a ``with``, which restores what it changed and nothing that was patched before."""
+    """:func:`patch` for the length of a ``with``, which restores what it changed and nothing that was patched before.
+
+    Raises what :func:`patch` raises.
+    """
     report, changed = _patch(model, fuse_residual, rounding, gated, strict, dry_run, compiled)
     try:
         yield report

@@ -105,7 +105,12 @@ _installed: _Installed | None = None
 
 
 def plugin() -> None:
-    """vLLM calls this in each of its processes (entry point group ``vllm.general_plugins``)."""
+    """vLLM calls this in each of its processes (entry point group ``vllm.general_plugins``).
+
+    Raises:
+        ValueError: GEMMA_NORM_VLLM is neither 0, 1 nor "inductor" nor unset.
+        RuntimeError: as :func:`install`.
+    """
     if value := switch("GEMMA_NORM_VLLM", "inductor"):
         install(under_inductor=value == "inductor")
 
@@ -114,7 +119,8 @@ def install(*, under_inductor: bool = False) -> None:
     """Let our kernels serve vLLM's norms, in this process: those of models made from now on.
 
     Args:
-        under_inductor: also where Inductor compiles the model. A second call changes nothing but this.
+        under_inductor: also where Inductor compiles the model. A second call changes nothing but this:
+            a bare ``install()`` takes it back.
 
     Raises:
         RuntimeError: vLLM is not as it was in the versions of docs/serving.md, another plugin has replaced a norm, or
