@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from build_tools import script
 from gemma_norm.integrations import sglang, vllm
@@ -29,7 +30,7 @@ def test_the_example_says_whose_kernels_serve(monkeypatch, capsys, engine):
     ENGINES[engine][0](monkeypatch)
     assert run(monkeypatch, engine) == 0
     title, *rows = capsys.readouterr().out.splitlines()
-    assert title.split()[:3] == [engine, "on", "cpu"] and len(rows) == 3
+    assert title.split()[:3] == [engine, "on", "cuda" if torch.cuda.is_available() else "cpu"] and len(rows) == 3
     assert {tuple(row.split()[1:]) for row in rows} == {(engine, "gemma_norm", engine)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def instance(place: str, *arguments: object, **options: object) -> nn.Module:
         cls = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
     except (ImportError, AttributeError):
         pytest.skip(f"this transformers has no {place}")
+    if missing := options.keys() - inspect.signature(cls).parameters.keys():
+        pytest.skip(f"{place} of this transformers takes no {', '.join(missing)}")
     return cls(*arguments, **options)
 
 

@@ -210,13 +210,20 @@ def test_fully_shard(fuse, tmp_path):
 
     if not dist.is_available() or dist.is_initialized():
         pytest.skip("needs torch.distributed, with no process group yet")
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
+        mesh = init_device_mesh("cpu", (1,))  # by default a GPU's, where there is one
+
+        def shard(m: nn.Module) -> None:
+            for part in (*m.model.layers, m):
+                fully_shard(part, mesh=mesh)
+
         for patch_first in (True, False):
             ours = model()
-            steps = [lambda m: patch(m, fuse_residual=fuse), lambda m: [fully_shard(x) for x in (*m.model.layers, m)]]
+            steps = [lambda m: patch(m, fuse_residual=fuse), shard]
             for step in steps if patch_first else reversed(steps):
                 step(ours)
             assert close(logits(ours), logits(model())) and is_ours(ours.model.norm)

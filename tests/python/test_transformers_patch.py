@@ -12,7 +12,7 @@ from torch import nn
 import gemma_norm
 from gemma_norm.integrations._forwards import refusal
 from gemma_norm.integrations.transformers import patch, patched, unpatch
-from tiny_models import FAMILIES, is_ours, logits, model, norms, randomise
+from tiny_models import FAMILIES, MAMBA2_GROUPS, is_ours, logits, model, norms, randomise
 
 KINDS = {
     "Llama": {"rounds twice": 7},
@@ -21,7 +21,7 @@ KINDS = {
     "Olmo2": {"rounds once": 13},
     "Granite": {"rounds twice": 7},
     "Qwen3_5Text": {"1 + weight": 11, "gated, silu, rounds each step": 3},
-    "Mamba2": {"rounds twice": 4, "silu gate first, rounds each step, groups of 64": 3},
+    "Mamba2": {"rounds twice": 4, f"silu gate first, rounds each step{MAMBA2_GROUPS}": 3},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+_gated = pytest.importorskip("transformers.models.mamba2.modeling_mamba2").MambaRMSNormGated
+# Older versions normalise all groups of Mamba 2 together.
+MAMBA2_GROUPS = ", groups of 64" if "group_size" in inspect.signature(_gated).parameters else ""
 TOKENS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 LINEAR = {
     "linear_num_key_heads": 2,

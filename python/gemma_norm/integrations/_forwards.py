@@ -19,11 +19,16 @@ is_tracing = torch._C._is_tracing
 in_functorch = torch._C._are_functorch_transforms_active
 
 
-@functools.cache
 def subclass(swap: Swap) -> type[nn.Module]:
+    return _subclass(swap, swap.base.forward)
+
+
+@functools.cache
+def _subclass(swap: Swap, original: Any) -> type[nn.Module]:
+    """One for each forward that the base has had: a class may be given another one."""
     base = swap.base
     forward = _gated_forward(swap) if swap.semantics.gated else _plain_forward(swap)
-    forward = named_like(_taking(forward) if swap.takes else forward, base.forward)
+    forward = named_like(_taking(forward, swap.eps_name) if swap.takes else forward, base.forward)
     members = {"_gemma_norm_swap": swap, "extra_repr": _extra_repr(base)}
     if not swap.semantics.gated:
         members["_gemma_norm_join"] = staticmethod(_join(swap))
@@ -56,6 +61,8 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
         weight = self._parameters.get("weight")
         if weight is None:
             weight = self.weight
+            if weight is None:  # taken away after patch
+                return original(self, x)
         if x.dtype is weight.dtype and not in_functorch() and not is_tracing():
             reason, rounds = None, each_step
         else:
@@ -75,8 +82,11 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
     def weightless(self: Any, x: Tensor) -> Any:
         if is_compiling():
             return in_compiled_code(self, x)
+        size = self.__dict__.get("normalized_shape")  # of torch.nn.RMSNorm, which then takes no other
         if in_functorch() or is_tracing():
             reason = _TRANSFORMED
+        elif size is not None and x.shape[-1:] != size:
+            reason = f"x has a last dimension other than {size}"
         else:
             try:
                 if is_grad_enabled() or type(x) is not plain or forward_ad._current_level >= 0:
@@ -132,11 +142,13 @@ def _gated_forward(swap: Swap) -> Callable[..., Any]:
             weight = self.weight
         each_step = each
         reason = None if gate is not None or semantics.without_gate else "no gate"
+        if gate is not None and x.shape != gate.shape:
+            reason = "the gate has another shape than x"
         if reason is None and (x.dtype is not weight.dtype or in_functorch() or is_tracing()):
             reason, each_step = unusual(swap, x, weight), False
         if reason is None:
             try:
-                if is_grad_enabled() or type(x) is not plain or type(gate) is not plain or x.shape != gate.shape:
+                if is_grad_enabled() or type(x) is not plain or type(gate) is not plain:
                     return norm(self, x, gate, weight, each_step)
                 if gate.dtype is not x.dtype or forward_ad._current_level >= 0:
                     return norm(self, x, gate, weight, each_step)
@@ -159,7 +171,7 @@ def _join(swap: Swap) -> Callable[..., Any]:
         if is_compiling() or is_grad_enabled() or type(a) is not plain or type(b) is not plain:
             return None
         weight = self._parameters.get("weight")
-        if weight is None or not weighted or not a.dtype is b.dtype is weight.dtype:
+        if weight is None or not weighted or not a.dtype is b.dtype is weight.dtype or not a.is_contiguous():
             return None
         if in_functorch() or is_tracing() or forward_ad._current_level >= 0:
             return None
@@ -226,7 +238,7 @@ def _in_onnx_export() -> bool:
     return is_in_onnx_export()
 
 
-def _taking(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _taking(forward: Callable[..., Any], eps: str) -> Callable[..., Any]:
     """The forward of a norm that may have been offered its result."""
 
     def take(self: Any, x: Tensor) -> Any:
@@ -235,15 +247,21 @@ def _taking(forward: Callable[..., Any]) -> Callable[..., Any]:
             offer = None if own is None else own.offer
             if offer is not None:
                 own.offer = None
-                s, version, weight, weight_version, y = offer
-                same = s is x and s._version == version and weight_of(self) is weight and not torch.is_grad_enabled()
-                if same and (weight is None or weight._version == weight_version):
+                s, version, seen, y = offer
+                same = s is x and s._version == version and not torch.is_grad_enabled()
+                if same and seen == seen_of(self, eps):
                     own.wasted = 0
                     return y
                 own.wasted += 1
         return forward(self, x)
 
     return take
+
+
+def seen_of(norm: nn.Module, eps: str) -> tuple[Any, ...]:
+    """What a norm's result depends on beside its input, as far as PyTorch tells of changes."""
+    weight, own = weight_of(norm), getattr(norm, eps)
+    return (own,) if weight is None else (own, id(weight), weight._version, weight.data_ptr(), weight.dtype)
 
 
 def weight_of(norm: nn.Module) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 Inside a layer, ``_gemma_norm_add(a, b, norm)`` returns ``(norm(a + b), a + b)``. Across layers,
 ``_gemma_norm_add_last(a, b)`` returns ``s = a + b`` and offers the next layer's norm what it computes of s. That norm
-takes the offer if its input is that very tensor and neither the tensor nor the weight has been written to since; else it
-computes its result itself. So whatever happens between two layers, results have the bits of the patched model without.
+takes the offer if its input is that very tensor, neither the tensor nor the weight has been written to since, and weight
+and eps are the same; else it computes its result itself. A write between two layers that PyTorch does not count, through
+``.data``, NumPy or a collective of torch.distributed, is not seen.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from .._ops.rms_norm import add_rms_norm
-from ._forwards import in_functorch, is_compiling, is_tracing, refusal, subclass, usable_in_compiled_code, weight_of
+from ._forwards import (
+    in_functorch,
+    is_compiling,
+    is_tracing,
+    refusal,
+    seen_of,
+    subclass,
+    usable_in_compiled_code,
+    weight_of,
+)
 from ._report import Fused, Left, Report
 from ._rewrite import form, rewritten
 from ._swap import STATE, State, Swap, base_of, derive, exchange, own_forward, state
@@ -32,8 +42,13 @@ class LayerSwap:
     across: bool
 
 
-@functools.cache
 def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
+    return _layer_subclass(swap, swap.base.forward)
+
+
+@functools.cache
+def _layer_subclass(swap: LayerSwap, original: Any) -> type[nn.Module]:
+    """One for each forward that the base has had: a class may be given another one."""
     forward = rewritten(swap.base, swap.norms, swap.across)
     members = {"_gemma_norm_swap": swap, "_gemma_norm_add": add, "_gemma_norm_add_last": add_last}
     return derive(swap.base, "layer", swap, forward, **members)
@@ -62,7 +77,7 @@ def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
 
 def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     """``a + b``, with the next norm's result beside it where no gradient is recorded."""
-    if is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if is_compiling() or is_tracing() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return a + b
     norm = state(self).next
     swap = None if norm is None else norm_swap(norm)
@@ -75,7 +90,7 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     if reason is None:
         weight = weight_of(norm)
         both = None
-        if not _called_otherwise(norm) and (weight is None or not weight.is_inference()):
+        if not _called_otherwise(norm) and not _unreadable(weight):
             both = type(norm)._gemma_norm_join(norm, a, b)  # type: ignore[attr-defined]
         if both is None:
             reason = _apart(norm, swap, a, b, hooks=False)
@@ -85,10 +100,15 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
             except RuntimeError as error:
                 reason = refusal(error)
             else:
-                own.offer = (s, s._version, weight, None if weight is None else weight._version, y)
+                own.offer = (s, s._version, seen_of(norm, swap.eps_name), y)
                 return s
     own.apart(reason)
     return a + b
+
+
+def _unreadable(weight: Tensor | None) -> bool:
+    """Whether a weight is not there yet, as FSDP's is between two layers, or does not count the writes to it."""
+    return weight is not None and (weight.is_inference() or weight.untyped_storage().nbytes() == 0)
 
 
 def _called_otherwise(norm: nn.Module) -> Any:
@@ -132,21 +152,24 @@ def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | No
         return "inside a torch.func transform or a trace"
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return "the residual has another shape or dtype"
+    if not a.is_contiguous():
+        return "x is not row-major, as the operator's results are"
     weight = weight_of(norm) if swap.semantics.weighted else None
     if a.device != b.device or (weight is not None and weight.device != a.device):
         return "the residual or the norm is on another device"
     if weight is not None:
         if weight.dtype != a.dtype and (a.dtype, weight.dtype) not in swap.semantics.mixed:
             return "the weight has another dtype, for which the original computes what no operator here does"
-        if not hooks and (weight.is_inference() or weight.untyped_storage().nbytes() == 0):
+        if not hooks and _unreadable(weight):
             return "the weight is not there yet, or does not tell whether it has been written to"
     return "the norm has hooks" if _called_otherwise(norm) or (hooks and _seen_after(norm)) else None
 
 
-def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], across: bool) -> list[nn.Module]:
-    """Rewrite the layers, as far as their forms are known. Returns what was changed, nothing in a dry run."""
+def fuse(
+    model: nn.Module, report: Report, planned: dict[nn.Module, Swap], across: bool, changed: list[nn.Module]
+) -> None:
+    """Rewrite the layers, as far as their forms are known, and append them to ``changed``. A dry run changes nothing."""
     names = {module: name for name, module in model.named_modules()}
-    changed: list[nn.Module] = []
     layers: dict[nn.Module, frozenset[str]] = {}
 
     def norm(parent: nn.Module, attribute: str) -> nn.Module | None:
@@ -158,9 +181,10 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], acros
     ends: dict[nn.Module, nn.Module] = {}  # the norm that the addition at a layer's end joins
     if across:
         for parent in names:
-            for items in parent.children():
-                if isinstance(items, nn.ModuleList) and any(norm(item, key) for item in items for key in item._modules):
-                    finals = [child for key in parent._modules if (child := norm(parent, key)) is not None]
+            for child in parent.children():
+                items = [item for item in child if item is not None] if isinstance(child, nn.ModuleList) else []
+                if any(norm(item, key) for item in items for key in item._modules):
+                    finals = [final for key in parent._modules if (final := norm(parent, key)) is not None]
                     following = [
                         next(filter(None, (norm(i, n) for n in form(_base(i)).first)), None) for i in items[1:]
                     ]
@@ -187,7 +211,7 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], acros
         report.fused += [Fused(name, kind, names[ends[layer]], True)] if last else []
         layers[layer] = joined
     if report.dry_run:
-        return []
+        return
     for layer, joined in layers.items():
         last = form(type(layer)).ends_with_sum and layer in ends
         exchange(layer, layer_subclass(LayerSwap(type(layer), joined, last)))
@@ -200,7 +224,6 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], acros
             assert swap is not None
             if not swap.takes:
                 exchange(target, subclass(replace(swap, takes=True)))
-    return changed
 
 
 def _base(module: nn.Module) -> type[nn.Module]:

@@ -43,13 +43,14 @@ class Form:
     function: types.FunctionType | None = None
 
 
-_forms: dict[type, Form] = {}
+_forms: dict[tuple[type, Any], Form] = {}
 
 
 def form(base: type) -> Form:
-    if base not in _forms:
-        _forms[base] = _form(base)
-    return _forms[base]
+    key = (base, base.forward)  # type: ignore[attr-defined]  # a class may be given another forward
+    if key not in _forms:
+        _forms[key] = _form(base)
+    return _forms[key]
 
 
 def _form(base: type) -> Form:

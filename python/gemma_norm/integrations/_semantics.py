@@ -159,12 +159,14 @@ class _Probe:
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device="cpu", dtype=torch.float32)
 
-    def original(self, dtype: torch.dtype, weight_dtype: torch.dtype, gates: tuple[Tensor | None, ...]) -> Any:
+    def original(
+        self, dtype: torch.dtype, weight_dtype: torch.dtype, gates: tuple[Tensor | None, ...], training: bool = False
+    ) -> Any:
         """The class's forward on a shallow copy: no hook runs, and no tensor of the model is touched. A float32 gate is
         given x's dtype.
         """
         copy = object.__new__(type(self.module))
-        copy.__dict__ = dict(self.module.__dict__)
+        copy.__dict__ = {**self.module.__dict__, "training": training}
         copy._parameters, copy._buffers = dict(self.module._parameters), dict(self.module._buffers)
         copy.__dict__.pop("forward", None)
         if self.weight is not None:
@@ -219,6 +221,9 @@ class _Probe:
             if answer.dtype != dtype:
                 return Left(f"returns {_name(answer.dtype)} for {_name(dtype)}")
             answers[dtype] = answer
+        trained = self.original(torch.float32, torch.float32, gates, training=True)
+        if not isinstance(trained, Tensor) or not torch.equal(trained, answers[torch.float32]):
+            return Left("computes something else in training")
         nearest, shares = None, []
         for candidate in candidates:
             formula = self._formula(candidate, gate)

@@ -62,7 +62,8 @@ def patch(
             layers whose ``forward`` contains ``h = residual + h; residual = h; h = self.norm(h)``. True: also the
             addition at a layer's end with the first norm of the next, or the model's last, where no gradient is
             recorded and outside of ``torch.inference_mode``, whose tensors do not tell whether they have been written
-            to. The results have the same bits in each case. A norm with hooks, or in compiled code, is not joined.
+            to. A hook that writes to a layer's result through ``.data``, NumPy or a collective is not seen there: "layer"
+            is for such models. The results have the same bits in each case. A norm with hooks, or in compiled code, is not joined.
         rounding: "original" rounds where the original rounds. "once": norms that round x * rstd before they multiply by
             the weight, as Llama's do, round at the end alone, which is nearer to the exact result. Gated norms likewise.
         gated: whether norms with a gate are replaced.
@@ -76,7 +77,8 @@ def patch(
         ``fuse_residual=True`` such a norm may be made to take a result from the layer before; :func:`unpatch` undoes it.
 
     Without gradients, a plain norm's result has the strides that the original gives it. Where gradients are recorded, and
-    of gated norms and joined additions, results are row-major.
+    of gated norms, results are row-major. For the backward pass x itself is kept, where some originals keep a float32 copy
+    of it: writing to x after the norm is then an error of autograd.
 
     Raises:
         TypeError: model is no ``torch.nn.Module``.
@@ -174,13 +176,18 @@ def _patch(
     if strict:
         report.raise_if_left()
     changed: list[nn.Module] = []
-    if not dry_run:
-        for module, swap in swaps.items():
-            exchange(module, subclass(swap))
-            module.__dict__[STATE] = State(names[module], report.fallbacks, report.additions)
-            changed.append(module)
-    if fuse_residual is not False:
-        changed += _residual.fuse(model, report, swaps, across=fuse_residual is True)
+    try:
+        if not dry_run:
+            for module, swap in swaps.items():
+                exchange(module, subclass(swap))
+                module.__dict__[STATE] = State(names[module], report.fallbacks, report.additions)
+                changed.append(module)
+        if fuse_residual is not False:
+            _residual.fuse(model, report, swaps, fuse_residual is True, changed)
+    except BaseException:  # such as a class that does not let itself be derived from
+        for module in changed:
+            _restore(module)
+        raise
     return report, changed
 
 
