@@ -4,8 +4,8 @@
     python examples/patch_transformers.py [--model PATH_OR_ID] [--device cpu|cuda] [--dtype float32|bfloat16]
 
 Without --model it is a tiny model with the layers of Qwen3.5 and random weights, which takes seconds on a CPU. Exit
-status 1 if a norm was left, a call fell back to the original, or a token differs in float32. (In bfloat16 the norms have
-the original's bits but for a few elements, and one is enough to change a token.)
+status 1 if a norm was left, a call fell back to the original, or a token differs in float32. (In bfloat16 the norms
+have the original's bits but for a few elements, and one is enough to change a token.)
 
     pip install transformers
 """

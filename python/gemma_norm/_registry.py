@@ -210,7 +210,7 @@ def _register_twin(op: Operator, kernels: Mapping[str, Callable[..., Any]]) -> N
 
 
 def _shown_as(op: Operator, key: str) -> Callable[..., Any]:
-    """Make the twin's kernel for a dispatch key at which calls are watched: it passes the operator to PyTorch's kernel."""
+    """Make the twin's kernel for a dispatch key that watches calls: it passes the operator to PyTorch's kernel."""
     dispatch_key = torch._C._dispatch_key_parse(key)
     own, below = torch._C.DispatchKeySet(dispatch_key), torch._C._dispatch_keyset_full_after(dispatch_key)
     redispatch, twin = op.overload.redispatch, op.twin.redispatch
@@ -225,7 +225,7 @@ def _shown_as(op: Operator, key: str) -> Callable[..., Any]:
 
 def _autograd(op: Operator) -> Callable[..., Any]:
     recorded = op.recorded
-    twin = getattr(op.twin, "_op", op.twin)  # what an OpOverload calls in a Python frame of its own
+    twin = bare(op.twin)
 
     def kernel(*args: Any) -> Any:
         if _is_grad_enabled() or forward_ad._current_level >= 0:
@@ -237,6 +237,11 @@ def _autograd(op: Operator) -> Callable[..., Any]:
 
 def _jagged(op: Operator) -> Callable[..., NoReturn]:
     return lambda cls, func, types, args, kwargs: op.refuse_nested(*args, **(kwargs or {}))
+
+
+def bare(overload: Any) -> Any:
+    """What an OpOverload calls. Its own ``__call__`` is a frame of Python, a part of what a small call costs."""
+    return getattr(overload, "_op", overload)
 
 
 def _overload(name: str) -> Any:

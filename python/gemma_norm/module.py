@@ -13,11 +13,12 @@ from . import reference, routing
 from ._calls import functorch_is_active
 from ._checks import UNWRITABLE
 from ._ops import rms_norm as ops
+from ._registry import bare
 from .routing import Output
 
 _is_compiling = torch.compiler.is_compiling
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_fused_add_rms_norm = torch.ops.gemma_norm.fused_add_rms_norm.default
+_fused_add_rms_norm = bare(torch.ops.gemma_norm.fused_add_rms_norm.default)
 _is_grad_enabled = torch.is_grad_enabled
 _is_tracing = torch._C._is_tracing
 _is_inference_mode_enabled = torch.is_inference_mode_enabled

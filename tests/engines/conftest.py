@@ -1,7 +1,7 @@
 """The real SGLang and vLLM, of their wheels' Python files alone: tests/engines/README.md says how to get them.
 
-Neither is installed: both pin a CUDA build of PyTorch. Some packages that they import, and that no norm calls, are empty
-stand-ins here.
+Neither is installed: both pin a CUDA build of PyTorch. Some packages that they import, and that no norm calls, are
+empty stand-ins here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gemma_norm.integrations.kernels on a stand-in for the kernels library; tests/engines/test_kernels.py has the real one."""
+"""gemma_norm.integrations.kernels on a stand-in for the kernels library, which tests/engines/test_kernels.py has."""
 
 from __future__ import annotations
 

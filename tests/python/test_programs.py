@@ -82,7 +82,7 @@ def loss(y: Tensor, s: Tensor) -> Tensor:
 
 
 def assert_trains(function: Callable[..., Any], rows: int, leaves: list[Tensor]) -> None:
-    """Called in grad mode with inputs that require a gradient: that of each of them and of the leaves, the parameters."""
+    """Called in grad mode with inputs that require a gradient: theirs, and those of the leaves, the parameters."""
     x, residual = (t.requires_grad_() for t in inputs(rows, leaves[0].device.type))
     wanted = [x, residual, *leaves]
     got = torch.autograd.grad(loss(*function(x, residual)), wanted)

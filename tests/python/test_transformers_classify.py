@@ -1,4 +1,4 @@
-"""Modules are recognised by what they compute: the classes of transformers of every kind, and those that only look alike."""
+"""Modules are recognised by what they compute: transformers' classes of every kind, and those that look alike."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_out_of_memory_is_no_refusal():
 
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16])
 def test_a_16_bit_weight_with_float32_x(weight):
-    """residual_in_fp32 of Mamba: the result is float32, of a Llama-like norm by the operator, of T5's by the original."""
+    """residual_in_fp32 of Mamba: the result is float32. The operator serves Llama's norm, the original T5's."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.t5.modeling_t5 import T5LayerNorm
 

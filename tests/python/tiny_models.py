@@ -1,4 +1,4 @@
-"""Tiny transformers models with random weights, for the tests of patch. Skips whatever imports it without transformers."""
+"""Tiny transformers models with random weights, for the tests of patch, which skip without transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The parts of vLLM that the adapter looks at, with the signatures of vLLM 0.33.0. The norms' own forwards return THEIRS.
+"""The parts of vLLM that the adapter looks at, with the signatures of vLLM 0.33.0.
+
+The norms' own forwards return THEIRS.
 tests/engines has the real vLLM.
 """
 

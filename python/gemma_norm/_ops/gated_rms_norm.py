@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 from .. import reference
 from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
-from .._registry import Operator, register
+from .._registry import Operator, bare, register
 from .rms_norm import cast, norm_backward
 
 _RULES = {"x": X, "weight": WEIGHT, "gate": OPTIONAL_LIKE_X}
@@ -148,5 +148,5 @@ GATED_RMS_NORM_OUT = Operator(
 )
 register(GATED_RMS_NORM, GATED_RMS_NORM_OUT)
 
-_gated_rms_norm = GATED_RMS_NORM.twin
+_gated_rms_norm = bare(GATED_RMS_NORM.twin)
 _gated_rms_norm_out = GATED_RMS_NORM_OUT.overload

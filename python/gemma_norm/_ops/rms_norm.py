@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function, has_torch_function_variadic
 from .. import reference
 from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_RESIDUAL, OPTIONAL_WEIGHT, RESIDUAL, X
-from .._registry import Operator, register
+from .._registry import Operator, bare, register
 
 _NORM = {"x": X, "weight": OPTIONAL_WEIGHT}
 _ADD = {**_NORM, "residual": RESIDUAL, "post_residual_addition": OPTIONAL_LIKE_RESIDUAL}
@@ -231,7 +231,7 @@ RMS_NORM_OUT = Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIK
 FUSED_ADD_RMS_NORM = Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
 register(RMS_NORM, RMS_NORM_OUT, ADD_RMS_NORM, FUSED_ADD_RMS_NORM)
 
-_rms_norm = RMS_NORM.twin
+_rms_norm = bare(RMS_NORM.twin)
 _rms_norm_out = RMS_NORM_OUT.overload
 _fused_add_rms_norm = FUSED_ADD_RMS_NORM.overload
-_add_rms_norm = ADD_RMS_NORM.twin
+_add_rms_norm = bare(ADD_RMS_NORM.twin)

@@ -1,4 +1,4 @@
-"""What the adapters for SGLang, vLLM and kernels share: reading an engine before anything is replaced, and the calls."""
+"""What the adapters for SGLang, vLLM and kernels share: reading an engine before any change, and the calls."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 from .._ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm
 from .._ops.rms_norm import ADD_RMS_NORM, RMS_NORM, RMS_NORM_OUT, rms_norm
-from ._swap import STATE, Swap, derive, named_like, state
+from .._registry import bare
+from ._swap import STATE, SWAP, Swap, derive, named_like, state
 
 is_compiling = torch.compiler.is_compiling
 is_tracing = torch._C._is_tracing
@@ -29,15 +30,10 @@ def _subclass(swap: Swap, original: Any) -> type[nn.Module]:
     base = swap.base
     forward = _gated_forward(swap) if swap.semantics.gated else _plain_forward(swap)
     forward = named_like(_taking(forward, swap.eps_name) if swap.takes else forward, base.forward)
-    members = {"_gemma_norm_swap": swap, "extra_repr": _extra_repr(base)}
+    members = {SWAP: swap, "extra_repr": _extra_repr(base)}
     if not swap.semantics.gated:
         members["_gemma_norm_join"] = staticmethod(_join(swap))
     return derive(base, "norm", swap, forward, **members)
-
-
-def bare(overload: Any) -> Callable[..., Any]:
-    """What an OpOverload calls, in a Python frame of its own."""
-    return getattr(overload, "_op", overload)  # type: ignore[no-any-return]
 
 
 def _plain_forward(swap: Swap) -> Callable[..., Any]:
@@ -50,8 +46,8 @@ def _plain_forward(swap: Swap) -> Callable[..., Any]:
     is_grad_enabled, plain = torch.is_grad_enabled, Tensor
     operator = bare(RMS_NORM.twin)
     # The original's result has x's order of strides, which decides what the model does next, such as which kernel its
-    # attention takes. The operator's own results are row-major. So where x is not and no gradient is recorded, it writes
-    # into a tensor like x.
+    # attention takes. The operator's own results are row-major. So where x is not and no gradient is recorded, it
+    # writes into a tensor like x.
     write = bare(RMS_NORM_OUT.overload)
     empty_like = torch.empty_like
 

@@ -2,9 +2,9 @@
 
 Inside a layer, ``_gemma_norm_add(a, b, norm)`` returns ``(norm(a + b), a + b)``. Across layers,
 ``_gemma_norm_add_last(a, b)`` returns ``s = a + b`` and offers the next layer's norm what it computes of s. That norm
-takes the offer if its input is that very tensor, neither the tensor nor the weight has been written to since, and weight
-and eps are the same; else it computes its result itself. A write between two layers that PyTorch does not count, through
-``.data``, NumPy or a collective of torch.distributed, is not seen.
+takes the offer if its input is that very tensor, neither the tensor nor the weight has been written to since, and
+weight and eps are the same; else it computes its result itself. A write between two layers that PyTorch does not
+count, through ``.data``, NumPy or a collective of torch.distributed, is not seen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ._forwards import (
 )
 from ._report import Fused, Left, Report
 from ._rewrite import form, rewritten
-from ._swap import STATE, State, Swap, base_of, derive, exchange, own_forward, state
+from ._swap import STATE, SWAP, State, Swap, base_of, derive, exchange, own_forward, state
 
 MISSES = 3  # An offer that is not taken cost a norm: after so many, none is made any more.
 
@@ -50,7 +50,7 @@ def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
 def _layer_subclass(swap: LayerSwap, original: Any) -> type[nn.Module]:
     """One for each forward that the base has had: a class may be given another one."""
     forward = rewritten(swap.base, swap.norms, swap.across)
-    members = {"_gemma_norm_swap": swap, "_gemma_norm_add": add, "_gemma_norm_add_last": add_last}
+    members = {SWAP: swap, "_gemma_norm_add": add, "_gemma_norm_add_last": add_last}
     return derive(swap.base, "layer", swap, forward, **members)
 
 
@@ -130,7 +130,7 @@ def _seen_after(norm: nn.Module) -> Any:
 
 def norm_swap(module: nn.Module) -> Swap | None:
     """That of a replaced norm without a gate."""
-    swap = type(module).__dict__.get("_gemma_norm_swap")
+    swap = type(module).__dict__.get(SWAP)
     return swap if isinstance(swap, Swap) and not swap.semantics.gated else None
 
 
@@ -168,7 +168,7 @@ def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | No
 def fuse(
     model: nn.Module, report: Report, planned: dict[nn.Module, Swap], across: bool, changed: list[nn.Module]
 ) -> None:
-    """Rewrite the layers, as far as their forms are known, and append them to ``changed``. A dry run changes nothing."""
+    """Rewrite the layers, as far as their forms are known, and append them to ``changed``. A dry run changes none."""
     names = {module: name for name, module in model.named_modules()}
     layers: dict[nn.Module, frozenset[str]] = {}
 

@@ -207,7 +207,8 @@ def _norm_call(statement: ast.stmt, h: str | None, self_name: str) -> str | None
     if not h or _target(statement) != h or not isinstance(call, ast.Call) or call.keywords:
         return None
     is_method = isinstance(call.func, ast.Attribute) and _name(call.func.value) == self_name
-    return call.func.attr if is_method and [_name(arg) for arg in call.args] == [h] else None  # type: ignore[attr-defined]
+    takes_h = is_method and [_name(arg) for arg in call.args] == [h]
+    return call.func.attr if takes_h else None  # type: ignore[attr-defined]
 
 
 def _triple(statements: list[ast.stmt], own: str) -> str | None:

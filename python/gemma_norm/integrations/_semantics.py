@@ -1,8 +1,8 @@
 """Which formula a module computes, found out by running it.
 
-A name says nothing about a norm: among the classes of transformers, some called RMSNorm return the reciprocal root alone
-or compute something else, and some called LayerNorm are RMSNorms. So a copy of the module, with a random weight of its
-own, is run on random inputs, and what it returns is compared with each formula that this library has.
+A name says nothing about a norm: among the classes of transformers, some called RMSNorm return the reciprocal root
+alone or compute something else, and some called LayerNorm are RMSNorms. So a copy of the module, with a random weight
+of its own, is run on random inputs, and what it returns is compared with each formula that this library has.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Semantics:
     """A gate of 16 bits is taken with float32 x, as if it were float32."""
     mixed: frozenset[tuple[torch.dtype, torch.dtype]] = field(default=frozenset(), repr=False)
     """The pairs of different dtypes, x's and the weight's, for which the module computes what our function does.
-    transformers' Llama-like classes return float32 for 16-bit x and a float32 weight, which no function of ours does."""
+    transformers' Llama-like classes return float32 for 16-bit x and a float32 weight, which no function of ours does.
+    """
 
     def __str__(self) -> str:
         if not self.gated:
@@ -77,7 +78,7 @@ class Found:
     semantics: Semantics
     eps_name: str
     share: float
-    """The largest share of 16-bit elements that differ from the formula, each by at most ULPS units in the last place."""
+    """The largest share of 16-bit elements that differ from the formula, each by at most ULPS units."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SGLang's norms, each with the calls that are ours and what computes them. The parameters are those of SGLang 0.5.23."""
+"""SGLang's norms, each with the calls that are ours and what computes them, as of SGLang 0.5.23."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _without_scale(self: Any, x: Tensor) -> Any:
 
 
 def _writes(x: Tensor) -> bool:
-    """What SGLang itself does: its CUDA kernels overwrite x and residual, all that it has on HIP returns new tensors."""
+    """As SGLang itself: its CUDA kernels overwrite x and residual, all that it has on HIP returns new tensors."""
     return x.is_cuda and torch.version.hip is None
 
 

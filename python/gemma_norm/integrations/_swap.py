@@ -21,7 +21,10 @@ from ._semantics import Semantics
 
 Counts = Counter[tuple[str, str]]
 STATE = "_gemma_norm"
-_newobj: Any = copyreg.__newobj__  # type: ignore[attr-defined]  # how objects without a recipe of their own are made again
+SWAP = "_gemma_norm_swap"
+"""The attribute of a derived class that holds what it was made from."""
+# How pickle makes objects again that have no recipe of their own.
+_newobj: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def rebuild(kind: str, made_from: Any) -> nn.Module:
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
     """The class before the exchange; None where there was none."""
-    found = type(module).__dict__.get("_gemma_norm_swap")
+    found = type(module).__dict__.get(SWAP)
     return None if found is None else found.base
 
 

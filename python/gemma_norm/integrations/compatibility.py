@@ -1,4 +1,6 @@
-"""Every causal language model of the installed transformers, patched: ``python -m gemma_norm.integrations.compatibility``.
+"""Every causal language model of the installed transformers, patched.
+
+``python -m gemma_norm.integrations.compatibility`` writes a table of them.
 
 Each family is built tiny, with random weights, and run as it is and patched, in float32 and bfloat16. The table goes to
 the file that is named, or to the standard output. Each family has a process of its own, and a time limit.
@@ -209,7 +211,7 @@ def in_process(family: str, config_class: Any, model_class: Any, seconds: float)
 
 
 def passes(row: dict[str, Any]) -> bool:
-    """The promises: float32 within 1e-5, the state untouched, unpatching exact, fusing exact, no farther from float32."""
+    """float32 within 1e-5, the state untouched, unpatching and fusing exact, bfloat16 no farther from float32."""
     exact = row["state"] and row["restored"] and row["fused_same"]
     return bool(exact and row["float32"] <= 1e-5 and row.get("ratio", 1.0) <= 1.1)
 
@@ -228,12 +230,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"Written by `python -m gemma_norm.integrations.compatibility` with {versions} ({platform.machine()}). Every "
         "family of causal language models is built tiny, with random weights, and run on 2 x 12 tokens, as it is and "
         "after `gemma_norm.integrations.transformers.patch(model)`.",
-        f"**{good} of {len(judged)} families with an RMSNorm keep every promise**: logits in float32 within 1e-5 of the "
-        "largest, the same `state_dict` (keys and memory), the original's bits after `unpatch`, the same bits with "
-        "`fuse_residual=True` as without, and bfloat16 logits no farther from the float32 ones than 1.1 times the "
-        f"original's. In bfloat16 {equal} of {len(half)} have the original's bits. The others differ where another last "
-        "place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips a rounding, in a few elements, "
-        "after which a model of many layers goes on with other bits.",
+        f"**{good} of {len(judged)} families with an RMSNorm keep every promise**: logits in float32 within 1e-5 of "
+        "the largest, the same `state_dict` (keys and memory), the original's bits after `unpatch`, the same bits "
+        "with `fuse_residual=True` as without, and bfloat16 logits no farther from the float32 ones than 1.1 times "
+        f"the original's. In bfloat16 {equal} of {len(half)} have the original's bits. The others differ where "
+        "another last place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips a rounding, in a few "
+        "elements, after which a model of many layers goes on with other bits.",
         "\n".join([_HEAD, *(_row(family, row) for family, row in sorted(judged.items()))]),
         _LEGEND,
         f"**No RMSNorm that is replaced** ({len(none)}): {', '.join(none)}.",
@@ -247,11 +249,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 _HEAD = """| family | norms | what they compute | joined | float32 | bfloat16 equal | error | left |
 |---|---|---|---|---|---|---|---|"""
 _LEGEND = (
-    "*norms*: how many are replaced. *What they compute*: `rounds twice` and `rounds each step` are `round_each_step` in "
-    "[the contract](contract.md), `1 + weight` is `gemma`. *joined*: residual additions that `fuse_residual=True` joins "
-    "with a norm. *float32*: the largest difference of the logits, over the largest logit. *error*: mean distance of the "
-    "bfloat16 logits from the original's float32 ones, over the original's distance. *left*: what looks like a norm and "
-    "stays as it is, and why; and why some calls of replaced norms ran the original forward."
+    "*norms*: how many are replaced. *What they compute*: `rounds twice` and `rounds each step` are "
+    "`round_each_step` in [the contract](contract.md), `1 + weight` is `gemma`. *joined*: residual additions that "
+    "`fuse_residual=True` joins with a norm. *float32*: the largest difference of the logits, over the largest "
+    "logit. *error*: mean distance of the bfloat16 logits from the original's float32 ones, over the original's "
+    "distance. *left*: what looks like a norm and stays as it is, and why; and why some calls of replaced norms ran "
+    "the original forward."
 )
 
 

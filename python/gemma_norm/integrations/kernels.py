@@ -1,4 +1,4 @@
-"""gemma_norm's kernels for ``kernelize`` of Hugging Face's kernels library, under its names for the norms of transformers.
+"""gemma_norm's kernels for ``kernelize`` of Hugging Face's kernels library, under its names for norms.
 
 A name there is no formula: of the classes that are called RMSNorm most round before the weight and some do not, and
 RMSNormGated is two formulas. So a module is run once, with a weight of our own, and compared with the formulas that

@@ -26,7 +26,7 @@ from ._forwards import subclass
 from ._report import Fused, Left, Replaced, Report
 from ._semantics import Found, Semantics, classify
 from ._semantics import Left as _Left
-from ._swap import STATE, State, Swap, base_of, exchange, own_forward
+from ._swap import STATE, SWAP, State, Swap, base_of, exchange, own_forward
 
 __all__ = ["Fused", "Left", "Replaced", "Report", "Semantics", "patch", "patched", "unpatch"]
 
@@ -50,8 +50,8 @@ def patch(
     names, hooks and ``state_dict``, and ``isinstance`` holds. Only the class of each becomes a subclass with another
     ``forward``, which ``print(model)`` shows, and :func:`unpatch` takes back.
 
-    What has a ``forward`` of its own, set by ``kernelize`` or Liger on the module, is left and reported; set after patch,
-    it comes before ours.
+    What has a ``forward`` of its own, set by ``kernelize`` or Liger on the module, is left and reported; set after
+    patch, it comes before ours.
 
     A call that the operator refuses, or for which the original returns another dtype, runs the original ``forward`` and
     is counted in ``report.fallbacks``. So do calls inside the transforms of ``torch.func`` and traces.
@@ -62,23 +62,26 @@ def patch(
             layers whose ``forward`` contains ``h = residual + h; residual = h; h = self.norm(h)``. True: also the
             addition at a layer's end with the first norm of the next, or the model's last, where no gradient is
             recorded and outside of ``torch.inference_mode``, whose tensors do not tell whether they have been written
-            to. A hook that writes to a layer's result through ``.data``, NumPy or a collective is not seen there: "layer"
-            is for such models. The results have the same bits in each case. A norm with hooks, or in compiled code, is not joined.
+            to. A hook that writes to a layer's result through ``.data``, NumPy or a collective is not seen there:
+            "layer" is for such models. The results have the same bits in each case. A norm with hooks, or in compiled
+            code, is not joined.
         rounding: "original" rounds where the original rounds. "once": norms that round x * rstd before they multiply by
-            the weight, as Llama's do, round at the end alone, which is nearer to the exact result. Gated norms likewise.
+            the weight, as Llama's do, round at the end alone, which is nearer to the exact result. Gated norms
+            likewise.
         gated: whether norms with a gate are replaced.
         strict: raise RuntimeError if a module is left that looks like a norm, and change nothing then.
         dry_run: change nothing, and report what would be done.
-        compiled: what a norm is inside ``torch.compile`` and ``torch.export``: "formula", the original's, which Inductor
-            fuses with what is around it, or "native", the operator, whose bits do not depend on the compiler.
+        compiled: what a norm is inside ``torch.compile`` and ``torch.export``: "formula", the original's, which
+            Inductor fuses with what is around it, or "native", the operator, whose bits do not depend on the compiler.
 
     Returns:
         what was done. A module that an earlier call replaced stays as that call made it, and is reported as such. With
-        ``fuse_residual=True`` such a norm may be made to take a result from the layer before; :func:`unpatch` undoes it.
+        ``fuse_residual=True`` such a norm may be made to take a result from the layer before; :func:`unpatch` undoes
+        it.
 
-    Without gradients, a plain norm's result has the strides that the original gives it. Where gradients are recorded, and
-    of gated norms, results are row-major. For the backward pass x itself is kept, where some originals keep a float32 copy
-    of it: writing to x after the norm is then an error of autograd.
+    Without gradients, a plain norm's result has the strides that the original gives it. Where gradients are recorded,
+    and of gated norms, results are row-major. For the backward pass x itself is kept, where some originals keep a
+    float32 copy of it: writing to x after the norm is then an error of autograd.
 
     Raises:
         TypeError: model is no ``torch.nn.Module``.
@@ -98,7 +101,7 @@ def unpatch(model: nn.Module) -> None:
     """
     modules = list(model.modules())
     for module in modules:
-        if base_of(module) is None and any("_gemma_norm_swap" in kind.__dict__ for kind in type(module).__mro__):
+        if base_of(module) is None and any(SWAP in kind.__dict__ for kind in type(module).__mro__):
             what = "undo what was made of it after patch, such as a parametrization, then unpatch"
             raise RuntimeError(f"unpatch: {type(module).__name__} is of a class derived from a patched one: {what}")
     for module in modules:
@@ -153,7 +156,7 @@ def _patch(
         if isinstance(module, RMSNorm | GatedRMSNorm):
             continue
         if base_of(module) is not None:
-            known = type(module).__dict__["_gemma_norm_swap"]
+            known = type(module).__dict__[SWAP]
             if isinstance(known, Swap):
                 report.already.append(_describe(name, module, known, 0.0))
             continue

@@ -1,10 +1,10 @@
 """Runs a HIP library's own launch code, and the AMD machine code it holds, on a machine with no GPU.
 
 `load(library, arch)` opens a HIP library, whose HIP symbols are undefined, against a stand-in runtime, runtime.c.
-Device pointers are host pointers. machine.py executes each launch, on the code object that the library's fat binary holds for
-`arch`, or on one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang-19 and TINYGRAD=<a source
-checkout of tinygrad>. gfx90a, gfx942 and gfx950 run as CDNA, gfx11xx as RDNA3, gfx12xx as RDNA4; compile those with
--mcumode.
+Device pointers are host pointers. machine.py executes each launch, on the code object that the library's fat binary
+holds for `arch`, or on one given by `set_arch(arch, code_object=path)`. Needs gcc, HIP's headers, clang-19 and
+TINYGRAD=<a source checkout of tinygrad>. gfx90a, gfx942 and gfx950 run as CDNA, gfx11xx as RDNA3, gfx12xx as RDNA4;
+compile those with -mcumode.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class CodeObject:
         user_sgprs = self._user_sgprs(
             descriptor.kernel_code_properties, ctypes.addressof(packet), ctypes.addressof(kernarg)
         )
-        # By itself, the emulator flushes float32 subnormals. The kernel's descriptor says whether it was built for that.
+        # By itself, the emulator flushes float32 subnormals. The kernel's descriptor says whether it is to.
         keeps_subnormals = (descriptor.compute_pgm_rsrc1 >> 16) & 3 == 3
         emu._get_ftz_lib = (lambda: (None, 0)) if keeps_subnormals else _flushing
         lds, scratch = descriptor.group_segment_fixed_size + dynamic_lds, descriptor.private_segment_fixed_size
