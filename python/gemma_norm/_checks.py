@@ -145,7 +145,8 @@ def _tensors(op: Described, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
     strides = [(sa, sb) for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=False) if n != 1]
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and all(sa == sb for sa, sb in strides)
+    same = a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape
+    return same and all(sa == sb for sa, sb in strides)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -131,3 +131,14 @@ assert reference.ulp_error(y, reference.oracle(x, weight)) <= reference.max_ulp_
     subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True
     )
+
+
+def test_the_same_address_with_another_dtype_is_a_partial_overlap_everywhere():
+    """A float32 residual stream that begins where 16-bit x does: equal strides in elements are not in bytes."""
+    memory = torch.zeros(2, 8)
+    post, x = memory[:, :4], memory.view(torch.bfloat16).as_strided((2, 4), (8, 1))
+    residual = torch.zeros(2, 4)
+    call = OPS.fused_add_rms_norm.default
+    for function in (call, elsewhere(call)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="got a partial overlap"):
+            function(x, residual, None, 1e-6, False, post)
