@@ -45,21 +45,22 @@ class Model(nn.Module):
         return self.norm(x)
 
 
-def thrice(self: Layer, x: Tensor) -> Tensor:
-    h = self.linear(self.norm(x))
-    h = x + 3 * h
-    return h
+class OtherLayer(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(self.norm(x))
+        h = x + 3 * h
+        return h
 
 
-@pytest.mark.parametrize("fuse", ["layer", True])
-def test_a_class_that_is_given_another_forward_runs_that_one(monkeypatch, fuse):
+def test_a_class_that_is_given_another_forward_runs_that_one(monkeypatch):
     x = torch.randn(2, SIZE)
-    for forward in (Layer.forward, thrice, Layer.forward):
+    for forward in (Layer.forward, OtherLayer.forward, Layer.forward):
         monkeypatch.setattr(Layer, "forward", forward)
         model = Model()
         with torch.no_grad():
             want = model(x)
-            with patched(model, fuse_residual=fuse):
+            with patched(model, fuse_residual=True) as report:
+                assert len(report.fused) == 2
                 torch.testing.assert_close(model(x), want)
 
 
@@ -185,3 +186,13 @@ def test_joined_or_not_in_inference_strides_are_the_originals(fuse):
     assert [t.stride() for t in got] == [t.stride() for t in want]
     for ours, original in zip(got, want, strict=True):
         torch.testing.assert_close(ours, original)
+
+
+def test_a_default_device_of_the_program_is_not_that_of_the_probe():
+    class Unseen(Norm):
+        """No other test has had it classified."""
+
+    norm = Unseen()
+    with torch.device("meta"):
+        report = patch(norm)
+    assert len(report.replaced) == 1

@@ -24,6 +24,13 @@ logger = logging.getLogger("gemma_norm")
 SIGMOID = {"silu": False, "swish": False, "sigmoid": True}
 
 
+def version_of(project: str) -> str:
+    try:
+        return importlib.metadata.version(project)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
 class Engine:
     """Another project, read member by member. The first difference from what we know is the one error, raised before
     anything is replaced: a newer version may pass an argument that an adapter would ignore.
@@ -32,14 +39,8 @@ class Engine:
     def __init__(self, name: str, tested: str, function: str) -> None:
         self.name, self.tested, self.function = name, tested, function
 
-    def version(self) -> str:
-        try:
-            return importlib.metadata.version(self.name)
-        except importlib.metadata.PackageNotFoundError:
-            return "of unknown version"
-
     def differs(self, what: str, expected: str, found: str) -> NoReturn:
-        versions = f"This adapter knows {self.name} {self.tested}; {self.name} {self.version()} is installed"
+        versions = f"This adapter knows {self.name} {self.tested}; {self.name} {version_of(self.name)} is installed"
         raise RuntimeError(f"{self.function}: {what} must be {expected}, got {found}. {versions}. Nothing was changed.")
 
     def module(self, name: str) -> Any:
@@ -71,8 +72,8 @@ class Engine:
         """Without native kernels the operators are plain PyTorch, slower than what would be replaced."""
         name = _library.gpu_library()
         if torch.cuda.is_available() and name not in _library._loaded:
-            reason = "gemma_norm.libraries() says why not"
-            self.differs(f"gemma_norm's {name} library", "loaded on a machine with GPUs", f"none; {reason}")
+            needed = f"gemma_norm's {name} library must be loaded on a machine with GPUs, got none"
+            raise RuntimeError(f"{self.function}: {needed}; gemma_norm.libraries() says why. Nothing was changed.")
 
 
 def switch(variable: str, *others: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._ops.gated_rms_norm import gated_rms_norm
 from .._ops.rms_norm import rms_norm
-from ._engine import Engine, takes, takes_gate
+from ._engine import Engine, takes, takes_gate, version_of
 from ._semantics import Found, Left, classify
 
 TESTED = "0.17.2 with transformers 5.19.0 to 5.22.0"
@@ -100,8 +100,8 @@ def _check_transformers(engine: Engine) -> None:
     )
     if not engine.member(utils, "is_kernels_available")():
         least, beyond = getattr(utils, "KERNELS_MIN_VERSION", "?"), getattr(utils, "KERNELS_MAX_VERSION", "?")
-        wanted = f"of a version that transformers {Engine('transformers', '', '').version()} works with"
-        engine.differs("kernels", f"{wanted}, {least} <= version < {beyond}", engine.version())
+        wanted = f"of a version that transformers {version_of('transformers')} works with"
+        engine.differs("kernels", f"{wanted}, {least} <= version < {beyond}", version_of("kernels"))
     if not engine.member(hub, "_kernels_enabled"):
         engine.differs("USE_HUB_KERNELS", "unset, or YES, for transformers' norms to have layer names", "another value")
 

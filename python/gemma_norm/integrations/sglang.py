@@ -12,7 +12,7 @@ import functools
 from typing import Any, NamedTuple
 
 from . import _sglang_norms
-from ._engine import Engine, instances, logger, switch
+from ._engine import Engine, instances, logger, switch, version_of
 from ._sglang_norms import GATED, NORMS, Forward, Gated, Norm
 
 TESTED = "0.5.23"
@@ -98,7 +98,7 @@ def install() -> None:
         kind.forward = _gated_forward(kind, entry, originals[kind])
     _installed = _Installed(base, tuple(norms), originals)
     names = ", ".join(kind.__name__ for kind in (*norms, *originals))
-    logger.info("gemma_norm: serves SGLang %s's %s", engine.version(), names)
+    logger.info("gemma_norm: serves SGLang %s's %s", version_of(engine.name), names)
 
 
 def uninstall() -> None:

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from .._ops.rms_norm import rms_norm
-from ._engine import Engine, add_norm, gated_norm, instances, logger, switch, takes, takes_gate, unserved_gpus
+from ._engine import (
+    Engine,
+    add_norm,
+    gated_norm,
+    instances,
+    logger,
+    switch,
+    takes,
+    takes_gate,
+    unserved_gpus,
+    version_of,
+)
 
 TESTED = "0.24.0 to 0.33.0"
 
@@ -160,7 +171,7 @@ def install(*, under_inductor: bool = False) -> None:
         classes[ours] = kind
     get_config = config.get_cached_compilation_config
     _installed = _Installed(registry, classes, platforms, envs, get_config, mode, under_inductor)
-    logger.info("gemma_norm: serves vLLM %s's %s", engine.version(), ", ".join(kind.__name__ for kind in kinds))
+    logger.info("gemma_norm: serves vLLM %s's %s", version_of(engine.name), ", ".join(kind.__name__ for kind in kinds))
 
 
 def uninstall() -> None:
