@@ -72,7 +72,7 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
 CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp"]
 CPU = ["csrc/torch/schema.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
-GPU = ["csrc/gpu/plan.cpp"]
+GPU = ["csrc/gpu/backward_plan.cpp", "csrc/gpu/plan.cpp"]
 # Error messages contain the paths of source files. Without the folders of this build in them, libraries are the same
 # wherever they are built.
 PREFIXES = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, Path(torch.__file__).parents[1])]

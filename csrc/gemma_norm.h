@@ -39,11 +39,18 @@ enum Operand : int32_t {
   kGate,         // [..., hidden]
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
+  // Gradients. d<operand> is the gradient of <operand>.
+  kDOut,     // [..., hidden]
+  kDSum,     // [..., hidden]; of residual_out
+  kDX,       // [..., hidden]
+  kDGate,    // [..., hidden]
+  kDWeight,  // [hidden]
   kOperands,
   kNoOperand = -1
 };
-constexpr const char* kOperandNames[kOperands] = {"x",    "weight", "residual",    "post_residual_addition",
-                                                  "gate", "out",    "residual_out"};
+constexpr const char* kOperandNames[kOperands] = {"x",    "weight", "residual",     "post_residual_addition",
+                                                  "gate", "out",    "residual_out", "dout",
+                                                  "dsum", "dx",     "dgate",        "dweight"};
 
 constexpr int64_t kWholeRow = INT64_MAX;
 
@@ -68,8 +75,11 @@ struct Call {
   Options options;
   // Called once, after the last check and before the first write, unless it is null. If it throws, nothing has been
   // written, and the exception reaches the caller.
-  void (*before_write)(const void* context) = nullptr;
-  const void* context = nullptr;
+  void (*before_write)(void* context) = nullptr;
+  // Returns memory of the call's device, aligned to 64 bytes, for the call alone: this function's work may use it until
+  // the next call on the same stream. Needed by the operators that have a dweight, and called at most once.
+  void* (*scratch)(void* context, int64_t bytes) = nullptr;
+  void* context = nullptr;
 };
 
 // Describes a status other than kOk. Always terminated by a null character.

@@ -77,6 +77,15 @@ class Checker {
         const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kXOrFloat32;
         return check_dtype({rule.operand, rule.extent, dtypes}, t);
       }
+      case DTypes::kXOrNarrower: {
+        const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kLikeX;
+        return check_dtype({rule.operand, rule.extent, dtypes}, t);
+      }
+      case DTypes::kLikeWeight: {
+        const Tensor& weight = *call_.tensors[kWeight];
+        return t.dtype == weight.dtype ||
+               invalid("%s must have weight's dtype %s, got %s", name_of(rule), weight.dtype_name, t.dtype_name);
+      }
       case DTypes::kLikeResidual: {
         const Tensor& residual = *call_.tensors[kResidual];
         return t.dtype == residual.dtype ||

@@ -20,6 +20,8 @@ enum class DTypes : int8_t {
   kXOrFloat32,    // x's or float32
   kWeight,        // x's or float32; if x is float32, any of kFloat
   kLikeResidual,  // residual's
+  kLikeWeight,    // weight's
+  kXOrNarrower,   // x's; if x is float32, any of kFloat
 };
 
 enum class Use : int8_t {
@@ -49,6 +51,9 @@ constexpr OperandRule like_x(Operand operand, DTypes dtypes = DTypes::kLikeX) {
 }
 constexpr OperandRule output(Operand operand, Use use, Operand in_place_of, DTypes dtypes = DTypes::kLikeX) {
   return {operand, Extent::kLikeX, dtypes, use, in_place_of};
+}
+constexpr OperandRule new_like_weight(Operand operand) {
+  return {operand, Extent::kHidden, DTypes::kLikeWeight, Use::kNew};
 }
 constexpr OperandRule optional(OperandRule rule) {
   rule.optional = true;

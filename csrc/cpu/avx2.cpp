@@ -138,7 +138,7 @@ struct F32x32 {
 
 }  // namespace
 
-const CpuKernels kAvx2Kernels = cpu_kernels<F32x32>(Ops());
+const CpuKernels kAvx2Kernels = cpu_kernels<F32x32>(ForwardOps());
 
 }  // namespace gemma_norm
 

@@ -20,7 +20,7 @@
 
 namespace gemma_norm {
 
-const CpuKernels kAvx512Kernels = cpu_kernels<F32x32<false>>(Ops());
+const CpuKernels kAvx512Kernels = cpu_kernels<F32x32<false>>(ForwardOps());
 
 }  // namespace gemma_norm
 

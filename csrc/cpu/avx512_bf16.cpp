@@ -21,7 +21,7 @@
 
 namespace gemma_norm {
 
-const CpuKernels kAvx512Bf16Kernels = cpu_kernels<F32x32<true>>(Ops());
+const CpuKernels kAvx512Bf16Kernels = cpu_kernels<F32x32<true>>(ForwardOps());
 
 }  // namespace gemma_norm
 

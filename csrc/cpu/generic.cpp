@@ -173,6 +173,6 @@ struct F32x32 {
 
 }  // namespace
 
-const CpuKernels kGenericKernels = cpu_kernels<F32x32>(Ops());
+const CpuKernels kGenericKernels = cpu_kernels<F32x32>(ForwardOps());
 
 }  // namespace gemma_norm

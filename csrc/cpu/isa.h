@@ -21,9 +21,10 @@ Isa best_isa();
 // Computes rows [begin, end) of `params` on the calling thread.
 using RowsFunction = void (*)(const RowParams& params, int64_t begin, int64_t end);
 
-// The functions of an instruction set, one for each of Ops. All instruction sets give the same bits (see row_kernel.h).
+// The functions of an instruction set, one for each of ForwardOps. All instruction sets give the same bits (see
+// row_kernel.h).
 struct CpuKernels {
-  RowsFunction rows[Ops::kCount];
+  RowsFunction rows[ForwardOps::kCount];
 };
 extern const CpuKernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kNeonKernels;
 

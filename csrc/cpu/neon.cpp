@@ -129,7 +129,7 @@ struct F32x32 {
 
 }  // namespace
 
-const CpuKernels kNeonKernels = cpu_kernels<F32x32>(Ops());
+const CpuKernels kNeonKernels = cpu_kernels<F32x32>(ForwardOps());
 
 }  // namespace gemma_norm
 

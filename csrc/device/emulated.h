@@ -128,6 +128,7 @@ inline float approximate_rsqrt(float v) {
   return v > 0 && exact > 0 ? as_float(as_bits(exact) + as_bits(v) % 7 - 3) : exact;
 }
 inline bool in_all_lanes(bool condition) { return condition; }
+inline bool any_lane(bool condition) { return sum_over_lanes(condition ? 1.0f : 0.0f, wave_width()) > 0.0f; }
 
 inline float float16_value(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;

@@ -48,6 +48,7 @@ GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 // On wave 64, true only if the condition is true in every lane, so that the branch is uniform. In a divergent branch,
 // compilers keep the values loaded on its two sides in separate registers.
 GEMMA_NORM_DEVICE bool in_all_lanes(bool condition) { return wave_width() == 64 ? __all(condition) != 0 : condition; }
+GEMMA_NORM_DEVICE bool any_lane(bool condition) { return __any(condition) != 0; }
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }

@@ -26,6 +26,7 @@
 //   in_all_lanes(condition)          the condition of a branch; it may be false in a lane whose own condition is
 //                                    true: on some devices it is true only if the condition is true in all lanes of
 //                                    the wave
+//   any_lane(condition)              whether the condition is true in any lane of the wave; all lanes must call it
 //   as_float(bits) as_bits(f)        the same bits as another type
 //   fma(a, b, c)                     a * b + c, rounded once, to nearest even
 //   clamp(v, low, high)              min(max(v, low), high); for a NaN, either bound

@@ -13,21 +13,6 @@
 namespace gemma_norm::gpu {
 namespace {  // unnamed, because the tests link the CUDA and the emulated versions into one program
 
-// Whether every access can be a whole, aligned vector. This depends on the addresses and strides of the call. It
-// decides which instructions access memory, but never the shape, and so no bits. A vector takes 16 bytes, or 8 in an
-// operand whose elements are half as wide as those of s.
-bool is_aligned(const RowParams& p, const LaunchPlan& plan, DType row_dtype) {
-  const int64_t items = kVectorBytes / size_of(row_dtype);
-  bool aligned = plan.whole_vectors;
-  for (int o = 0; o < kOperands; ++o) {
-    const int64_t item = size_of(p.dtypes[o]), bytes = items * item < kVectorBytes ? items * item : kVectorBytes;
-    uint64_t bits = reinterpret_cast<uintptr_t>(p.data[o]);
-    for (const int64_t stride : p.strides[o]) bits |= stride * item;
-    aligned = aligned && bits % bytes == 0;
-  }
-  return aligned;
-}
-
 struct Kernel {
   void (*function)(RowParams, Launch);
   int32_t resident_threads;  // at least this many fit on a multiprocessor
@@ -82,7 +67,7 @@ VariantKernels find_kernels(const RowParams& p) {
 
 device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, RowParams p, LaunchPlan plan,
                           const DeviceFacts& facts, device::Stream stream) {
-  const bool aligned = is_aligned(p, plan, kernels.row_dtype);
+  const bool aligned = is_aligned(p, plan.whole_vectors, kernels.row_dtype);
   int64_t row_bytes = 0;
   for (int o = 0; o < kOperands; ++o) row_bytes += p.data[o] ? p.hidden * size_of(p.dtypes[o]) : 0;
   // Unaligned rows keep their plan: they are read in two passes, and spreading those was never measured.

@@ -80,6 +80,18 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
   return wide;
 }
 
+bool is_aligned(const RowParams& p, bool whole_vectors, DType row_dtype) {
+  const int64_t items = kVectorBytes / size_of(row_dtype);
+  bool aligned = whole_vectors;
+  for (int o = 0; o < kOperands; ++o) {
+    const int64_t item = size_of(p.dtypes[o]), bytes = items * item < kVectorBytes ? items * item : kVectorBytes;
+    uint64_t bits = reinterpret_cast<uintptr_t>(p.data[o]);
+    for (const int64_t stride : p.strides[o]) bits |= stride * item;
+    aligned = aligned && bits % bytes == 0;
+  }
+  return aligned;
+}
+
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device) {
   return std::min<int64_t>(INT32_MAX, device.max_threads / plan.block_threads) / plan.cluster;
 }

@@ -38,6 +38,11 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Hel
 // tree, so the bits are the same. Only GPUs with clusters do this, since it was measured on no others.
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device);
 
+// Whether every access can be a whole, aligned vector. This depends on the addresses and strides of the call. It
+// decides which instructions access memory, but never the shape, and so no bits. A vector takes 16 bytes, or 8 in an
+// operand whose elements are half as wide as those of s.
+bool is_aligned(const RowParams& params, bool whole_vectors, DType row_dtype);
+
 // The largest number of blocks (kCluster: of clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
 

@@ -3,6 +3,7 @@
 
 #include "gated_rms_norm.h"
 #include "rms_norm.h"
+#include "rms_norm_backward.h"
 
 namespace gemma_norm {
 
@@ -47,7 +48,8 @@ struct OpList {
   }
 };
 
-using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm>;
+using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm>;
+using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormBackward>;
 
 // Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);

@@ -66,12 +66,8 @@ struct Arguments {
   }
 };
 
-// Writes into new tensors alone.
-constexpr bool is_functional(const OpInfo& op) {
-  for (int32_t i = 0; i < op.rule_count; ++i)
-    if (op.rules[i].written() && op.rules[i].use != Use::kNew) return false;
-  return true;
-}
+// Whether the operator is one that records derivatives; it then has a twin without them (schema.cpp).
+constexpr bool has_twin(const OpInfo& op) { return std::string_view(op.torch_name) == op.differentiable; }
 
 inline void set_option(Options* options, const OptionField& field, StableIValue value) {
   if (field.number)

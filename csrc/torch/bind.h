@@ -153,13 +153,21 @@ inline Tensor view(const Handle& t) {
 // The error for a failed allocation. It has PyTorch's own words, by which programs recognise that a smaller batch may
 // help. Before PyTorch 2.13 the stable ABI does not give them, so the words of the likely reason, too little memory,
 // are repeated here.
-inline std::runtime_error allocation_error(Device device, int64_t elements, int32_t dtype) {
+inline std::runtime_error allocation_error(Device device, int64_t size) {
   if (torch_exception_get_what_without_backtrace)
     return std::runtime_error(torch_exception_get_what_without_backtrace());
-  const std::string bytes = std::to_string(elements * size_of(to_dtype(dtype))) + " bytes";
+  const std::string bytes = std::to_string(size) + " bytes";
   return std::runtime_error(device.type == aoti_torch_device_type_cpu()
                                 ? "DefaultCPUAllocator: can't allocate memory: you tried to allocate " + bytes
                                 : "CUDA out of memory. Tried to allocate " + bytes);
+}
+
+inline Handle empty(Device device, int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                    int64_t bytes) {
+  AtenTensorHandle handle;
+  if (aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle) != AOTI_TORCH_SUCCESS)
+    throw allocation_error(device, bytes);
+  return Handle(handle);
 }
 
 // A new row-major tensor of t's shape, dtype and device.
@@ -177,10 +185,7 @@ inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device de
     strides[d] = step;
     step *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  AtenTensorHandle handle;
-  if (aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle) != AOTI_TORCH_SUCCESS)
-    throw allocation_error(device, step, dtype);
-  return Handle(handle);
+  return empty(device, dims, sizes, strides, dtype, step * size_of(to_dtype(dtype)));
 }
 
 // An AtenTensorHandle points to an at::Tensor, which is one pointer to its TensorImpl.
@@ -224,13 +229,17 @@ inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensor
   }
 }
 
-// The outputs that are arguments. Autograd must be told that they are written, after the last check and before the
-// first write.
-struct Written {
+// What the C interface asks for while it runs a call (see Call).
+//
+// The outputs that are arguments are listed here: autograd must be told that they are written, after the last check and
+// before the first write.
+struct Services {
   const OpInfo& op;
+  const Device device;
   const Handle* tensors[kOperands];
   Operand operands[kOperands];
   int count = 0;
+  Handle memory;
 
   void add(Operand operand, const Handle& tensor) {
     operands[count] = operand;
@@ -238,8 +247,8 @@ struct Written {
   }
 
   // All of them are checked before autograd is told of any, because a bumped version cannot be taken back.
-  static void announce(const void* written) {
-    const Written& w = *static_cast<const Written*>(written);
+  static void before_write(void* services) {
+    const Services& w = *static_cast<const Services*>(services);
     if (_ZN3c1013InferenceMode10is_enabledEv && _ZN2at6native12is_inferenceERKNS_6TensorE &&
         !_ZN3c1013InferenceMode10is_enabledEv())
       for (int i = 0; i < w.count; ++i)
@@ -250,6 +259,17 @@ struct Written {
               " got one; clone it there");
     if (!_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) return;
     for (int i = 0; i < w.count; ++i) _ZN5torch8autograd4impl12bump_versionERKN2at6TensorE(w.tensors[i]->get());
+  }
+
+  // Memory of PyTorch's allocator. It is given back when the call returns; work of the same stream that gets it next
+  // runs after this call's.
+  static void* scratch(void* services, int64_t bytes) {
+    Services& s = *static_cast<Services*>(services);
+    const int64_t size = bytes, stride = 1;
+    s.memory = empty(s.device, 1, &size, &stride, aoti_torch_dtype_uint8(), bytes);
+    void* data;
+    require_success(aoti_torch_get_data_ptr(s.memory.get(), &data), "get_data_ptr");
+    return data;
   }
 };
 
@@ -273,22 +293,23 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   check_tensors(op, device, tensors);
 
   Tensor views[kOperands];
-  Written written{op, {}, {}};
+  Services services{op, device, {}, {}};
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
     if (rule.use == Use::kNew) {
-      const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual : kX;
+      const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual
+                            : rule.dtypes == DTypes::kLikeWeight ? kWeight
+                                                                 : kX;
       tensors[place] = empty_contiguous_like(op, tensors[alike], device);
     }
-    if (rule.use == Use::kInPlace || rule.use == Use::kWritten) written.add(place, tensors[place]);
+    if (rule.use == Use::kInPlace || rule.use == Use::kWritten) services.add(place, tensors[place]);
     if (!tensors[place]) continue;
     if (place == rule.operand) views[place] = view(tensors[place]);
     call.tensors[rule.operand] = &views[place];
   }
-  if (written.count > 0) {
-    call.before_write = &Written::announce;
-    call.context = &written;
-  }
+  if (services.count > 0) call.before_write = &Services::before_write;
+  call.scratch = &Services::scratch;
+  call.context = &services;
   Message message;
   if (Entry::call(call, device.index, &message) != Status::kOk) throw std::runtime_error(message.text);
 
@@ -302,7 +323,7 @@ template <class Entry, class Op, int kInfo = 0>
 void register_op(torch::stable::detail::StableLibrary& library) {
   constexpr const OpInfo& op = Op::kInfos[kInfo];
   library.impl(op.torch_name, &boxed<Entry, Op, kInfo>);
-  if constexpr (is_functional(op)) library.impl((std::string("_") + op.torch_name).c_str(), &boxed<Entry, Op, kInfo>);
+  if constexpr (has_twin(op)) library.impl((std::string("_") + op.torch_name).c_str(), &boxed<Entry, Op, kInfo>);
   if constexpr (kInfo + 1 < sizeof Op::kInfos / sizeof Op::kInfos[0]) register_op<Entry, Op, kInfo + 1>(library);
 }
 

@@ -1,7 +1,8 @@
 // Defines the operators' schemas. This is in the CPU library, because that is always loaded, and before the others.
 //
-// A functional operator has a twin, "_rms_norm" beside "rms_norm", with the same kernels and without derivatives.
-// Python's functions call it in inference, and the derivative's forward pass does (python/gemma_norm/_registry.py).
+// An operator that records derivatives has a twin, "_rms_norm" beside "rms_norm", with the same kernels and without
+// derivatives. Python's functions call it in inference, and the derivative's forward pass does
+// (python/gemma_norm/_registry.py).
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -13,6 +14,6 @@ STABLE_TORCH_LIBRARY(gemma_norm, m) {
   gemma_norm::Ops::each_info([&](const gemma_norm::OpInfo& op) {
     const std::string signature = std::string(op.torch_name) + op.schema;
     m.def(signature.c_str());
-    if (gemma_norm::binding::is_functional(op)) m.def(("_" + signature).c_str());
+    if (gemma_norm::binding::has_twin(op)) m.def(("_" + signature).c_str());
   });
 }

@@ -34,6 +34,7 @@ class DTypes(Enum):
     X_OR_FLOAT32 = "x's or float32"
     WEIGHT = "x's or float32; if x is float32, any of FLOAT"
     LIKE_RESIDUAL = "residual's"
+    X_OR_NARROWER = "x's; if x is float32, any of FLOAT"
 
 
 class Rule(NamedTuple):
@@ -200,7 +201,7 @@ def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # False for NaN
     if not in_range:  # a branch, so that the message is made only here: Dynamo cannot print a dynamic number
         _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
-    gemma, each_step = arguments.get("gemma", False), arguments["round_each_step"]
+    gemma, each_step = arguments.get("gemma", False), arguments.get("round_each_step", False)
     _require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
     _require(not (gemma and each_step), f"{op}: round_each_step must be False with gemma=True, got True")
     if each_step and weight is not None:
@@ -215,6 +216,8 @@ def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
 def _check_dtype(op: str, name: str, t: Tensor, dtypes: DTypes, tensors: Mapping[str, Tensor]) -> None:
     x, got = tensors["x"], dtype_name(t.dtype)
     own = dtype_name(x.dtype)
+    if dtypes is DTypes.X_OR_NARROWER:
+        dtypes = DTypes.FLOAT if x.dtype == torch.float32 else DTypes.LIKE_X
     if dtypes is DTypes.FLOAT or (dtypes is DTypes.WEIGHT and x.dtype == torch.float32):
         _require(t.dtype in DTYPES, f"{op}: {name} must have dtype float32, float16 or bfloat16, got {got}")
     elif dtypes is DTypes.LIKE_X:

@@ -58,6 +58,8 @@ class Operator:
     """The rule for each tensor, by the argument's name, in the order of the checks."""
     functional: str
     """The operator that computes the same in new tensors, and is differentiable."""
+    second_result: str | None = None
+    """The argument whose shape and dtype a second result has. The first result has those of x."""
     derivative: type[torch.autograd.Function] | None = None
     """For a functional operator: its setup_context and backward. ``register`` adds the forward pass."""
 
@@ -126,8 +128,11 @@ class Operator:
         if self.written:
             return arguments.get("out")
         x: Tensor = arguments["x"]
-        y = x.new_empty(x.shape)
-        return (y, x.new_empty(x.shape, dtype=arguments["residual"].dtype)) if "residual" in self.rules else y
+        y, second = x.new_empty(x.shape), self.second_result
+        if second is None:
+            return y
+        like: Tensor = arguments[second]
+        return y, like.new_empty(like.shape)
 
     def functionalised(self, *args: Any, **kwargs: Any) -> Any:
         """For torch.compile, which by itself cannot functionalise an operator that returns one of its arguments."""

@@ -13,7 +13,7 @@ from .. import reference
 from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
 from .._registry import Operator, bare, register
-from .rms_norm import cast, norm_backward
+from .rms_norm_backward import cast, formula
 
 _RULES = {"x": X, "weight": WEIGHT, "gate": OPTIONAL_LIKE_X}
 _is_grad_enabled = torch.is_grad_enabled
@@ -108,7 +108,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """:func:`norm_backward` of s and of dy, one of which is multiplied by the activation before."""
+        """:func:`formula` of s and of dy, one of which is multiplied by the activation before."""
         x, gate, weight = ctx.saved_tensors
         needs_x, needs_gate, needs_weight = ctx.needs_input_grad[:3]
         dy, x32 = dy.float(), x.float()
@@ -127,7 +127,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
         s = x32 * activation if gates_x and activation is not None else x32
         upstream = dy * activation if activation is not None and ctx.norm_before_gate else dy
         needs_s = needs_x or (needs_gate and gates_x)
-        ds, dweight = norm_backward(groups(upstream), groups(s), groups(weight), ctx.eps, False, needs_s, needs_weight)
+        ds, dweight = formula(groups(upstream), groups(s), groups(weight), ctx.eps, False, needs_s, needs_weight)
         ds = None if ds is None else ds.reshape(x.shape)
         dgate = None
         if needs_gate and slope is not None:
@@ -142,7 +142,9 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return cast(dx, x) if needs_x else None, dgate, dweight, None, None, None, None, None
 
 
-GATED_RMS_NORM = Operator("gated_rms_norm", reference.gated_rms_norm, _RULES, "gated_rms_norm", GatedRMSNormFunction)
+GATED_RMS_NORM = Operator(
+    "gated_rms_norm", reference.gated_rms_norm, _RULES, "gated_rms_norm", derivative=GatedRMSNormFunction
+)
 GATED_RMS_NORM_OUT = Operator(
     "gated_rms_norm.out", reference.gated_rms_norm, {**_RULES, "out": LIKE_X}, "gated_rms_norm"
 )

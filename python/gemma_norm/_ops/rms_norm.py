@@ -16,6 +16,7 @@ from .. import reference
 from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_RESIDUAL, OPTIONAL_WEIGHT, RESIDUAL, X
 from .._registry import Operator, bare, register
+from .rms_norm_backward import gradients
 
 _NORM = {"x": X, "weight": OPTIONAL_WEIGHT}
 _ADD = {**_NORM, "residual": RESIDUAL, "post_residual_addition": OPTIONAL_LIKE_RESIDUAL}
@@ -174,9 +175,8 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        dx, dweight = norm_backward(dy.float(), x.float(), weight, ctx.eps, ctx.gemma, needs_x, needs_weight)
-        return cast(dx, x), dweight, None, None, None
+        dx, dweight = gradients(dy, x, weight, None, ctx.eps, ctx.gemma, *ctx.needs_input_grad[:2])
+        return dx, dweight, None, None, None
 
 
 class AddRMSNormFunction(torch.autograd.Function):
@@ -184,49 +184,24 @@ class AddRMSNormFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, _, weight, ctx.eps, ctx.gemma, _, _ = inputs
         ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1], weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        """s is the sum of x, residual and post_residual_addition, so its gradient is that of each of them."""
         s, weight = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, _, _, needs_post, _ = ctx.needs_input_grad
         needs_s = needs_x or needs_residual or needs_post
-        ds, dweight = norm_backward(dy.float(), s.float(), weight, ctx.eps, ctx.gemma, needs_s, needs_weight)
-        ds = cast(None if ds is None else ds + dsum, s)
+        ds, dweight = gradients(dy, s, weight, dsum, ctx.eps, ctx.gemma, needs_s, needs_weight)
         dx = ds.to(ctx.dtype) if ds is not None and needs_x else None
         return dx, ds if needs_residual else None, dweight, None, None, ds if needs_post else None, None
 
 
-def norm_backward(
-    dy: Tensor, s: Tensor, weight: Tensor | None, eps: float, gemma: bool, needs_s: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of s and weight. ``n = s * rstd`` and ``g = dy * w``, where w is as in :func:`rms_norm`::
-
-        ds      = rstd * (g - n * mean(g * n))
-        dweight = sum over rows of dy * n
-
-    All arithmetic is in float32, and a gradient is rounded once, to its input's dtype. s is the sum of x, residual and
-    post_residual_addition, so ds is the gradient of each of them. The formula consists of differentiable operations, so
-    second and higher derivatives are right. The weight may also have two dimensions, groups and their elements.
-    """
-    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-    n = s * rstd
-    ds = dweight = None
-    if needs_s:
-        g = dy if weight is None else dy * (1 + weight.float() if gemma else weight.float())
-        ds = rstd * (g - n * (g * n).mean(-1, keepdim=True))
-    if needs_weight and weight is not None:
-        rows = list(range(s.dim() - weight.dim()))
-        dweight = cast((dy * n).sum(rows) if rows else dy * n, weight)
-    return ds, dweight
-
-
-def cast(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.to(like.dtype)
-
-
-RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm", RMSNormFunction)
-ADD_RMS_NORM = Operator("add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm", AddRMSNormFunction)
+RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm", derivative=RMSNormFunction)
+ADD_RMS_NORM = Operator(
+    "add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm", "residual", derivative=AddRMSNormFunction
+)
 RMS_NORM_OUT = Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm")
 FUSED_ADD_RMS_NORM = Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")
 register(RMS_NORM, RMS_NORM_OUT, ADD_RMS_NORM, FUSED_ADD_RMS_NORM)

@@ -1,0 +1,1 @@
+#include "../gpu/backward_launch.cuh"

@@ -1,0 +1,38 @@
+// The kernels of the backward pass, and how many chunks of rows they have. T1, T2, ... are rows of docs/tuning-log.md.
+//
+// A chunk is the rows that one block works on, and it has one row of partial sums of dweight. The number of chunks is a
+// function of rows, hidden size and dtype. It does not depend on the GPU, so dweight has the same bits on a GPU with
+// fewer multiprocessors.
+#pragma once
+
+#include <cstdint>
+
+#include "tuning.h"
+
+namespace gemma_norm {
+
+struct BackwardTuning {
+  int64_t row_vectors;  // the largest row, in vectors of x
+  Scope scope;          // kWave, kBlock or kTwoPasses
+  int32_t vectors;      // that a thread holds
+  int32_t max_block_threads;
+  int32_t resident_threads;  // of a multiprocessor; see KernelTuning
+  int32_t chunks;            // at most so many
+};
+
+// The first entry that fits the row is used.
+constexpr BackwardTuning kBackwardKernels[] = {
+    {32, Scope::kWave, 1, 256, 1024, 528},
+    {64, Scope::kWave, 2, 256, 512, 264},
+    {128, Scope::kWave, 4, 256, 256, 132},
+    {512, Scope::kBlock, 2, 256, 512, 264},
+    {1024, Scope::kBlock, 2, 512, 512, 132},
+    {2048, Scope::kBlock, 4, 512, 512, 132},
+    {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, kTwoPassSlots, 264},
+};
+constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
+
+// The threads of a block of the kernel that adds up the chunks, and the columns of dweight that such a block has.
+constexpr int32_t kSumThreads = 512, kSumColumns = 32;
+
+}  // namespace gemma_norm
