@@ -62,9 +62,6 @@ GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
 constexpr bool kLoadsBeforeStores = false;
 GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}
 GEMMA_NORM_DEVICE void keep_packed(Vector16*) {}
-GEMMA_NORM_DEVICE void pack_again(Vector16* v) {
-  asm volatile("" : "+r"(v->word[0]), "+r"(v->word[1]), "+r"(v->word[2]), "+r"(v->word[3]));
-}
 GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -56,6 +56,32 @@ GEMMA_NORM_DEVICE void load_factors(const RowParams& p, Index first, int step, I
   }
 }
 
+// Rows that are `step` apart, of which there are less than 2^31. The coordinates of the first are found by division,
+// and those of the others by addition, without branches, so that the next loads start at once. Rows have two dimensions
+// here; see two_dimensions() in backward_launch.cuh.
+struct ShortRowSteps {
+  int outer, inner, row;
+
+  ShortRowSteps() = default;
+  GEMMA_NORM_DEVICE ShortRowSteps(const RowParams& p, int row) : row(row) {
+    const uint32_t size = static_cast<uint32_t>(p.sizes[1]);
+    outer = static_cast<uint32_t>(row) / size;
+    inner = row - outer * static_cast<int>(size);
+  }
+  GEMMA_NORM_DEVICE void move(const RowParams& p, const ShortRowSteps& step) {
+    row += step.row;
+    inner += step.inner;
+    outer += step.outer;
+    const int size = static_cast<int>(p.sizes[1]), over = inner >= size;
+    inner -= over ? size : 0;
+    outer += over;
+  }
+  template <class T>
+  GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand) const {
+    return static_cast<T*>(p.data[operand]) + outer * p.strides[operand][0] + inner * p.strides[operand][1];
+  }
+};
+
 // The rows `start`, `start + step`, ... Their coordinates are found by division once, and then by addition: a division
 // in 64 bits is a call, around which a thread would spill its registers.
 class RowSteps {
@@ -87,10 +113,55 @@ class RowSteps {
   int64_t index_, rows_step_;
 };
 
+// The factors of a thread's vectors, for all rows of its block. They are in shared memory, since a thread has no
+// registers for them (T87), each where only its own thread reads it. Long rows read the weights from the caches for
+// each row.
+template <class X, int kVectors, int kThreads, bool kAligned, class First>
+class HeldFactors {
+  static constexpr int kCount = kItems<X>;
+  static constexpr bool kShared = kVectors * kCount * kThreads * sizeof(float) <= 32 * 1024;
+  struct Factors {
+    Vector16 vectors[kShared ? kVectors * kCount / kItems<float> : 1][kShared ? kThreads : 1];
+  };
+
+ public:
+  GEMMA_NORM_DEVICE HeldFactors(const RowParams& p, const First& first, int step, int end)
+      : p_(p), first_(first), step_(step), end_(end) {
+    if constexpr (kShared) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        float w[kCount];
+        load_factors<X, kAligned>(p, first(k), step, end, w);
+#pragma unroll
+        for (int i = 0; i < kCount; i += kItems<float>)
+          place(k, i) = pack_items<float>(reinterpret_cast<float(&)[kItems<float>]>(w[i]));
+      }
+    }
+  }
+  GEMMA_NORM_DEVICE void load(int k, float (&w)[kCount]) const {
+    if constexpr (!kShared) {
+      load_factors<X, kAligned>(p_, first_(k), step_, end_, w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i += kItems<float>)
+        unpack_items<float>(place(k, i), reinterpret_cast<float(&)[kItems<float>]>(w[i]));
+    }
+  }
+
+ private:
+  GEMMA_NORM_DEVICE static Vector16& place(int k, int i) {
+    return device::shared_memory<Factors>().vectors[(k * kCount + i) / kItems<float>][device::thread_index()];
+  }
+
+  const RowParams& p_;
+  const First& first_;
+  const int step_, end_;
+};
+
 // The sums that a row needs: of x^2, and of g * x.
 template <int kCount>
 GEMMA_NORM_DEVICE void add_products(const float (&x)[kCount], const float (&dout)[kCount], const float (&w)[kCount],
-                                    float (&sums)[2]) {
+                                    float* sums) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     sums[0] = device::fma(x[i], x[i], sums[0]);
@@ -102,19 +173,30 @@ GEMMA_NORM_DEVICE void add_products(const float (&x)[kCount], const float (&dout
 struct RowStatistics {
   float rstd, mean;
 
-  GEMMA_NORM_DEVICE RowStatistics(const RowParams& p, const float (&sums)[2]) {
-    rstd = reciprocal_std<true>(sums[0], p);
+  RowStatistics() = default;
+  GEMMA_NORM_DEVICE RowStatistics(const RowParams& p, const float* sums, bool has_row) {
+    rstd = has_row ? reciprocal_std<true>(sums[0], p) : 0.0f;
     mean = sums[1] * p.inv_hidden * rstd;
   }
   // The sum of g * x can be beyond float32 though that of g * n is not. It is then computed anew, from n.
   GEMMA_NORM_DEVICE bool overflowed() const { return !(mean - mean == 0.0f); }
+  template <int kCount>
+  GEMMA_NORM_DEVICE void add_products(const float (&x)[kCount], const float (&dout)[kCount], const float (&w)[kCount],
+                                      float* sum) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) *sum = device::fma(dout[i] * w[i], x[i] * rstd, *sum);
+  }
+  GEMMA_NORM_DEVICE void replace_mean(const RowParams& p, float sum) {
+    if (overflowed()) mean = sum * p.inv_hidden;
+  }
 
   GEMMA_NORM_DEVICE float dx(float n, float g) const { return rstd * device::fma(-n, mean, g); }
 };
 
 // Computes dx of rows that are held in registers, and partial sums of dweight. kWave: each row has a power of two of
-// lanes of one wave, and a block works on several rows at a time. kBlock: a row has all threads of the block.
-template <class X, class Y, Scope kScope, int kVectors, int kThreads, int kResident, bool kAligned>
+// lanes of one wave, and a block works on several groups of rows at a time. kBlock: a row has all threads of the block.
+// Each group works on kRows rows at a time, and loads the next ones meanwhile.
+template <class X, class Y, Scope kScope, int kVectors, int kRows, int kThreads, int kResident, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResident / kThreads : 1))
 backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   constexpr int kCount = kItems<X>, kUses = 2;
@@ -128,86 +210,112 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   const int step = item_step(launch);
   const int hidden = static_cast<int>(p.hidden), end_of_slot = slot < launch.slots ? hidden : 0;
   const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, slot, k); };
-  const int64_t chunk = device::block_index(), stride = partials.chunks * groups;
-  const auto load = [&](Loaded& loaded, const RowSteps& row) {
-    const int end = row.has_row() ? end_of_slot : 0;
+  const int rows = static_cast<int>(p.rows), chunk = static_cast<int>(device::block_index());
+  const int stride = static_cast<int>(partials.chunks) * groups;
+  const auto end_of = [&](int row) { return row < rows ? end_of_slot : 0; };
+  const auto load = [&](Loaded& loaded, const ShortRowSteps& at) {
+    const X* const x = at.template pointer<X>(p, kX);
+    const Y* const dout = at.template pointer<Y>(p, kDOut);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      loaded.x[k] = load_items<kAligned, Reuse::kNone, kCount>(row.template pointer<X>(kX), first(k), step, end);
-      loaded.dout[k] = load_items<kAligned, Reuse::kNone, kCount>(row.template pointer<Y>(kDOut), first(k), step, end);
+      loaded.x[k] = load_items<kAligned, Reuse::kNone, kCount>(x, first(k), step, end_of(at.row));
+      loaded.dout[k] = load_items<kAligned, Reuse::kNone, kCount>(dout, first(k), step, end_of(at.row));
     }
   };
 
   device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
   device::allow_next_kernel();
-  RowSteps row(p, chunk + partials.chunks * group, stride);
-  Loaded next;
-  load(next, row);
-  float w[kVectors][kCount], dweight[kVectors][kCount] = {};
+  Loaded next[kRows];
+  const ShortRowSteps row_step(p, stride);
+  ShortRowSteps row(p, chunk + static_cast<int>(partials.chunks) * group);  // the first of `next`
+  const auto load_next = [&] {
+    ShortRowSteps at = row;
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) load_factors<X, kAligned>(p, first(k), step, end_of_slot, w[k]);
+    for (int r = 0; r < kRows; ++r, at.move(p, row_step)) load(next[r], at);
+  };
+  load_next();
+  float dweight[kVectors][kCount] = {};
+  const HeldFactors<X, kVectors, kThreads, kAligned, decltype(first)> factors(p, first, step, end_of_slot);
 
   int use = 0;
-  // All groups of a block take as many steps, since they exchange together. A group without a row has zeros.
-  for (int64_t base = chunk; base < p.rows; base += stride) {
-    const bool has_row = row.has_row();
-    const int end = has_row ? end_of_slot : 0;
-    const X* const dsum_row = row.template pointer<X>(kDSum);
-    X* const dx = row.template pointer<X>(kDX);
-    Loaded now = next;
-    row.next();
-    load(next, row);
-    Vector16 dsum[kVectors];
+  // All groups of a block take as many steps, since they exchange together. For a row that does not exist, they have
+  // zeros.
+  for (int base = chunk; base < rows; base += kRows * stride) {
+    Loaded now[kRows];
+    ShortRowSteps at[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, row.move(p, row_step)) {
+      now[r] = next[r];
+      at[r] = row;
+    }
+    load_next();
+    Vector16 dsum[kRows][kVectors];
     if (p.data[kDSum]) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k)
-        dsum[k] = load_items<kAligned, Reuse::kNone, kCount>(dsum_row, first(k), step, end);
+      for (int r = 0; r < kRows; ++r) {
+        const X* const from = at[r].template pointer<X>(p, kDSum);
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k)
+          dsum[r][k] = load_items<kAligned, Reuse::kNone, kCount>(from, first(k), step, end_of(at[r].row));
+      }
     }
 
-    float sums[2] = {};
+    float sums[2 * kRows] = {};
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      float x[kCount], dout[kCount];
-      unpack_items<X>(now.x[k], x);
-      unpack_items<Y>(now.dout[k], dout);
-      add_products(x, dout, w[k], sums);
-    }
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      device::pack_again(&now.x[k]);
-      device::pack_again(&now.dout[k]);
-    }
-    sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
-    RowStatistics statistics(p, sums);
-    if (!has_row) statistics.rstd = 0.0f;
-    if (device::any_lane(statistics.overflowed())) {
-      float sum[2] = {};
+    for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
-        float x[kCount], dout[kCount];
-        unpack_items<X>(now.x[k], x);
-        unpack_items<Y>(now.dout[k], dout);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sum[1] = device::fma(dout[i] * w[k][i], x[i] * statistics.rstd, sum[1]);
+        float x[kCount], dout[kCount], w[kCount];
+        unpack_items<X>(now[r].x[k], x);
+        unpack_items<Y>(now[r].dout[k], dout);
+        factors.load(k, w);
+        add_products(x, dout, w, &sums[2 * r]);
       }
-      sum_over_row<kScope, kThreads, kUses>(sum, launch, use++);
-      if (statistics.overflowed()) statistics.mean = sum[1] * p.inv_hidden;
+    sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
+    RowStatistics statistics[kRows];
+    bool overflowed = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      statistics[r] = RowStatistics(p, &sums[2 * r], at[r].row < rows);
+      overflowed = overflowed || statistics[r].overflowed();
+    }
+    if (device::any_lane(overflowed)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        sums[2 * r] = sums[2 * r + 1] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
+          float x[kCount], dout[kCount], w[kCount];
+          unpack_items<X>(now[r].x[k], x);
+          unpack_items<Y>(now[r].dout[k], dout);
+          factors.load(k, w);
+          statistics[r].add_products(x, dout, w, &sums[2 * r]);
+        }
+      }
+      sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) statistics[r].replace_mean(p, sums[2 * r]);
     }
 
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      float x[kCount], dout[kCount], s[kCount];
-      unpack_items<X>(now.x[k], x);
-      unpack_items<Y>(now.dout[k], dout);
-      if (p.data[kDSum]) unpack_items<X>(dsum[k], s);
+    for (int r = 0; r < kRows; ++r) {
+      X* const dx = at[r].template pointer<X>(p, kDX);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const float n = x[i] * statistics.rstd;
-        dweight[k][i] = device::fma(dout[i], n, dweight[k][i]);
-        x[i] = statistics.dx(n, dout[i] * w[k][i]);
-        if (p.data[kDSum]) x[i] += s[i];
+      for (int k = 0; k < kVectors; ++k) {
+        float x[kCount], dout[kCount], w[kCount], s[kCount];
+        unpack_items<X>(now[r].x[k], x);
+        unpack_items<Y>(now[r].dout[k], dout);
+        factors.load(k, w);
+        if (p.data[kDSum]) unpack_items<X>(dsum[r][k], s);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const float n = x[i] * statistics[r].rstd;
+          dweight[k][i] = device::fma(dout[i], n, dweight[k][i]);
+          x[i] = statistics[r].dx(n, dout[i] * w[i]);
+          if (p.data[kDSum]) x[i] += s[i];
+        }
+        store_items<kAligned, kCount>(dx, first(k), step, end_of(at[r].row), pack_items<X>(x));
       }
-      store_items<kAligned, kCount>(dx, first(k), step, end, pack_items<X>(x));
     }
   }
 
@@ -276,15 +384,12 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
     float sums[2] = {};
     each_vector([&](int64_t, auto& x, auto& dout, auto& w) { add_products(x, dout, w, sums); });
     sum_over_row<Scope::kBlock, kThreads, 2>(sums, launch, use++);
-    RowStatistics statistics(p, sums);
+    RowStatistics statistics(p, sums, true);
     if (device::any_lane(statistics.overflowed())) {
-      float sum[2] = {};
-      each_vector([&](int64_t, auto& x, auto& dout, auto& w) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sum[1] = device::fma(dout[i] * w[i], x[i] * statistics.rstd, sum[1]);
-      });
-      sum_over_row<Scope::kBlock, kThreads, 2>(sum, launch, use++);
-      statistics.mean = sum[1] * p.inv_hidden;
+      sums[0] = sums[1] = 0.0f;
+      each_vector([&](int64_t, auto& x, auto& dout, auto& w) { statistics.add_products(x, dout, w, sums); });
+      sum_over_row<Scope::kBlock, kThreads, 2>(sums, launch, use++);
+      statistics.replace_mean(p, sums[0]);
     }
     each_vector([&](int64_t first, auto& x, auto& dout, auto& w) {
       float n[kCount], s[kCount] = {};
@@ -308,28 +413,30 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
   }
 }
 
-// Adds up the partial sums of `chunks` chunks. A block has kSumColumns columns. Its threads each add up every
-// (kSumThreads / kSumColumns)-th chunk of a column, and the sums of these are added in order.
-GEMMA_NORM_KERNEL(kSumThreads, 1)
-sum_chunks(RowParams p, Partials partials, int64_t chunks) {
-  constexpr int kParts = kSumThreads / kSumColumns;
+// Adds up the partial sums of `chunks` chunks. A block has kSumColumns columns and `parts` threads for each, a power of
+// two of at most kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these threads are
+// then added as a tree.
+GEMMA_NORM_KERNEL(kSumColumns* kMaxSumParts, 1)
+sum_chunks(RowParams p, Partials partials, int64_t chunks, int32_t parts) {
   struct Sums {
-    float of_parts[kParts][kSumColumns];
+    float of_columns[kSumColumns][kMaxSumParts + 1];  // one more, so that a wave's accesses go to different banks
   };
-  auto& sums = device::shared_memory<Sums>().of_parts;
-  const int place = device::thread_index() % kSumColumns, part = device::thread_index() / kSumColumns;
-  const int64_t column = device::block_index() * kSumColumns + place;
+  auto& sums = device::shared_memory<Sums>().of_columns;
+  const int thread = device::thread_index();
+  const int64_t first = device::block_index() * kSumColumns, column = first + thread / parts;
   device::wait_for_previous_kernel(partials.sums, p.data[kDWeight]);
   device::allow_next_kernel();
+  const int64_t own = first + thread % kSumColumns;
   float sum = 0.0f;
-  if (column < partials.columns) {
+  if (own < partials.columns) {
 #pragma unroll 8
-    for (int64_t chunk = part; chunk < chunks; chunk += kParts) sum += partials.sums[chunk * partials.columns + column];
+    for (int64_t chunk = thread / kSumColumns; chunk < chunks; chunk += parts)
+      sum += partials.sums[chunk * partials.columns + own];
   }
-  sums[part][place] = sum;
+  sums[thread % kSumColumns][thread / kSumColumns] = sum;
   device::block_barrier();
-  if (part > 0 || column >= partials.columns) return;
-  for (int i = 1; i < kParts; ++i) sum += sums[i][place];
+  sum = device::sum_over_lanes(sums[thread / parts][thread % parts], parts);
+  if (thread % parts > 0 || column >= partials.columns) return;
   const auto store = [&](auto item) {
     using W = decltype(item);
     const float f[2] = {sizeof(W) < sizeof(float) ? device::keep_nan(sum) : sum, 0.0f};

@@ -22,7 +22,7 @@ constexpr BackwardKernel make_backward_kernel() {
   if constexpr (kTuning.scope == Scope::kTwoPasses)
     return &backpropagate_in_two_passes<X, Y, kTuning.max_block_threads, kAligned>;
   else if constexpr (kTuning.scope == Scope::kWave || kAligned)
-    return &backpropagate_rows<X, Y, kTuning.scope, kTuning.vectors, kTuning.max_block_threads,
+    return &backpropagate_rows<X, Y, kTuning.scope, kTuning.vectors, kTuning.rows, kTuning.max_block_threads,
                                kTuning.resident_threads, kAligned>;
   else
     return nullptr;  // no plan has it
@@ -49,6 +49,19 @@ BackwardKernel find_backward_kernel(const RowParams& p, int kernel, bool aligned
   return find(float(), float());
 }
 
+// The same rows with two dimensions.
+RowParams two_dimensions(RowParams p) {
+  if (p.row_dims == 2) return p;
+  p.row_dims = 2;
+  p.sizes[1] = p.sizes[0];
+  p.sizes[0] = 1;
+  for (auto& strides : p.strides) {
+    strides[1] = strides[0];
+    strides[0] = 0;
+  }
+  return p;
+}
+
 }  // namespace
 
 // Every slice of the rows is a launch with chunks of its own.
@@ -60,7 +73,9 @@ Status launch_op<RmsNormBackward>(const Call& call, device::Stream stream, Messa
   if (slices.count == 0 && !params.data[kDWeight]) return Status::kOk;
   DeviceFacts facts;
   device::Error error = device::facts(&facts, reinterpret_cast<const void*>(&sum_chunks));
-  const auto slice = [&](int64_t i) { return slices.count == 1 ? params : select_slice(params, slices, i); };
+  const auto slice = [&](int64_t i) {
+    return two_dimensions(slices.count == 1 ? params : select_slice(params, slices, i));
+  };
   const auto plan_of = [&](const RowParams& p) {
     const bool whole_vectors = p.hidden % (kVectorBytes / size_of(p.dtypes[kX])) == 0;
     return make_backward_plan(p, is_aligned(p, whole_vectors, p.dtypes[kX]), facts.wave_width);
@@ -81,8 +96,10 @@ Status launch_op<RmsNormBackward>(const Call& call, device::Stream stream, Messa
     partials.first_chunk += plan.chunks;
   }
   if (params.data[kDWeight] && error == device::kSuccess) {
-    const Grid grid{(params.hidden + kSumColumns - 1) / kSumColumns, kSumThreads, 1};
-    error = device::launch(&sum_chunks, grid, stream, facts, params, partials, chunks);
+    int32_t parts = 1;
+    while (parts < kMaxSumParts && 2 * parts * kChunksOfPart <= chunks) parts *= 2;
+    const Grid grid{(params.hidden + kSumColumns - 1) / kSumColumns, kSumColumns * parts, 1};
+    error = device::launch(&sum_chunks, grid, stream, facts, params, partials, chunks, parts);
   }
   if (error == device::kSuccess) return Status::kOk;
   std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", call.op->name, device::error_text(error));

@@ -14,29 +14,29 @@ BackwardPlan make_backward_plan(const RowParams& params, bool aligned, int32_t w
   const int64_t items = kVectorBytes / size_of(params.dtypes[kX]), row_vectors = divide_up(params.hidden, items);
   const BackwardTuning* const kernel = std::find_if(
       std::begin(kBackwardKernels), std::end(kBackwardKernels),
-      [&](const BackwardTuning& k) { return row_vectors <= k.row_vectors && (aligned || k.scope != Scope::kBlock); });
-  BackwardPlan plan{};
-  plan.kernel = static_cast<int32_t>(kernel - kBackwardKernels);
-  plan.scope = kernel->scope;
-  plan.whole_vectors = params.hidden % items == 0;
-  plan.vectors = kernel->vectors;
-  plan.slots = static_cast<int32_t>(divide_up(row_vectors, kernel->vectors));
-  plan.block_threads = kernel->max_block_threads;
-  switch (plan.scope) {
-    case Scope::kWave:
-      while (1 << plan.log2_slots < plan.slots) ++plan.log2_slots;
-      break;
-    case Scope::kBlock:
-      plan.block_threads = static_cast<int32_t>(divide_up(plan.slots, wave_width) * wave_width);
-      break;
-    default:
-      plan.slots = kTwoPassSlots;
-      plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, kTwoPassSlots), INT32_MAX));
-  }
-  // As few chunks as take the same number of steps.
-  const int64_t blocks = divide_up(params.rows, plan.groups());
-  plan.chunks = divide_up(blocks, std::max<int64_t>(divide_up(blocks, kernel->chunks), 1));
-  return plan;
+      [&](const BackwardTuning& k) {
+    return row_vectors <= k.row_vectors && (aligned || k.scope != Scope::kBlock) &&
+           (params.rows < INT32_MAX / 2 || k.scope == Scope::kTwoPasses);  // the others count rows in 32 bits });
+    BackwardPlan plan{};
+    plan.kernel = static_cast<int32_t>(kernel - kBackwardKernels);
+    plan.scope = kernel->scope;
+    plan.whole_vectors = params.hidden % items == 0;
+    plan.vectors = kernel->vectors;
+    plan.slots = static_cast<int32_t>(divide_up(row_vectors, kernel->vectors));
+    plan.block_threads = kernel->max_block_threads;
+    switch (plan.scope) {
+      case Scope::kWave:
+        while (1 << plan.log2_slots < plan.slots) ++plan.log2_slots;
+        break;
+      case Scope::kBlock:
+        plan.block_threads = static_cast<int32_t>(divide_up(plan.slots, wave_width) * wave_width);
+        break;
+      default:
+        plan.slots = kTwoPassSlots;
+        plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, kTwoPassSlots), INT32_MAX));
+    }
+    plan.chunks = std::min<int64_t>(kernel->chunks, divide_up(params.rows, plan.groups()));
+    return plan;
 }
 
 }  // namespace gemma_norm

@@ -14,7 +14,8 @@ namespace gemma_norm {
 struct BackwardTuning {
   int64_t row_vectors;  // the largest row, in vectors of x
   Scope scope;          // kWave, kBlock or kTwoPasses
-  int32_t vectors;      // that a thread holds
+  int32_t vectors;      // that a thread holds of each row
+  int32_t rows;         // that it holds at a time
   int32_t max_block_threads;
   int32_t resident_threads;  // of a multiprocessor; see KernelTuning
   int32_t chunks;            // at most so many
@@ -22,17 +23,20 @@ struct BackwardTuning {
 
 // The first entry that fits the row is used.
 constexpr BackwardTuning kBackwardKernels[] = {
-    {32, Scope::kWave, 1, 256, 1024, 528},
-    {64, Scope::kWave, 2, 256, 512, 264},
-    {128, Scope::kWave, 4, 256, 256, 132},
-    {512, Scope::kBlock, 2, 256, 512, 264},
-    {1024, Scope::kBlock, 2, 512, 512, 132},
-    {2048, Scope::kBlock, 4, 512, 512, 132},
-    {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, kTwoPassSlots, 264},
+    {32, Scope::kWave, 1, 2, 256, 512, 264},
+    {64, Scope::kWave, 2, 1, 256, 512, 264},
+    {128, Scope::kBlock, 1, 2, 128, 640, 528},
+    {256, Scope::kBlock, 1, 2, 256, 512, 264},
+    {512, Scope::kBlock, 1, 2, 512, 512, 132},
+    {640, Scope::kBlock, 1, 2, 640, 640, 132},
+    {1024, Scope::kBlock, 2, 1, 512, 512, 132},
+    {2048, Scope::kBlock, 4, 1, 512, 512, 132},
+    {INT64_MAX, Scope::kTwoPasses, 1, 1, kTwoPassSlots, kTwoPassSlots, 264},
 };
 constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
 
-// The threads of a block of the kernel that adds up the chunks, and the columns of dweight that such a block has.
-constexpr int32_t kSumThreads = 512, kSumColumns = 32;
+// The columns of dweight that a block of sum_chunks() has, and the threads of a column: at least one for so many
+// chunks.
+constexpr int32_t kSumColumns = 32, kMaxSumParts = 32, kChunksOfPart = 8;
 
 }  // namespace gemma_norm
