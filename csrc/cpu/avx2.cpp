@@ -1,4 +1,4 @@
-// The row kernel for AVX2, F16C and FMA (Haswell, Zen and later).
+// The kernels for AVX2, F16C and FMA (Haswell, Zen and later).
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,7 +13,7 @@
 #endif
 
 #include "isa.h"
-#include "row_kernel.h"
+#include "kernels.h"
 
 namespace gemma_norm {
 namespace {

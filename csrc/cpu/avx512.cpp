@@ -1,4 +1,4 @@
-// The row kernel for AVX-512 (F, BW, DQ, VL: Skylake-X and later).
+// The kernels for AVX-512 (F, BW, DQ, VL: Skylake-X and later).
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,7 +16,7 @@
 
 #include "avx512_vector.h"
 #include "isa.h"
-#include "row_kernel.h"
+#include "kernels.h"
 
 namespace gemma_norm {
 

@@ -1,4 +1,4 @@
-// The row kernel for AVX-512 with its bfloat16 operations (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+// The kernels for AVX-512 with its bfloat16 operations (Cooper Lake, Sapphire Rapids, Zen 4 and later).
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,7 +17,7 @@
 
 #include "avx512_vector.h"
 #include "isa.h"
-#include "row_kernel.h"
+#include "kernels.h"
 
 namespace gemma_norm {
 

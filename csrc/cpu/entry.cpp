@@ -8,10 +8,6 @@
 namespace gemma_norm {
 namespace {
 
-// The least number of elements for which another thread is worth its start: about 4 us of work, a few times as long as
-// waking a thread takes. PyTorch itself uses the same number.
-constexpr int64_t kGrain = 32768;
-
 struct Work {
   RowsFunction rows;
   RowParams params;
@@ -23,26 +19,35 @@ void run_rows(void* context, int64_t begin, int64_t end) {
 }
 
 }  // namespace
-}  // namespace gemma_norm
 
-gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for,
-                                  gemma_norm::Message* message) {
-  using namespace gemma_norm;
-  if (Ops::index(call->op) < 0) return no_such_operator(*call, message);
+Status run_cpu(Isa isa, const Call& call, ParallelFor parallel_for, Message* message) {
+  if (Ops::index(call.op) < 0) return no_such_operator(call, message);
   RowParams params;
   RowSlices slices;
-  const Status status = check(*call, &params, &slices, message);
+  const Status status = check(call, &params, &slices, message);
   if (status != Status::kOk) return status;
 
-  static const Isa isa = best_isa();
-  const RowsFunction rows = cpu_rows(isa, call->op);
+  const CpuKernels& kernels = kernels_of(isa);
+  const int index = ForwardOps::index(call.op);
+  if (index < 0) {
+    run_backward(kernels.backward, call, params, slices, parallel_for);
+    return Status::kOk;
+  }
   const int64_t grain = (kGrain + params.hidden - 1) / params.hidden;
   for (int64_t i = 0; i < slices.count; ++i) {
-    Work work{rows, select_slice(params, slices, i)};
+    Work work{kernels.rows[index], select_slice(params, slices, i)};
     if (!parallel_for || params.rows <= grain)
       run_rows(&work, 0, params.rows);
     else
       parallel_for(params.rows, grain, &run_rows, &work);
   }
   return Status::kOk;
+}
+
+}  // namespace gemma_norm
+
+gemma_norm::Status gemma_norm_cpu(const gemma_norm::Call* call, gemma_norm::ParallelFor parallel_for,
+                                  gemma_norm::Message* message) {
+  static const gemma_norm::Isa isa = gemma_norm::best_isa();
+  return gemma_norm::run_cpu(isa, *call, parallel_for, message);
 }

@@ -1,9 +1,9 @@
-// The row kernel in plain C++, for processors that none of the other files supports.
+// The kernels in plain C++, for processors that none of the other files supports.
 #include <cstdint>
 #include <cstring>
 
 #include "isa.h"
-#include "row_kernel.h"
+#include "kernels.h"
 
 namespace gemma_norm {
 namespace {

@@ -38,16 +38,17 @@ Isa best_isa() {
   return Isa::kGeneric;
 }
 
-RowsFunction cpu_rows(Isa isa, const OpInfo* op) {
-  const CpuKernels* kernels = &kGenericKernels;
+const CpuKernels& kernels_of(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx2) kernels = &kAvx2Kernels;
-  if (isa == Isa::kAvx512) kernels = &kAvx512Kernels;
-  if (isa == Isa::kAvx512Bf16) kernels = &kAvx512Bf16Kernels;
+    case Isa::kAvx2: return kAvx2Kernels;
+    case Isa::kAvx512: return kAvx512Kernels;
+    case Isa::kAvx512Bf16: return kAvx512Bf16Kernels;
 #elif defined(__aarch64__)
-  if (isa == Isa::kNeon) kernels = &kNeonKernels;
+    case Isa::kNeon: return kNeonKernels;
 #endif
-  return kernels->rows[Ops::index(op)];
+    default: return kGenericKernels;
+  }
 }
 
 }  // namespace gemma_norm

@@ -5,8 +5,9 @@
 
 #include "exact.h"  // before any formula
 
-#include "../core/row_params.h"
+#include "../core/check.h"
 #include "../ops/ops.h"
+#include "backward.h"
 
 namespace gemma_norm {
 
@@ -21,14 +22,25 @@ Isa best_isa();
 // Computes rows [begin, end) of `params` on the calling thread.
 using RowsFunction = void (*)(const RowParams& params, int64_t begin, int64_t end);
 
-// The functions of an instruction set, one for each of ForwardOps. All instruction sets give the same bits (see
-// row_kernel.h).
+// The functions of an instruction set, one for each of ForwardOps, and those of the backward operators. All instruction
+// sets give the same bits (see row_kernel.h).
 struct CpuKernels {
   RowsFunction rows[ForwardOps::kCount];
+  BackwardKernels backward;
 };
 extern const CpuKernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kNeonKernels;
 
-// The function for an operator of the table, with an instruction set that is supported.
-RowsFunction cpu_rows(Isa isa, const OpInfo* op);
+const CpuKernels& kernels_of(Isa isa);  // which must be supported
+
+// The least number of elements for which another thread is worth its start: about 4 us of work, a few times as long as
+// waking a thread takes. PyTorch itself uses the same number.
+constexpr int64_t kGrain = 32768;
+
+// Runs a checked call of a backward operator.
+void run_backward(const BackwardKernels& kernels, const Call& call, const RowParams& params, const RowSlices& slices,
+                  ParallelFor parallel_for);
+
+// gemma_norm_cpu with an instruction set that is supported.
+Status run_cpu(Isa isa, const Call& call, ParallelFor parallel_for, Message* message);
 
 }  // namespace gemma_norm

@@ -1,10 +1,10 @@
-// The row kernel for AArch64: Advanced SIMD, which every such processor has.
+// The kernels for AArch64: Advanced SIMD, which every such processor has.
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
 #include "isa.h"
-#include "row_kernel.h"
+#include "kernels.h"
 
 namespace gemma_norm {
 namespace {

@@ -24,6 +24,7 @@
 #include "exact.h"  // before any formula
 
 #include "isa.h"
+#include "memory.h"
 #include "rows.h"
 #include "squares.h"
 #include "weights.h"
@@ -43,34 +44,11 @@ constexpr int64_t kBufferElements = 16384;
 // fit (docs/tuning-log.md, T79).
 constexpr int64_t kPackedFrom = (32 << 10) / (sizeof(float) + 3 * sizeof(BFloat16)) + 1;
 
-// An output of at least this many bytes, or of which one thread writes at least the second number, is written around
-// the caches by nontemporal stores. Most of it would leave the caches before anybody reads it, and an ordinary store
-// first reads the memory that it overwrites. A norm followed by a copy then took 10 % less time at kNontemporalBytes.
-// At half that size they took 14 % less if one thread wrote all of it, but 40 % more if two threads did; hence the two
-// numbers (T75).
-constexpr int64_t kNontemporalBytes = int64_t{16} << 20;
-constexpr int64_t kNontemporalBytesOfThread = kNontemporalBytes / 2;
-
 struct Strategy {
   bool beside;       // the second pass over a row is interleaved with the first pass over the next
   bool packed;       // the weights are packed in 16 bits instead of converted to float32; only with `beside`
   bool nontemporal;  // outputs are written around the caches; residual_out only with `beside`
 };
-
-// Whether to write an output around the caches: it must be large, must not be an input, which is in the caches already,
-// and its rows must consist of whole cache lines.
-template <class T>
-bool worth_nontemporal(const RowParams& p, int64_t rows, Operand output) {
-  constexpr int64_t kItem = sizeof(T);
-  const void* const out = p.data[output];
-  const int64_t row_bytes = p.hidden * kItem;
-  if (p.rows * row_bytes < kNontemporalBytes && rows * row_bytes < kNontemporalBytesOfThread) return false;
-  for (int o = 0; o < kOperands; ++o)
-    if (o != output && out == p.data[o]) return false;
-  bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
-  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && p.strides[output][d] * kItem % kCacheLine == 0;
-  return aligned;
-}
 
 template <class C>
 Strategy choose(const RowParams& p, int64_t rows) {
@@ -150,19 +128,6 @@ class Normalizer {
 
 // --- Both passes
 
-// Calls step(i) for all whole steps of a row, and end_chunk() after every chunk of steps. Returns the index of the
-// first element after them.
-template <class Step, class EndChunk>
-[[gnu::always_inline]] inline int64_t each_step(int64_t hidden, Step step, EndChunk end_chunk) {
-  int64_t i = 0;
-  while (i + kStep <= hidden) {
-    const int64_t end = hidden - i < kChunk ? hidden : i + kChunk;
-    for (; i + kStep <= end; i += kStep) step(i);
-    end_chunk();
-  }
-  return i;
-}
-
 template <class C>
 float statistics(const RowParams& p, const RowPointers<C>& row, bool nontemporal) {
   Squares<C> squares(p, row, nontemporal);
@@ -174,13 +139,6 @@ float statistics(const RowParams& p, const RowPointers<C>& row, bool nontemporal
 template <class C, class Factors>
 void normalize(const RowParams& p, Factors factors, const RowPointers<C>& row, float rstd, bool nontemporal) {
   Normalizer<C, Factors>(p, factors, row, rstd, nontemporal).rest(0, p.hidden);
-}
-
-// Prefetches the kLanes elements from i on.
-template <class T>
-[[gnu::always_inline]] inline void prefetch(const T* row, int64_t i) {
-  constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
-  for (int64_t j = 0; j < kLanes; j += kLine) __builtin_prefetch(row + i + j, 0, 2);
 }
 
 // The second pass over `row` and the first pass over `next`, interleaved. Also prefetches the rows of `ahead`. Returns
@@ -215,9 +173,10 @@ template <class C, class Factors>
 // One row after another. `sum` is a buffer for s of one row, or null if the row is too long for it.
 template <class C, class Factors>
 void run_few(const RowParams& p, Factors factors, typename C::S* sum, bool nontemporal, int64_t begin, int64_t end) {
-  RowCursor<C> cursor(p, begin);
+  RowCursor<RowPointers<C>> cursor(p, begin);
   for (; begin < end; ++begin) {
     RowPointers<C> row = cursor.next();
+    row.sum = row.residual_out;
     if constexpr (C::kGatesX) row.sum = sum;
     normalize<C>(p, factors, row, statistics<C>(p, row, false), nontemporal);
   }
@@ -228,9 +187,10 @@ void run_few(const RowParams& p, Factors factors, typename C::S* sum, bool nonte
 template <class C, class Factors>
 void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool nontemporal, int64_t begin,
                 int64_t end) {
-  RowCursor<C> cursor(p, begin);
+  RowCursor<RowPointers<C>> cursor(p, begin);
   const auto take = [&](int64_t index) {
     RowPointers<C> row = cursor.next();
+    row.sum = row.residual_out;
     if (C::kGatesX || (C::kHasResidual && nontemporal)) row.sum = sums + index % 2 * kBufferElements;
     return row;
   };
@@ -310,11 +270,6 @@ void compute_rows(const RowParams& p, int64_t begin, int64_t end) {
     }
   });
   V::fence();
-}
-
-template <class V, class... Op>
-constexpr CpuKernels cpu_kernels(OpList<Op...>) {
-  return {{&compute_rows<V, Op>...}};
 }
 
 }  // namespace

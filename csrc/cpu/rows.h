@@ -72,8 +72,9 @@ struct RowPointers {
   }
 };
 
-// Gives the rows in order, starting with `row`. After the last row comes the first.
-template <class C>
+// Gives the rows in order, starting with `row`. After the last row comes the first. Row has the pointers to a row, and
+// a function each(visit) that visits them.
+template <class Row>
 class RowCursor {
  public:
   RowCursor(const RowParams& p, int64_t row) : p_(p) {
@@ -87,9 +88,8 @@ class RowCursor {
     }
   }
 
-  RowPointers<C> next() {
-    row_.sum = row_.residual_out;
-    const RowPointers<C> row = row_;
+  Row next() {
+    const Row row = row_;
     for (int d = p_.row_dims - 1; d >= 0; --d) {
       move(d, 1);
       if (++at_[d] < p_.sizes[d]) break;
@@ -105,7 +105,7 @@ class RowCursor {
   }
 
   const RowParams& p_;
-  RowPointers<C> row_;
+  Row row_;
   int64_t at_[kMaxRowDims];
 };
 

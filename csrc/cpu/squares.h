@@ -13,6 +13,19 @@ namespace {
 constexpr int kStep = 2 * kLanes;       // elements of a step: two vectors, whose additions overlap in time
 constexpr int64_t kChunk = 64 * kStep;  // elements that one chain of additions adds up
 
+// Calls step(i) for all whole steps of a row, and end_chunk() after every chunk of steps. Returns the index of the
+// first element after them.
+template <class Step, class EndChunk>
+[[gnu::always_inline]] inline int64_t each_step(int64_t hidden, Step step, EndChunk end_chunk) {
+  int64_t i = 0;
+  while (i + kStep <= hidden) {
+    const int64_t end = hidden - i < kChunk ? hidden : i + kChunk;
+    for (; i + kStep <= end; i += kStep) step(i);
+    end_chunk();
+  }
+  return i;
+}
+
 template <class V, class T>
 V rounded(V value) {
   T elements[kLanes];

@@ -57,12 +57,7 @@ class IsaTarget : public HostTarget {
     return isa_supported(isa_) ? "" : std::string("needs a processor with ") + isa_name(isa_);
   }
   Status run(const Call& call, const Variation&, Message* message) override {
-    RowParams params;
-    RowSlices slices;
-    const Status status = check(call, &params, &slices, message);
-    for (int64_t i = 0; status == Status::kOk && i < slices.count; ++i)
-      cpu_rows(isa_, call.op)(select_slice(params, slices, i), 0, params.rows);
-    return status;
+    return run_cpu(isa_, call, nullptr, message);
   }
 
  private:

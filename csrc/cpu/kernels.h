@@ -1,0 +1,17 @@
+// All kernels of an instruction set, given its vector type.
+#pragma once
+
+#include "backward_kernel.h"
+#include "isa.h"
+#include "row_kernel.h"
+
+namespace gemma_norm {
+namespace {
+
+template <class V, class... Op>
+constexpr CpuKernels cpu_kernels(OpList<Op...>) {
+  return {{&compute_rows<V, Op>...}, backward_kernels<V>()};
+}
+
+}  // namespace
+}  // namespace gemma_norm
