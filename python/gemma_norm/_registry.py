@@ -34,6 +34,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
@@ -151,6 +152,16 @@ class Operator:
         check_arguments(self, arguments, transformed=True)
         return self.give(arguments, self.compute(arguments))
 
+    @functools.cached_property
+    def record(self) -> Callable[..., Any]:
+        """``derivative.apply`` without the part in Python, which takes longer than all else here.
+
+        That part binds the arguments by the signature of the forward pass; ours are bound. It is also the way into
+        torch.func's transforms, inside which :meth:`recorded` is not called.
+        """
+        apply: Callable[..., Any] = super(torch.autograd.Function, self.derivative).apply
+        return apply
+
     def recorded(self, twin: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run a functional operator, and record its derivative if one is wanted. If not, ``twin`` runs."""
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
@@ -158,7 +169,7 @@ class Operator:
             return self.transformed(*args)
         if self.derivative is not None and _is_grad_enabled() and any(t.requires_grad for t in tensors):
             args += self.defaults[len(args) :]  # the dispatcher omits trailing arguments that have their default values
-            return self.derivative.apply(*args)  # type: ignore[no-untyped-call]
+            return self.record(*unwrap_dead_wrappers(args))
         return twin(*args)
 
     def negated(self, *args: Any, **kwargs: Any) -> Any:

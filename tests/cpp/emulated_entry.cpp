@@ -51,7 +51,7 @@ void add_reachable(const Case& variant, int64_t most_hidden, std::set<const void
 std::set<const void*> reachable_kernels(int64_t most_hidden) {
   std::set<const void*> all;
   for (const Case& variant : all_variants())
-    Ops::visit(&variant.op(), [&](auto op) { add_reachable<decltype(op)>(variant, most_hidden, &all); });
+    ForwardOps::visit(&variant.op(), [&](auto op) { add_reachable<decltype(op)>(variant, most_hidden, &all); });
   return all;
 }
 

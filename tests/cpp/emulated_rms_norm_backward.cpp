@@ -1,0 +1,2 @@
+#include "device/emulated.h"
+#include "gpu/backward_launch.cuh"
