@@ -159,7 +159,7 @@ class Operator:
         That part binds the arguments by the signature of the forward pass; ours are bound. It is also the way into
         torch.func's transforms, inside which :meth:`recorded` is not called.
         """
-        apply: Callable[..., Any] = super(torch.autograd.Function, self.derivative).apply
+        apply: Callable[..., Any] = super(torch.autograd.Function, self.derivative).apply  # type: ignore[misc]
         return apply
 
     def recorded(self, twin: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._calls import is_compiled
 from .._checks import OPTIONAL_LIKE_X, OPTIONAL_WEIGHT, WEIGHT, DTypes, Extent, Rule, X
 from .._registry import Operator, bare, register
 
@@ -54,7 +55,7 @@ def differentiable(
 ) -> tuple[Tensor | None, Tensor | None]:
     """:func:`gradients` in plain PyTorch, with derivatives of its own."""
     if dout is None:
-        return dsum, None
+        return dsum, torch.zeros_like(weight) if weight is not None and needs_weight else None
     dx, dweight = formula(dout.float(), x.float(), weight, eps, gemma, needs_x, needs_weight)
     if dx is not None and dsum is not None:
         dx = dx + dsum
@@ -79,23 +80,30 @@ def gradients(
         dsum: the gradient of that sum, which is added to x's. None if it is zero.
 
     Returns:
-        None for a gradient that is not needed or that is zero.
+        None for a gradient that is not needed.
     """
-    needs_weight = needs_weight and weight is not None
+    if weight is None:
+        needs_weight = False
     if dout is None:
-        return dsum, None
+        return dsum, torch.zeros_like(weight) if weight is not None and needs_weight else None
     if torch.is_grad_enabled():
         return differentiable(dout, x, weight, dsum, eps, gemma, needs_x, needs_weight)
     dout, dsum = _rows(dout), None if dsum is None else _rows(dsum)
     if needs_weight:
-        dx, dweight = _backward(dout, x, weight, dsum, eps, gemma)
+        operator = RMS_NORM_BACKWARD.overload if is_compiled() else _backward
+        dx, dweight = operator(dout, x, weight, dsum, eps, gemma)
         return dx, dweight
-    return (_backward_input(dout, x, weight, dsum, eps, gemma) if needs_x else None), None
+    if not needs_x:
+        return None, None
+    operator = RMS_NORM_BACKWARD_INPUT.overload if is_compiled() else _backward_input
+    return operator(dout, x, weight, dsum, eps, gemma), None
 
 
 def _rows(t: Tensor) -> Tensor:
     """``t`` with a contiguous last dimension. An expanded gradient, such as that of a sum, has none."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    if t.stride(-1) == 1 or t.shape[-1] == 1:
+        return t
+    return t.contiguous() if t.numel() else t.new_empty(t.shape)
 
 
 def _reference(
