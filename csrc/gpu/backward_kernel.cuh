@@ -9,8 +9,8 @@
 // rstd / hidden.
 #pragma once
 
+#include "backward_terms.cuh"
 #include "backward_tuning.h"
-#include "policies.cuh"
 #include "reduce.cuh"
 #include "row.cuh"
 
@@ -26,18 +26,25 @@ struct Partials {
   GEMMA_NORM_DEVICE float* row(int64_t chunk) const { return sums + (first_chunk + chunk) * columns; }
 };
 
-// What an element of n and dout is multiplied with: weight, 1 + weight, or 1 if there is no weight. The dtype of the
+// The weights of a block's rows. If the rows are groups, all of these are the same group of their rows, because the
+// number of groups divides the number of chunks.
+GEMMA_NORM_DEVICE const char* weights_of(const RowParams& p, int64_t chunk) {
+  const int64_t bytes = p.dtypes[kWeight] == DType::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(p.data[kWeight]) + chunk % p.sizes[1] * p.strides[kWeight][1] * bytes;
+}
+
+// The factors of n: weight, 1 + weight, or 1 if there is no weight. The dtype of the
 // weight is known at run time only, since a block loads its weights once for all its rows.
 template <class X, bool kAligned, class Index>
-GEMMA_NORM_DEVICE void load_factors(const RowParams& p, Index first, int step, Index end, float (&w)[kItems<X>]) {
+GEMMA_NORM_DEVICE void load_factors(const RowParams& p, const char* weights, Index first, int step, Index end,
+                                    float (&w)[kItems<X>]) {
   const auto load = [&](auto item) {
     using W = decltype(item);
     constexpr int kLoads = kItems<X> > kItems<W> ? kItems<X> / kItems<W> : 1, kEach = kItems<X> / kLoads;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const Index at = first + static_cast<Index>(i) * kEach * step;
-      const Vector16 v =
-          load_items<kAligned, Reuse::kSome, kEach>(static_cast<const W*>(p.data[kWeight]), at, step, end);
+      const Vector16 v = load_items<kAligned, Reuse::kSome, kEach>(reinterpret_cast<const W*>(weights), at, step, end);
       unpack_items<W>(v, reinterpret_cast<float(&)[kEach]>(w[i * kEach]));
     }
     // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
@@ -84,9 +91,9 @@ struct ShortRowSteps {
 
 // The rows `start`, `start + step`, ... Their coordinates are found by division once, and then by addition: a division
 // in 64 bits is a call, around which a thread would spill its registers.
-class RowSteps {
+class LongRowSteps {
  public:
-  GEMMA_NORM_DEVICE RowSteps(const RowParams& p, int64_t start, int64_t step)
+  GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, int64_t start, int64_t step)
       : p_(p), at_(p, start), step_(p, step), index_(start), rows_step_(step) {}
 
   GEMMA_NORM_DEVICE bool has_row() const { return index_ < p_.rows; }
@@ -101,7 +108,7 @@ class RowSteps {
   }
   // Points to the row, or to the first one if there is no such row.
   template <class T>
-  GEMMA_NORM_DEVICE T* pointer(Operand operand) const {
+  GEMMA_NORM_DEVICE T* pointer(const RowParams&, Operand operand) const {
     const auto& strides = p_.strides[operand];
     const int64_t offset = p_.row_dims == 1 ? at_.inner * strides[0] : at_.outer * strides[0] + at_.inner * strides[1];
     return static_cast<T*>(p_.data[operand]) + (has_row() ? offset : 0);
@@ -125,13 +132,13 @@ class HeldFactors {
   };
 
  public:
-  GEMMA_NORM_DEVICE HeldFactors(const RowParams& p, const First& first, int step, int end)
-      : p_(p), first_(first), step_(step), end_(end) {
+  GEMMA_NORM_DEVICE HeldFactors(const RowParams& p, const char* weights, const First& first, int step, int end)
+      : p_(p), weights_(weights), first_(first), step_(step), end_(end) {
     if constexpr (kShared) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         float w[kCount];
-        load_factors<X, kAligned>(p, first(k), step, end, w);
+        load_factors<X, kAligned>(p, weights, first(k), step, end, w);
 #pragma unroll
         for (int i = 0; i < kCount; i += kItems<float>)
           place(k, i) = pack_items<float>(reinterpret_cast<float(&)[kItems<float>]>(w[i]));
@@ -140,7 +147,7 @@ class HeldFactors {
   }
   GEMMA_NORM_DEVICE void load(int k, float (&w)[kCount]) const {
     if constexpr (!kShared) {
-      load_factors<X, kAligned>(p_, first_(k), step_, end_, w);
+      load_factors<X, kAligned>(p_, weights_, first_(k), step_, end_, w);
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; i += kItems<float>)
@@ -154,6 +161,7 @@ class HeldFactors {
   }
 
   const RowParams& p_;
+  const char* const weights_;
   const First& first_;
   const int step_, end_;
 };
@@ -190,19 +198,18 @@ struct RowStatistics {
     if (overflowed()) mean = sum * p.inv_hidden;
   }
 
-  GEMMA_NORM_DEVICE float dx(float n, float g) const { return rstd * device::fma(-n, mean, g); }
+  GEMMA_NORM_DEVICE float ds(float n, float g) const { return rstd * device::fma(-n, mean, g); }
 };
 
 // Computes dx of rows that are held in registers, and partial sums of dweight. kWave: each row has a power of two of
 // lanes of one wave, and a block works on several groups of rows at a time. kBlock: a row has all threads of the block.
 // Each group works on kRows rows at a time, and loads the next ones meanwhile.
-template <class X, class Y, Scope kScope, int kVectors, int kRows, int kThreads, int kResident, bool kAligned>
+template <class Terms, Scope kScope, int kVectors, int kRows, int kThreads, int kResident, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResident / kThreads : 1))
 backpropagate_rows(RowParams p, Launch launch, Partials partials) {
-  constexpr int kCount = kItems<X>, kUses = 2;
-  struct Loaded {
-    Vector16 x[kVectors], dout[kVectors];
-  };
+  using X = typename Terms::X;
+  constexpr int kCount = Terms::kCount, kUses = 2;
+  using Loaded = typename Terms::Loaded[kVectors];
   const int thread = device::thread_index(), threads = device::block_threads();
   const int group = kScope == Scope::kWave ? thread >> launch.log2_slots : 0;
   const int groups = kScope == Scope::kWave ? threads >> launch.log2_slots : 1;
@@ -212,16 +219,7 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, slot, k); };
   const int rows = static_cast<int>(p.rows), chunk = static_cast<int>(device::block_index());
   const int stride = static_cast<int>(partials.chunks) * groups;
-  const auto end_of = [&](int row) { return row < rows ? end_of_slot : 0; };
-  const auto load = [&](Loaded& loaded, const ShortRowSteps& at) {
-    const X* const x = at.template pointer<X>(p, kX);
-    const Y* const dout = at.template pointer<Y>(p, kDOut);
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      loaded.x[k] = load_items<kAligned, Reuse::kNone, kCount>(x, first(k), step, end_of(at.row));
-      loaded.dout[k] = load_items<kAligned, Reuse::kNone, kCount>(dout, first(k), step, end_of(at.row));
-    }
-  };
+  const auto end_of = [&](const ShortRowSteps& at) { return at.row < rows ? end_of_slot : 0; };
 
   device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
   device::allow_next_kernel();
@@ -231,46 +229,49 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   const auto load_next = [&] {
     ShortRowSteps at = row;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r, at.move(p, row_step)) load(next[r], at);
+    for (int r = 0; r < kRows; ++r, at.move(p, row_step))
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k)
+        Terms::template load<kAligned, Reuse::kNone>(p, at, first(k), step, end_of(at), next[r][k]);
   };
   load_next();
   float dweight[kVectors][kCount] = {};
-  const HeldFactors<X, kVectors, kThreads, kAligned, decltype(first)> factors(p, first, step, end_of_slot);
+  const HeldFactors<X, kVectors, kThreads, kAligned, decltype(first)> factors(p, weights_of(p, chunk), first, step,
+                                                                              end_of_slot);
 
   int use = 0;
   // All groups of a block take as many steps, since they exchange together. For a row that does not exist, they have
   // zeros.
   for (int base = chunk; base < rows; base += kRows * stride) {
     Loaded now[kRows];
+    typename Terms::Held held[kRows][kVectors];
     ShortRowSteps at[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r, row.move(p, row_step)) {
-      now[r] = next[r];
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) now[r][k] = next[r][k];
       at[r] = row;
     }
     load_next();
-    Vector16 dsum[kRows][kVectors];
-    if (p.data[kDSum]) {
+    const auto each_vector = [&](int r, const auto& visit) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const X* const from = at[r].template pointer<X>(p, kDSum);
-#pragma unroll
-        for (int k = 0; k < kVectors; ++k)
-          dsum[r][k] = load_items<kAligned, Reuse::kNone, kCount>(from, first(k), step, end_of(at[r].row));
+      for (int k = 0; k < kVectors; ++k) {
+        float s[kCount], u[kCount], w[kCount];
+        Terms::values(p, now[r][k], held[r][k], s, u);
+        factors.load(k, w);
+        visit(k, s, u, w);
       }
-    }
+    };
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k)
+        Terms::template hold<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k]);
 
     float sums[2 * kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        float x[kCount], dout[kCount], w[kCount];
-        unpack_items<X>(now[r].x[k], x);
-        unpack_items<Y>(now[r].dout[k], dout);
-        factors.load(k, w);
-        add_products(x, dout, w, &sums[2 * r]);
-      }
+      each_vector(r, [&](int, auto& s, auto& u, auto& w) { add_products(s, u, w, &sums[2 * r]); });
     sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
     RowStatistics statistics[kRows];
     bool overflowed = false;
@@ -283,14 +284,7 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         sums[2 * r] = sums[2 * r + 1] = 0.0f;
-#pragma unroll
-        for (int k = 0; k < kVectors; ++k) {
-          float x[kCount], dout[kCount], w[kCount];
-          unpack_items<X>(now[r].x[k], x);
-          unpack_items<Y>(now[r].dout[k], dout);
-          factors.load(k, w);
-          statistics[r].add_products(x, dout, w, &sums[2 * r]);
-        }
+        each_vector(r, [&](int, auto& s, auto& u, auto& w) { statistics[r].add_products(s, u, w, &sums[2 * r]); });
       }
       sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
 #pragma unroll
@@ -298,25 +292,17 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
     }
 
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      X* const dx = at[r].template pointer<X>(p, kDX);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        float x[kCount], dout[kCount], w[kCount], s[kCount];
-        unpack_items<X>(now[r].x[k], x);
-        unpack_items<Y>(now[r].dout[k], dout);
-        factors.load(k, w);
-        if (p.data[kDSum]) unpack_items<X>(dsum[r][k], s);
+    for (int r = 0; r < kRows; ++r)
+      each_vector(r, [&](int k, auto& s, auto& u, auto& w) {
+        float ds[kCount];
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const float n = x[i] * statistics[r].rstd;
-          dweight[k][i] = device::fma(dout[i], n, dweight[k][i]);
-          x[i] = statistics[r].dx(n, dout[i] * w[i]);
-          if (p.data[kDSum]) x[i] += s[i];
+          s[i] *= statistics[r].rstd;
+          dweight[k][i] = device::fma(u[i], s[i], dweight[k][i]);
+          ds[i] = statistics[r].ds(s[i], u[i] * w[i]);
         }
-        store_items<kAligned, kCount>(dx, first(k), step, end_of(at[r].row), pack_items<X>(x));
-      }
-    }
+        Terms::template store<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k], s, w, ds);
+      });
   }
 
   if (!partials.sums) return;
@@ -358,60 +344,62 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
 // The same for rows that are too large for the registers of a block, and for unaligned rows of more than a wave. Each
 // row is read twice, the second time from the caches. The partial sums are in memory, where each thread has columns of
 // its own.
-template <class X, class Y, int kThreads, bool kAligned>
+template <class Terms, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, 1)
 backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
-  constexpr int kCount = kItems<X>;
+  using X = typename Terms::X;
+  constexpr int kCount = Terms::kCount;
   const int slot = device::thread_index(), step = item_step(launch);
   const int64_t end = slot < launch.slots ? p.hidden : 0, chunk = device::block_index();
   float* const to = partials.sums ? partials.row(chunk) : nullptr;
   device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
   device::allow_next_kernel();
+  const char* const weights = weights_of(p, chunk);
   int use = 0;
-  for (RowSteps row(p, chunk, partials.chunks); row.has_row(); row.next()) {
+  for (LongRowSteps row(p, chunk, partials.chunks); row.has_row(); row.next()) {
     const bool is_first = use == 0;
     const auto each_vector = [&](const auto& visit) {
       for (int k = 0; k < launch.vectors; ++k) {
         const int64_t first = first_item<kAligned, X, int64_t>(launch, slot, k);
-        float x[kCount], dout[kCount], w[kCount];
-        unpack_items<X>(load_items<kAligned, Reuse::kSome, kCount>(row.template pointer<X>(kX), first, step, end), x);
-        unpack_items<Y>(load_items<kAligned, Reuse::kSome, kCount>(row.template pointer<Y>(kDOut), first, step, end),
-                        dout);
-        load_factors<X, kAligned>(p, first, step, end, w);
-        visit(first, x, dout, w);
+        float s[kCount], u[kCount], w[kCount];
+        typename Terms::Loaded loaded;
+        typename Terms::Held held;
+        Terms::template load<kAligned, Reuse::kSome>(p, row, first, step, end, loaded);
+        Terms::template hold<kAligned>(p, row, first, step, end, loaded, held);
+        Terms::values(p, loaded, held, s, u);
+        load_factors<X, kAligned>(p, weights, first, step, end, w);
+        visit(first, s, u, w, loaded, held);
       }
     };
     float sums[2] = {};
-    each_vector([&](int64_t, auto& x, auto& dout, auto& w) { add_products(x, dout, w, sums); });
+    each_vector([&](int64_t, auto& s, auto& u, auto& w, auto&, auto&) { add_products(s, u, w, sums); });
     sum_over_row<Scope::kBlock, kThreads, 2>(sums, launch, use++);
     RowStatistics statistics(p, sums, true);
     if (device::any_lane(statistics.overflowed())) {
       sums[0] = sums[1] = 0.0f;
-      each_vector([&](int64_t, auto& x, auto& dout, auto& w) { statistics.add_products(x, dout, w, sums); });
+      each_vector([&](int64_t, auto& s, auto& u, auto& w, auto&, auto&) { statistics.add_products(s, u, w, sums); });
       sum_over_row<Scope::kBlock, kThreads, 2>(sums, launch, use++);
       statistics.replace_mean(p, sums[0]);
     }
-    each_vector([&](int64_t first, auto& x, auto& dout, auto& w) {
-      float n[kCount], s[kCount] = {};
-      if (p.data[kDSum])
-        unpack_items<X>(load_items<kAligned, Reuse::kNone, kCount>(row.template pointer<X>(kDSum), first, step, end),
-                        s);
+    each_vector([&](int64_t first, auto& s, auto& u, auto& w, auto& loaded, auto& held) {
+      float ds[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        n[i] = x[i] * statistics.rstd;
-        x[i] = statistics.dx(n[i], dout[i] * w[i]);
-        if (p.data[kDSum]) x[i] += s[i];
+        s[i] *= statistics.rstd;
+        ds[i] = statistics.ds(s[i], u[i] * w[i]);
       }
-      store_items<kAligned, kCount>(row.template pointer<X>(kDX), first, step, end, pack_items<X>(x));
+      Terms::template store<kAligned>(p, row, first, step, end, loaded, held, s, w, ds);
       if (!to) return;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const int64_t column = first + static_cast<int64_t>(i) * step;
-        if (column < end) to[column] = is_first ? dout[i] * n[i] : device::fma(dout[i], n[i], to[column]);
+        if (column < end) to[column] = is_first ? u[i] * s[i] : device::fma(u[i], s[i], to[column]);
       }
     });
   }
 }
+
+namespace {  // unnamed, since several operators have a copy
 
 // Adds up the partial sums of `chunks` chunks. A block has kSumColumns columns and `parts` threads for each, a power of
 // two of at most kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these threads are
@@ -452,4 +440,5 @@ sum_chunks(RowParams p, Partials partials, int64_t chunks, int32_t parts) {
   }
 }
 
+}  // namespace
 }  // namespace gemma_norm::gpu

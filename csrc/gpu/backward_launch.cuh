@@ -1,14 +1,13 @@
-// Checks a call of a backward operator, and launches the kernel that computes dx, then the one that adds up dweight.
+// Checks a call of a backward operator, and launches the kernel that computes its gradients by rows, then the one that
+// adds up dweight.
 #pragma once
 
 #include <cstdio>
 #include <utility>
 
 #include "../core/check.h"
-#include "../ops/rms_norm_backward.h"
 #include "backward_kernel.cuh"
 #include "backward_plan.h"
-#include "entry.h"
 #include "plan.h"
 
 namespace gemma_norm::gpu {
@@ -16,37 +15,44 @@ namespace {  // unnamed, because the tests link the CUDA and the emulated versio
 
 using BackwardKernel = void (*)(RowParams, Launch, Partials);
 
-template <class X, class Y, bool kAligned, size_t kRow>
+template <class Terms, bool kAligned, size_t kRow>
 constexpr BackwardKernel make_backward_kernel() {
   constexpr BackwardTuning kTuning = kBackwardKernels[kRow];
+  constexpr BackwardThreads kThreads = kTuning.of[Terms::kGated];
   if constexpr (kTuning.scope == Scope::kTwoPasses)
-    return &backpropagate_in_two_passes<X, Y, kTuning.max_block_threads, kAligned>;
+    return &backpropagate_in_two_passes<Terms, kTuning.max_block_threads, kAligned>;
   else if constexpr (kTuning.scope == Scope::kWave || kAligned)
-    return &backpropagate_rows<X, Y, kTuning.scope, kTuning.vectors, kTuning.rows, kTuning.max_block_threads,
-                               kTuning.resident_threads, kAligned>;
+    return &backpropagate_rows<Terms, kTuning.scope, kTuning.vectors, kThreads.rows, kTuning.max_block_threads,
+                               kThreads.resident, kAligned>;
   else
     return nullptr;  // no plan has it
 }
 
-template <class X, class Y, bool kAligned, size_t... kRows>
-BackwardKernel backward_kernel(int kernel, std::index_sequence<kRows...>) {
-  static constexpr BackwardKernel kTable[] = {make_backward_kernel<X, Y, kAligned, kRows>()...};
+template <class Terms, bool kAligned, size_t... kRows>
+BackwardKernel kernel_of(int kernel, std::index_sequence<kRows...>) {
+  static constexpr BackwardKernel kTable[] = {make_backward_kernel<Terms, kAligned, kRows>()...};
   return kTable[kernel];
 }
 
-// The kernel of entry `kernel` of kBackwardKernels for the dtypes of x and dout, which check() has let through.
+// The kernel of entry `kernel` of kBackwardKernels for a call that check() has let through.
+template <class Op>
 BackwardKernel find_backward_kernel(const RowParams& p, int kernel, bool aligned) {
-  const auto find = [&](auto x, auto dout) {
-    using X = decltype(x);
-    using Y = decltype(dout);
+  const auto find = [&](auto terms) {
+    using Terms = decltype(terms);
     constexpr auto kRows = std::make_index_sequence<kBackwardKernelCount>();
-    return aligned ? backward_kernel<X, Y, true>(kernel, kRows) : backward_kernel<X, Y, false>(kernel, kRows);
+    return aligned ? kernel_of<Terms, true>(kernel, kRows) : kernel_of<Terms, false>(kernel, kRows);
   };
-  if (p.dtypes[kX] == DType::kFloat16) return find(float16(), float16());
-  if (p.dtypes[kX] == DType::kBFloat16) return find(bfloat16(), bfloat16());
-  if (p.dtypes[kDOut] == DType::kFloat16) return find(float(), float16());
-  if (p.dtypes[kDOut] == DType::kBFloat16) return find(float(), bfloat16());
-  return find(float(), float());
+  if constexpr (Op::kGated) {
+    if (p.dtypes[kX] == DType::kFloat16) return find(GatedTerms<float16>());
+    if (p.dtypes[kX] == DType::kBFloat16) return find(GatedTerms<bfloat16>());
+    return find(GatedTerms<float>());
+  } else {
+    if (p.dtypes[kX] == DType::kFloat16) return find(PlainTerms<float16, float16>());
+    if (p.dtypes[kX] == DType::kBFloat16) return find(PlainTerms<bfloat16, bfloat16>());
+    if (p.dtypes[kDOut] == DType::kFloat16) return find(PlainTerms<float, float16>());
+    if (p.dtypes[kDOut] == DType::kBFloat16) return find(PlainTerms<float, bfloat16>());
+    return find(PlainTerms<float, float>());
+  }
 }
 
 // The same rows with two dimensions.
@@ -62,24 +68,36 @@ RowParams two_dimensions(RowParams p) {
   return p;
 }
 
+device::Error sum_partials(const RowParams& params, Partials partials, int64_t chunks, const DeviceFacts& facts,
+                           device::Stream stream) {
+  // The chunks of the groups of a row lie one after another, and are one row of dweight's columns.
+  const int64_t groups = groups_of(params);
+  partials.columns *= groups;
+  chunks /= groups;
+  int32_t parts = 1;
+  while (parts < kMaxSumParts && 2 * parts * kChunksOfPart <= chunks) parts *= 2;
+  const Grid grid{(partials.columns + kSumColumns - 1) / kSumColumns, kSumColumns * parts, 1};
+  return device::launch(&sum_chunks, grid, stream, facts, params, partials, chunks, parts);
+}
+
 }  // namespace
 
-// Every slice of the rows is a launch with chunks of its own.
-template <>
-Status launch_op<RmsNormBackward>(const Call& call, device::Stream stream, Message* message) {
+// An operator's source, such as csrc/cuda/rms_norm_backward.cu, instantiates this function, and with it all kernels of
+// the operator. Every slice of the rows is a launch with chunks of its own.
+template <class Op>
+Status launch_op(const Call& call, device::Stream stream, Message* message) {
   RowParams params;
   RowSlices slices;
   if (const Status status = check(call, &params, &slices, message); status != Status::kOk) return status;
   if (slices.count == 0 && !params.data[kDWeight]) return Status::kOk;
+  params = two_dimensions(params);
   DeviceFacts facts;
   device::Error error = device::facts(&facts, reinterpret_cast<const void*>(&sum_chunks));
-  const auto slice = [&](int64_t i) {
-    return two_dimensions(slices.count == 1 ? params : select_slice(params, slices, i));
+  const auto slice = [&](int64_t i) { return slices.count == 1 ? params : select_slice(params, slices, i); };
+  const auto aligned = [](const RowParams& p) {
+    return is_aligned(p, p.hidden % (kVectorBytes / size_of(p.dtypes[kX])) == 0, p.dtypes[kX]);
   };
-  const auto plan_of = [&](const RowParams& p) {
-    const bool whole_vectors = p.hidden % (kVectorBytes / size_of(p.dtypes[kX])) == 0;
-    return make_backward_plan(p, is_aligned(p, whole_vectors, p.dtypes[kX]), facts.wave_width);
-  };
+  const auto plan_of = [&](const RowParams& p) { return make_backward_plan(p, aligned(p), facts.wave_width); };
   int64_t chunks = 0;
   for (int64_t i = 0; i < slices.count; ++i) chunks += plan_of(slice(i)).chunks;
   Partials partials{nullptr, params.hidden, 0, 0};
@@ -88,19 +106,13 @@ Status launch_op<RmsNormBackward>(const Call& call, device::Stream stream, Messa
   for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i) {
     const RowParams p = slice(i);
     const BackwardPlan plan = plan_of(p);
-    const bool aligned = is_aligned(p, plan.whole_vectors, p.dtypes[kX]);
     const Launch launch{plan.slots, plan.log2_slots, plan.vectors, plan.whole_vectors};
     partials.chunks = plan.chunks;
-    error = device::launch(find_backward_kernel(p, plan.kernel, aligned), {plan.chunks, plan.block_threads, 1}, stream,
-                           facts, p, launch, partials);
+    error = device::launch(find_backward_kernel<Op>(p, plan.kernel, aligned(p)), {plan.chunks, plan.block_threads, 1},
+                           stream, facts, p, launch, partials);
     partials.first_chunk += plan.chunks;
   }
-  if (params.data[kDWeight] && error == device::kSuccess) {
-    int32_t parts = 1;
-    while (parts < kMaxSumParts && 2 * parts * kChunksOfPart <= chunks) parts *= 2;
-    const Grid grid{(params.hidden + kSumColumns - 1) / kSumColumns, kSumColumns * parts, 1};
-    error = device::launch(&sum_chunks, grid, stream, facts, params, partials, chunks, parts);
-  }
+  if (params.data[kDWeight] && error == device::kSuccess) error = sum_partials(params, partials, chunks, facts, stream);
   if (error == device::kSuccess) return Status::kOk;
   std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", call.op->name, device::error_text(error));
   return Status::kDeviceError;

@@ -10,6 +10,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+int64_t groups_of(const RowParams& p) { return p.strides[kWeight][1] != 0 ? p.sizes[1] : 1; }
+
 BackwardPlan make_backward_plan(const RowParams& params, bool aligned, int32_t wave_width) {
   const int64_t items = kVectorBytes / size_of(params.dtypes[kX]), row_vectors = divide_up(params.hidden, items);
   const bool counts_in_32_bits = params.rows < INT32_MAX / 2;  // as all kernels but that of two passes do
@@ -36,7 +38,10 @@ BackwardPlan make_backward_plan(const RowParams& params, bool aligned, int32_t w
       plan.slots = kTwoPassSlots;
       plan.vectors = static_cast<int32_t>(std::min<int64_t>(divide_up(row_vectors, kTwoPassSlots), INT32_MAX));
   }
+  // The rows of a chunk are the same group of their rows, so the number of groups divides that of the chunks.
+  const int64_t groups = groups_of(params);
   plan.chunks = std::min<int64_t>(kernel->chunks, divide_up(params.rows, plan.groups()));
+  plan.chunks = std::max(plan.chunks / groups * groups, std::min(groups, params.rows));
   return plan;
 }
 

@@ -20,6 +20,9 @@ struct BackwardPlan {
   int32_t groups() const { return scope == Scope::kWave ? block_threads >> log2_slots : 1; }
 };
 
+// The groups of a row with group_size, or 1. `params` has two row dimensions, of which they are the second.
+int64_t groups_of(const RowParams& params);
+
 // A pure function of the rows, hidden and x's dtype, of whether the rows are aligned, and of the wave width, to which
 // blocks are rounded up.
 BackwardPlan make_backward_plan(const RowParams& params, bool aligned, int32_t wave_width);

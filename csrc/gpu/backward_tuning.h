@@ -11,27 +11,27 @@
 
 namespace gemma_norm {
 
+struct BackwardThreads {
+  int32_t rows;      // that a thread has at a time
+  int32_t resident;  // threads of a multiprocessor; see KernelTuning
+};
+
 struct BackwardTuning {
   int64_t row_vectors;  // the largest row, in vectors of x
   Scope scope;          // kWave, kBlock or kTwoPasses
   int32_t vectors;      // that a thread holds of each row
-  int32_t rows;         // that it holds at a time
   int32_t max_block_threads;
-  int32_t resident_threads;  // of a multiprocessor; see KernelTuning
-  int32_t chunks;            // at most so many
+  BackwardThreads of[2];  // without a gate, and with one
+  int32_t chunks;         // at most so many
 };
 
 // The first entry that fits the row is used.
 constexpr BackwardTuning kBackwardKernels[] = {
-    {32, Scope::kWave, 1, 2, 256, 512, 264},
-    {64, Scope::kWave, 2, 1, 256, 512, 264},
-    {128, Scope::kBlock, 1, 2, 128, 640, 528},
-    {256, Scope::kBlock, 1, 2, 256, 512, 264},
-    {512, Scope::kBlock, 1, 2, 512, 512, 132},
-    {640, Scope::kBlock, 1, 2, 640, 640, 132},
-    {1024, Scope::kBlock, 2, 1, 512, 512, 132},
-    {2048, Scope::kBlock, 4, 1, 512, 512, 132},
-    {INT64_MAX, Scope::kTwoPasses, 1, 1, kTwoPassSlots, kTwoPassSlots, 264},
+    {32, Scope::kWave, 1, 256, {{2, 512}, {1, 512}}, 264},     {64, Scope::kWave, 2, 256, {{1, 512}, {1, 256}}, 264},
+    {128, Scope::kBlock, 1, 128, {{2, 640}, {1, 512}}, 528},   {256, Scope::kBlock, 1, 256, {{2, 512}, {1, 512}}, 264},
+    {512, Scope::kBlock, 1, 512, {{2, 512}, {1, 512}}, 132},   {640, Scope::kBlock, 1, 640, {{2, 640}, {1, 640}}, 132},
+    {1024, Scope::kBlock, 2, 512, {{1, 512}, {1, 512}}, 132},  {2048, Scope::kBlock, 4, 512, {{1, 512}, {1, 512}}, 132},
+    {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, {}, 264},
 };
 constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
 

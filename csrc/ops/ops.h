@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gated_rms_norm.h"
+#include "gated_rms_norm_backward.h"
 #include "rms_norm.h"
 #include "rms_norm_backward.h"
 
@@ -49,7 +50,7 @@ struct OpList {
 };
 
 using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm>;
-using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormBackward>;
+using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormBackward, GatedRmsNormBackward>;
 
 // Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);

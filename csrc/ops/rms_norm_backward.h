@@ -14,6 +14,7 @@
 namespace gemma_norm {
 
 struct RmsNormBackward {
+  static constexpr bool kGated = false;
   static constexpr OperandRule kRules[] = {
       kXRule,
       kWeightRule,

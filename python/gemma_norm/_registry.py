@@ -59,8 +59,8 @@ class Operator:
     """The rule for each tensor, by the argument's name, in the order of the checks."""
     functional: str
     """The operator that computes the same in new tensors, and is differentiable."""
-    second_result: str | None = None
-    """The argument whose shape and dtype a second result has. The first result has those of x."""
+    more_results: tuple[str, ...] = ()
+    """For each result after the first, the argument whose shape and dtype it has. The first has those of x."""
     derivative: type[torch.autograd.Function] | None = None
     """For a functional operator: its setup_context and backward. ``register`` adds the forward pass."""
 
@@ -128,12 +128,8 @@ class Operator:
         check_arguments(self, arguments)
         if self.written:
             return arguments.get("out")
-        x: Tensor = arguments["x"]
-        y, second = x.new_empty(x.shape), self.second_result
-        if second is None:
-            return y
-        like: Tensor = arguments[second]
-        return y, like.new_empty(like.shape)
+        results = tuple(arguments[name].new_empty(arguments[name].shape) for name in ("x", *self.more_results))
+        return results if self.more_results else results[0]
 
     def functionalised(self, *args: Any, **kwargs: Any) -> Any:
         """For torch.compile, which by itself cannot functionalise an operator that returns one of its arguments."""

@@ -1,2 +1,6 @@
 #include "device/emulated.h"
 #include "gpu/backward_launch.cuh"
+#include "ops/rms_norm_backward.h"
+
+template gemma_norm::Status gemma_norm::gpu::launch_op<gemma_norm::RmsNormBackward>(const Call&, device::Stream,
+                                                                                    Message*);

@@ -13,7 +13,7 @@ from .. import reference
 from .._calls import differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
 from .._registry import Operator, bare, register
-from .rms_norm_backward import cast, formula
+from .gated_rms_norm_backward import gradients
 
 _RULES = {"x": X, "weight": WEIGHT, "gate": OPTIONAL_LIKE_X}
 _is_grad_enabled = torch.is_grad_enabled
@@ -108,38 +108,9 @@ class GatedRMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """:func:`formula` of s and of dy, one of which is multiplied by the activation before."""
         x, gate, weight = ctx.saved_tensors
-        needs_x, needs_gate, needs_weight = ctx.needs_input_grad[:3]
-        dy, x32 = dy.float(), x.float()
-        activation = slope = None
-        if gate is not None:
-            logistic = torch.sigmoid(gate.float())
-            activation = logistic if ctx.sigmoid else gate.float() * logistic
-            slope = logistic * (1 - logistic)
-            slope = slope if ctx.sigmoid else logistic + gate.float() * slope
-
-        def groups(t: Tensor) -> Tensor:
-            size = ctx.group_size or x.shape[-1]
-            return t.reshape(*t.shape[:-1], x.shape[-1] // size, size)
-
-        gates_x = gate is not None and not ctx.norm_before_gate
-        s = x32 * activation if gates_x and activation is not None else x32
-        upstream = dy * activation if activation is not None and ctx.norm_before_gate else dy
-        needs_s = needs_x or (needs_gate and gates_x)
-        ds, dweight = formula(groups(upstream), groups(s), groups(weight), ctx.eps, False, needs_s, needs_weight)
-        ds = None if ds is None else ds.reshape(x.shape)
-        dgate = None
-        if needs_gate and slope is not None:
-            if gates_x and ds is not None:
-                dgate = ds * x32 * slope
-            else:
-                rstd = torch.rsqrt(groups(x32).square().mean(-1, keepdim=True) + ctx.eps)
-                dgate = dy * (groups(x32) * rstd).reshape(x.shape) * weight.float() * slope
-            dgate = cast(dgate, gate)
-        dx = ds * activation if ds is not None and gates_x and activation is not None else ds
-        dweight = None if dweight is None else dweight.reshape(weight.shape)
-        return cast(dx, x) if needs_x else None, dgate, dweight, None, None, None, None, None
+        options = (ctx.eps, ctx.sigmoid, ctx.norm_before_gate, ctx.group_size)
+        return *gradients(dy, x, gate, weight, *options, *ctx.needs_input_grad[:3]), None, None, None, None, None
 
 
 GATED_RMS_NORM = Operator(

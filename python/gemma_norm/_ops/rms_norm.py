@@ -200,7 +200,12 @@ class AddRMSNormFunction(torch.autograd.Function):
 
 RMS_NORM = Operator("rms_norm", reference.rms_norm, _NORM, "rms_norm", derivative=RMSNormFunction)
 ADD_RMS_NORM = Operator(
-    "add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm", "residual", derivative=AddRMSNormFunction
+    "add_rms_norm",
+    reference.add_rms_norm,
+    _ADD,
+    "add_rms_norm",
+    more_results=("residual",),
+    derivative=AddRMSNormFunction,
 )
 RMS_NORM_OUT = Operator("rms_norm.out", reference.rms_norm, {**_NORM, "out": LIKE_X}, "rms_norm")
 FUSED_ADD_RMS_NORM = Operator("fused_add_rms_norm", reference.add_rms_norm, _ADD, "add_rms_norm")

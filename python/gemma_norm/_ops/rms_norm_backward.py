@@ -34,8 +34,8 @@ def formula(
         g = dout if weight is None else dout * (1 + weight.float() if gemma else weight.float())
         ds = rstd * (g - n * (g * n).mean(-1, keepdim=True))
     if needs_weight and weight is not None:
-        rows = list(range(s.dim() - weight.dim()))
-        dweight = cast((dout * n).sum(rows) if rows else dout * n, weight)
+        leading = list(range(s.dim() - weight.dim()))
+        dweight = cast((dout * n).sum(leading) if leading else dout * n, weight)
     return ds, dweight
 
 
@@ -88,7 +88,7 @@ def gradients(
         return dsum, torch.zeros_like(weight) if weight is not None and needs_weight else None
     if torch.is_grad_enabled():
         return differentiable(dout, x, weight, dsum, eps, gemma, needs_x, needs_weight)
-    dout, dsum = _rows(dout), None if dsum is None else _rows(dsum)
+    dout, dsum = rows(dout), None if dsum is None else rows(dsum)
     if needs_weight:
         operator = RMS_NORM_BACKWARD.overload if is_compiled() else _backward
         dx, dweight = operator(dout, x, weight, dsum, eps, gemma)
@@ -99,7 +99,7 @@ def gradients(
     return operator(dout, x, weight, dsum, eps, gemma), None
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """``t`` with a contiguous last dimension. An expanded gradient, such as that of a sum, has none."""
     if t.stride(-1) == 1 or t.shape[-1] == 1:
         return t
@@ -132,7 +132,7 @@ RMS_NORM_BACKWARD = Operator(
     _reference,
     {"x": X, "weight": WEIGHT, "dout": _DOUT, "dsum": OPTIONAL_LIKE_X},
     "rms_norm",
-    "weight",
+    more_results=("weight",),
 )
 RMS_NORM_BACKWARD_INPUT = Operator(
     "rms_norm_backward_input",

@@ -1,0 +1,6 @@
+#include "../ops/gated_rms_norm_backward.h"
+
+#include "../gpu/backward_launch.cuh"
+
+template gemma_norm::Status gemma_norm::gpu::launch_op<gemma_norm::GatedRmsNormBackward>(const Call&, device::Stream,
+                                                                                         Message*);
