@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -202,6 +203,62 @@ def test_only_providers_with_a_derivative_are_measured() -> None:
     assert [n for n in fit if not PROVIDERS[n].fits(both)] == ["copy_", "torch.add"]
     forward = Point("forward", RMS_NORM, 8, 64, torch.bfloat16, "cpu")
     assert not any(PROVIDERS[n].fits(forward) for n in ("torch.add", "liger:in_place", "ours:module"))
+
+
+class Liger:
+    """Stand-ins with the signatures of Liger 0.8.5, whose second function is called with the residual after x."""
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
+            assert (eps, offset, casting_mode) == (EPS, 1.0, "gemma")
+            ctx.in_place = in_place
+            ctx.save_for_backward(X, W)
+            return reference.rms_norm(X, W, eps, True)
+
+        @staticmethod
+        def backward(ctx, dY):
+            with torch.enable_grad():
+                graph = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                dX, dW = torch.autograd.grad(reference.rms_norm(*graph, EPS, True), graph, dY)
+            return dY.copy_(dX) if ctx.in_place else dX, dW, None, None, None, None, None
+
+    class AddNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, X, R, W, eps, offset=0.0, casting_mode="llama", in_place=False):
+            assert (eps, offset, casting_mode) == (EPS, 1.0, "gemma")
+            ctx.in_place = in_place
+            y, s = reference.add_rms_norm(X, R, W, eps, True)
+            ctx.save_for_backward(s, W)
+            return y, s
+
+        @staticmethod
+        def backward(ctx, dY, dS):
+            with torch.enable_grad():
+                graph = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                dX, dW = torch.autograd.grad(reference.rms_norm(*graph, EPS, True), graph, dY)
+            dX = dY.copy_(dX + dS) if ctx.in_place else dX + dS
+            return dX, dX, dW, None, None, None, None
+
+
+def quack(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False,
+          weight_offset=0.0):  # fmt: skip
+    """A stand-in with the signature of QuACK 0.6.5."""
+    assert weight_offset == 1.0 and prenorm is (residual is not None)
+    if residual is None:
+        return reference.rms_norm(x, weight, eps, True)
+    return reference.add_rms_norm(x, residual, weight, eps, True)
+
+
+@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM])
+@pytest.mark.parametrize("work", [BACKWARD, BOTH])
+def test_peers_are_called_as_they_are_published(op: str, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = SimpleNamespace(LigerRMSNormFunction=Liger.Norm, LigerFusedAddRMSNormFunction=Liger.AddNorm)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    monkeypatch.setitem(sys.modules, "quack", SimpleNamespace(rmsnorm=quack))
+    names = ("liger", "liger:in_place", "quack", "ours")
+    found = measure(replace(point(op), work=work), *(PROVIDERS[name] for name in names))
+    assert {name: r.note for name, r in found.items()} == dict.fromkeys(names, "")
 
 
 def test_the_points_of_the_suites() -> None:
