@@ -19,6 +19,7 @@ from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
 from gemma_norm.benchmark import check_gradients, gradients, report, results, run, timing
 from gemma_norm.benchmark.cases import ADD_RMS_NORM, BACKWARD, BOTH, EPS, GATED_RMS_NORM, RMS_NORM, Point
+from gemma_norm.benchmark.check import WrongResult
 from gemma_norm.benchmark.providers import PROVIDERS, Provider
 from gemma_norm.benchmark.suites import SUITES, Choice
 from gemma_norm.benchmark.timing import Timing
@@ -143,6 +144,21 @@ def test_a_wrong_gradient_is_noted_and_not_timed(case: Wrong) -> None:
     found = measure(point(case.op), derived("wrong", case.change), right, PROVIDERS["copy_"])
     assert found["wrong"].p50_us == 0 and case.note in found["wrong"].note
     assert found["right"].p50_us > 0 and found["right"].of_copy > 0 and not found["right"].note
+
+
+def test_an_incoming_gradient_of_0_hides_no_error() -> None:
+    """There the gate's gradient is exactly 0, and so is what it may be off by."""
+    inputs = gradients.GradientInputs(point(GATED_RMS_NORM), 1)
+    inputs.original[0][3, 5] = 0
+    call = gradients.call_of(gradients.ours(GATED_RMS_NORM, inputs.weight, False), inputs)
+    check_gradients.check(PROVIDERS["ours"], call, inputs, False)
+
+    def wrong(*arguments: object) -> tuple[Tensor, ...]:
+        dx, dgate, dw = call(*arguments)
+        return dx, dgate * 1.5, dw
+
+    with pytest.raises(WrongResult, match="the gradient of the gate is off by"):
+        check_gradients.check(PROVIDERS["ours"], wrong, inputs, False)
 
 
 def test_the_term_of_the_mean_is_not_lost_in_noise() -> None:
