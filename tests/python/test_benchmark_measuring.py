@@ -196,7 +196,7 @@ def test_graphs_rotate_restore_and_divide(monkeypatch: pytest.MonkeyPatch) -> No
         def elapsed_time(self, other: Event) -> float:
             return len(captured) * 0.01
 
-    def graph(graph: Graph, capture_error_mode: str) -> contextlib.AbstractContextManager[None]:
+    def graph(graph: Graph, stream: object, capture_error_mode: str) -> contextlib.AbstractContextManager[None]:
         captured.clear()
         return contextlib.nullcontext()
 

@@ -29,7 +29,7 @@ MEASURING = ("rows", "hidden", "plain", "quick")
 """Options that say how to measure, so they are refused with --load. --suite, --dtype and --providers are not among
 them: with --load they select from its results."""
 
-DEFAULT_SUITES = {True: tuple(n for n in SUITES if n != "cpu"), False: ("cpu",)}
+DEFAULT_SUITES = {True: tuple(n for n, s in SUITES.items() if n != "cpu" and not s.derived), False: ("cpu",)}
 """The suites that run by default, by whether there is a GPU."""
 
 Part = TypeVar("Part", str, int)
@@ -94,7 +94,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     suites, families, dtypes = _names(SUITES), _names(FAMILIES), _names(DTYPES)
-    p.add_argument("--suite", type=suites, metavar="A,B", help="default: cpu, or all others on a GPU machine")
+    p.add_argument("--suite", type=suites, metavar="A,B", help="default: cpu, or forward to host on a GPU machine")
     p.add_argument("--dtype", type=dtypes, metavar="A,B", help=f"of {', '.join(DTYPES)}; default: the suite's")
     p.add_argument("--providers", type=families, metavar="A,B", help="default: all there are")
     p.add_argument("--hidden", type=_sizes, metavar="N,M", help="instead of the suite's (qk: head sizes)")

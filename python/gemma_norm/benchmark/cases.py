@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ ADD_RMS_NORM = "fused_add_rms_norm"
 GATED_RMS_NORM = "gated_rms_norm"
 OPS = (RMS_NORM, ADD_RMS_NORM)
 EPS = 1e-6
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
+"""What a call does."""
+_TENSORS = {
+    FORWARD: {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3},
+    BACKWARD: {RMS_NORM: 3, ADD_RMS_NORM: 4, GATED_RMS_NORM: 5},
+}
+"""How many tensors of x's size are read or written at least. The backward pass of the norm reads x and the gradient of
+y, and writes that of x. With the addition it also reads the gradient of the sum, and reads the sum in place of x. With
+the gate it also reads the gate, and writes its gradient."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,26 @@ class Point:
     device: str
     cache: str = "hot"
     """hot: each call uses the same buffers. cold: the calls rotate through so many sets of buffers that none of them is
-    still in a cache when its turn comes."""
+    still in a cache when its turn comes. warm: they rotate through a few sets, which a cache may hold."""
     threads: int = 0
     """Of the CPU; 0 on a GPU."""
     heads: Heads | None = None
     """If None, x is a contiguous matrix. Otherwise x is these heads, and ``rows`` counts the heads of all tokens."""
+    work: str = FORWARD
+    """FORWARD, BACKWARD or BOTH."""
+
+    @property
+    def name(self) -> str:
+        """The operator's name. The one that works in place has no derivative, so its functional twin is derived."""
+        return "add_rms_norm" if self.op == ADD_RMS_NORM and self.work != FORWARD else self.op
 
     @property
     def bytes(self) -> int:
         """The least memory traffic, in bytes: each input is read once, and each output is written once."""
-        tensors = {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3}[self.op]
-        return (tensors * self.rows + 1) * self.hidden * self.dtype.itemsize
+        passes = [work for work in (FORWARD, BACKWARD) if self.work in (work, BOTH)]
+        tensors = sum(_TENSORS[work][self.op] for work in passes)
+        weights = sum(1 if work == FORWARD else 2 for work in passes)  # the backward pass writes a gradient too
+        return (tensors * self.rows + weights) * self.hidden * self.dtype.itemsize
 
     def empty(self) -> Tensor:
         if self.heads is None:
@@ -61,7 +80,7 @@ class Point:
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         where = f" {self.threads} threads" if self.threads else f" {self.cache}"
-        return f"{self.suite}: {self.op} {self.rows} x {self.hidden} {name}{where}"
+        return f"{self.suite}: {self.name} {self.rows} x {self.hidden} {name}{where}"
 
 
 class Inputs:
@@ -71,6 +90,11 @@ class Inputs:
     values grow. They stay finite for the few hundred calls between two calls of :meth:`restore`, which are not timed.
     """
 
+    sets: list[tuple[Any, ...]]
+    """The arguments of a call."""
+    original: tuple[Tensor, ...]
+    """The values that :meth:`restore` gives them."""
+
     def __init__(self, point: Point, sets: int) -> None:
         generator = torch.Generator(point.device).manual_seed(0)
 
@@ -78,6 +102,7 @@ class Inputs:
             return torch.randn(shape, generator=generator, device=point.device).to(point.dtype)
 
         self.point = point
+        self.written = point.op == ADD_RMS_NORM  # by the providers that work in place
         count = 1 if point.op == RMS_NORM else 2
         if point.op == GATED_RMS_NORM:  # x and gate are adjacent, which the provider copy_ needs
             shape = (2, point.rows, point.hidden)

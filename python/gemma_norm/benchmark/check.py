@@ -33,7 +33,7 @@ class WrongResult(Exception):
 def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
     """Raise :class:`WrongResult` if ``call`` does not compute what the point asks for."""
     inputs.restore()
-    _poison(inputs)
+    poison(inputs.original[0])
     outputs = call(*inputs.sets[0])
     y, *sums = outputs if isinstance(outputs, tuple) else (outputs,)
     if provider.copies:
@@ -59,13 +59,12 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
     _compare("the result", y, exact, bound * (1.0 if provider.exact else PEERS), oracle)
 
 
-def _poison(inputs: Inputs) -> None:
-    """Leave NaN in freed memory that the allocator will use for the next tensors of this size, which are the outputs.
+def poison(x: Tensor) -> None:
+    """Leave NaN in freed memory that the allocator will use for the next tensors of x's size, which are the outputs.
 
     PyTorch's GPU allocator always reuses such memory. glibc takes an aligned block out of a larger one, so on the CPU
     the freed tensors are a little larger; and it holds back the first few small ones, so there are more of them.
     """
-    x = inputs.original[0]
     size = x.numel() + (128 if x.device.type == "cpu" else 0)
     copies = 4 if x.nbytes > 2**16 else 32
     freed = [torch.full((size,), torch.nan, dtype=x.dtype, device=x.device) for _ in range(copies)]

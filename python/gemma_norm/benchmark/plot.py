@@ -6,20 +6,19 @@ import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from .results import Result
+from .cases import GATED_RMS_NORM
+from .results import Result, copy_bandwidth
 from .suites import SUITES
 
 COLOURS = {
     "ours": "#d62728", "copy_": "#000000", "eager": "#7f7f7f", "F.rms_norm": "#bcbd22", "torch.compile": "#9467bd",
     "liger": "#2ca02c", "quack": "#ff7f0e", "flashinfer": "#1f77b4", "sgl_kernel": "#17becf", "vllm": "#8c564b",
-    "aiter": "#e377c2", "transformer_engine": "#637939",
+    "aiter": "#e377c2", "transformer_engine": "#637939", "liger:in_place": "#98df8a", "torch.add": "#aaaaaa",
+    "fla": "#17becf",
 }  # fmt: skip
 PANEL = (3.4, 2.8)  # inches
-DETOUR = 0.9
-"""Below this share of its best bandwidth, copy_ has taken a slower path, and its time says nothing about the memory."""
 MOST_COLUMNS, MOST_TICKS = 7, 9
 
 
@@ -48,16 +47,6 @@ def write(folder: Path, facts: Mapping[str, str], results: Sequence[Result]) -> 
         pyplot.close(figure)
 
 
-def copy_bandwidth(results: Sequence[Result]) -> float:
-    """The bandwidth in GB/s at which the machine copies large tensors; 0 if ``copy_`` was not measured.
-
-    It is the mean over the points, except those at which PyTorch's ``copy_`` is slower by a third because it takes
-    another path. The least possible time of a point is its bytes divided by this bandwidth.
-    """
-    measured = [r.gb_per_s for r in results if r.provider == "copy_" and r.gb_per_s]
-    return mean(b for b in measured if b >= DETOUR * max(measured)) if measured else 0.0
-
-
 def _figure(pyplot: Any, suite: str, facts: Mapping[str, str], results: Sequence[Result]) -> Any:
     """A figure with a row of panels for each operator.
 
@@ -65,8 +54,10 @@ def _figure(pyplot: Any, suite: str, facts: Mapping[str, str], results: Sequence
     """
     axis = SUITES[suite].axis
     panels: dict[str, list[Result]] = {}
+    one_size = len({r.rows * r.hidden for r in results}) == 1 or not SUITES[suite].derived
     for r in results:
-        panels.setdefault(_panel(r, axis), []).append(r)
+        height = "" if axis != "hidden" or one_size else f", {r.rows} rows"
+        panels.setdefault(_panel(r, axis) + height, []).append(r)
     operators = len({r.op for r in results})
     columns = min(math.ceil(len(panels) / operators), MOST_COLUMNS)
     rows = math.ceil(len(panels) / columns)
@@ -98,16 +89,16 @@ def _panel(r: Result, axis: str) -> str:
 
 
 def _label(r: Result) -> str:
-    return r.provider + (" (plain weight)" if r.weight == "plain" else "")
+    return r.provider + (" (plain weight)" if r.weight == "plain" and r.op != GATED_RMS_NORM else "")
 
 
 def _lines(panel: Any, results: Sequence[Result], axis: str, floor: float) -> None:
-    """Plot times, or the share of the bandwidth ``floor`` (GB/s) if it is not 0, since all tensors are of one size."""
+    """Plot times, or the share of the bandwidth ``floor`` (GB/s) if it is not 0."""
     for provider in dict.fromkeys(r.provider for r in results):
         mine = sorted((r for r in results if r.provider == provider), key=lambda r: int(getattr(r, axis)))
         x, y = [getattr(r, axis) for r in mine], [r.gb_per_s / floor if floor else r.p50_us for r in mine]
         colour, first = COLOURS.get(provider, "#7f7f7f"), provider == "ours"
-        style = "--" if provider == "copy_" else "-"
+        style = "--" if mine[0].weight == "none" else "-"
         panel.plot(
             x, y, style, color=colour, label=_label(mine[0]), marker="o", markersize=3,
             linewidth=2.2 if first else 1.2, zorder=3 if first else 2,

@@ -17,6 +17,9 @@ F.rms_norm           has none: it is timed and checked with a plain weight, whic
                      computed beforehand would be a second tensor, rounded, and wrong once w changes.)
 vllm, aiter          likewise
 ===================  ================================================================================
+
+In the suites of derivatives, a provider is what has a differentiable function (``gradient``), or what moves as many
+bytes as the backward pass (``traffic``).
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from torch.nn import functional
 
 import gemma_norm
 
-from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, OPS, RMS_NORM
+from . import gradients
+from .cases import ADD_RMS_NORM, BACKWARD, EPS, FORWARD, GATED_RMS_NORM, OPS, RMS_NORM, Point
+from .gradients import GradientInputs
 
 Outputs = Tensor | tuple[Tensor, ...]
 Call = Callable[..., Outputs]
@@ -59,10 +64,23 @@ class Provider:
     """Whether it must keep this package's error bound. The others round more often."""
     copies: bool = False
     """Whether it only moves the same bytes and computes nothing: the least time that is possible."""
+    gradient: Make | None = None
+    """Takes (op, weight, gemma) and returns a function with a derivative, for the suites that time the derivative."""
+    traffic: Callable[[GradientInputs], gradients.Call] | None = None
+    """Makes a call that moves as many bytes as the backward pass of these inputs, and computes no derivative."""
+    writes_gradient: bool = False
+    """Whether its backward pass writes into the gradient that it is given."""
 
     @property
     def family(self) -> str:
         return self.name.partition(":")[0]
+
+    def fits(self, point: Point) -> bool:
+        """Whether it is measured at this point, if it has the operator."""
+        if self.suites and point.suite not in self.suites:
+            return False
+        traffic = self.traffic is not None and point.work == BACKWARD
+        return point.work == FORWARD or self.gradient is not None or traffic
 
 
 def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -217,22 +235,41 @@ def _in_place(function: Callable[..., Any], *options: Any) -> Call:
 
 
 ALL = (*OPS, GATED_RMS_NORM)
+DERIVED = ("backward", "backward-few", "backward-cpu", "train-host")
+"""The suites that time derivatives."""
+LIGER: Any = {"module": "liger_kernel.ops", "needs": ("LigerRMSNormFunction",)}
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("ours", _ours, ALL, exact=True),
+        Provider("ours", _ours, ALL, exact=True, gradient=gradients.ours),
         Provider("ours:torch.ops", _ours_op, exact=True, suites=("host",)),
         Provider("ours:module", _ours_module, exact=True, suites=("host",)),
-        Provider("copy_", _copy, ALL, copies=True),
-        Provider("eager", _eager, ALL),
-        Provider("F.rms_norm", _torch_rms_norm, gemma=False),
-        Provider("torch.compile", _torch_compile, ALL),
-        Provider("liger", _liger, module="liger_kernel.ops", needs=("LigerRMSNormFunction",)),
-        Provider("quack", _quack, module="quack", needs=("rmsnorm",)),
+        Provider("copy_", _copy, ALL, copies=True, traffic=gradients.copy_traffic),
+        Provider("torch.add", _copy, copies=True, suites=DERIVED, traffic=gradients.add_traffic),
+        Provider("eager", _eager, ALL, gradient=_eager),
+        Provider("F.rms_norm", _torch_rms_norm, gemma=False, gradient=_torch_rms_norm),
+        Provider("torch.compile", _torch_compile, ALL, gradient=gradients.compiled(_torch_compile)),
+        Provider("liger", _liger, gradient=gradients.liger_new, **LIGER),
+        Provider(
+            "liger:in_place",
+            _liger,
+            gradient=gradients.liger_in_place,
+            suites=DERIVED,
+            writes_gradient=True,
+            **LIGER,
+        ),
+        Provider("quack", _quack, gradient=_quack, module="quack", needs=("rmsnorm",)),
         Provider("flashinfer", _flashinfer_names("flashinfer"), module="flashinfer", needs=("gemma_rmsnorm",)),
         Provider("sgl_kernel", _flashinfer_names("sgl_kernel"), module="sgl_kernel", needs=("gemma_rmsnorm",)),
         Provider("vllm", _vllm, gemma=False, module="vllm._custom_ops", needs=("rms_norm",)),
-        Provider("fla", _fla, (GATED_RMS_NORM,), module="fla.modules.norm.fused_norm_gate", needs=("rms_norm_gated",)),
+        Provider(
+            "fla",
+            _fla,
+            (GATED_RMS_NORM,),
+            module="fla.modules.norm.fused_norm_gate",
+            needs=("rms_norm_gated",),
+            gradient=_fla,
+        ),
         Provider("aiter", _aiter, gemma=False, module="aiter", needs=("rmsnorm2d_fwd_with_add",)),
         Provider(
             "transformer_engine",

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from gemma_norm._screen import ProgressLine, columns, tables, wrap
 
-from .results import Moved, Result
+from .results import Moved, Result, copy_bandwidth
 from .suites import SUITES
 
 POINT = ("op", "dtype", "rows", "hidden", "layout", "cache", "threads")
@@ -31,18 +31,20 @@ def table(suite: str, results: Sequence[Result], width: int | None = None) -> st
     values = {column: list(dict.fromkeys(str(getattr(r, column)) for r in results)) for column in POINT}
     keys = [c for c in POINT if len(values[c]) > 1 or c in ("rows", "hidden")]
     shared = [f"{c} {v[0]}" for c, v in values.items() if c not in keys and v[0] not in ("0", "contiguous")]
-    plain = {r.provider for r in results if r.weight == "plain"}
-    gemma = any(r.weight == "gemma" for r in results)
+    gemma = {r.op for r in results if r.weight == "gemma"}  # the gated norm knows no such weight
+    plain = {r.provider for r in results if r.weight == "plain" and r.op in gemma}
+    floor = copy_bandwidth(results) if SUITES[suite].derived and SUITES[suite].axis == "hidden" else 0.0
 
     notes: dict[str, str] = {}
-    heading = [*keys, *(n + "*" * (gemma and n in plain) for n in names), "|", *_derived_columns(suite)]
+    heading = [*keys, *(n + "*" * (n in plain) for n in names), "|", *_derived_columns(suite, floor)]
     lines = [heading]
     for row in rows.values():
         first = next(iter(row.values()))
         cells = [_cell(row[n], notes) if n in row else "" for n in names]
-        lines.append([*(str(getattr(first, c)) for c in keys), *cells, "|", *_derived(suite, row)])
+        lines.append([*(str(getattr(first, c)) for c in keys), *cells, "|", *_derived(suite, row, floor)])
     above = [f"{suite}: {SUITES[suite].title}", ", ".join(["median us a call", *shared])]
-    below = ["* plain weight: knows no zero-centred one"] if gemma and plain else []
+    below = ["* plain weight: knows no zero-centred one"] if plain else []
+    below += [f"floor: the bytes over {floor / 1000:.2f} TB/s, at which copy_ moves large tensors"] if floor else []
     below += [f"{label} {note}" for note, label in notes.items()]
     below += _summary(list(rows.values()))
     return "\n".join([*_wrap(above, width), "", *align(lines, len(keys), width), "", *_wrap(below, width)])
@@ -58,21 +60,28 @@ def _cell(r: Result, notes: dict[str, str]) -> str:
     return notes.setdefault(f"{r.provider}: {r.note}", f"[{len(notes) + 1}]")
 
 
-def _derived_columns(suite: str) -> list[str]:
-    return ["next best"] if suite == "host" else ["ours GB/s", "of copy_", "next best"]
+def _derived_columns(suite: str, floor: float) -> list[str]:
+    if SUITES[suite].host:
+        return ["next best"]
+    return ["floor", "of floor", "next best"] if floor else ["ours GB/s", "of copy_", "next best"]
 
 
-def _derived(suite: str, row: Row) -> list[str]:
+def _derived(suite: str, row: Row, floor: float) -> list[str]:
     ours, other = row.get("ours"), next_best(row)
     if not ours or not ours.p50_us:
-        return [""] * len(_derived_columns(suite))
+        return [""] * len(_derived_columns(suite, floor))
     gain = f"{other.p50_us / ours.p50_us:.2f}x {other.provider}" if other else ""
-    return [gain] if suite == "host" else [number(ours.gb_per_s), f"{ours.of_copy:.3f}", gain]
+    if SUITES[suite].host:
+        return [gain]
+    if floor:
+        least = ours.bytes / floor * 1e-3
+        return [number(least), f"{least / ours.p50_us:.3f}", gain]
+    return [number(ours.gb_per_s), f"{ours.of_copy:.3f}", gain]
 
 
 def next_best(row: Row) -> Result | None:
-    """The fastest provider other than ours and copy_."""
-    others = [r for n, r in row.items() if n != "copy_" and not n.startswith("ours") and r.p50_us]
+    """The fastest provider other than ours and those that only move bytes."""
+    others = [r for n, r in row.items() if r.weight != "none" and not n.startswith("ours") and r.p50_us]
     return min(others, key=lambda r: r.p50_us, default=None)
 
 

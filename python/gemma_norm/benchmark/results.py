@@ -8,11 +8,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from .cases import Point
 from .suites import SUITES
 from .timing import Timing
+
+DETOUR = 0.9
+"""Below this share of its best bandwidth, copy_ has taken a slower path, and its time says nothing about the memory."""
+LARGE = 50e6
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,30 @@ class Result:
 
 def make(point: Point, provider: str, weight: str, outcome: Timing | Exception, copy: Timing | None) -> Result:
     result = Result(
-        point.suite, point.op, str(point.dtype).removeprefix("torch."), point.rows, point.hidden,
+        point.suite, point.name, str(point.dtype).removeprefix("torch."), point.rows, point.hidden,
         str(point.heads) if point.heads else "contiguous", point.cache, point.threads, provider, weight,
     )  # fmt: skip
     if isinstance(outcome, Exception):
         return replace(result, note=describe(outcome))
     p20, p50, p80 = (round(t, 4) for t in (outcome.p20, outcome.p50, outcome.p80))
     result = replace(result, p20_us=p20, p50_us=p50, p80_us=p80)
-    if point.suite == "host":
+    if SUITES[point.suite].host:
         return result
     of_copy = round(copy.p50 / p50, 4) if copy else 0.0
     return replace(result, bytes=point.bytes, gb_per_s=round(point.bytes / p50 * 1e-3, 2), of_copy=of_copy)
+
+
+def copy_bandwidth(results: Iterable[Result]) -> float:
+    """The bandwidth in GB/s at which the machine copies large tensors; 0 if ``copy_`` was not measured.
+
+    It is the mean over the points, except those at which PyTorch's ``copy_`` is slower by a third because it takes
+    another path. The least possible time of a point is its bytes divided by this bandwidth. A point is too small to
+    count if it moves less than ``LARGE`` bytes, which takes not much longer than starting a kernel.
+    """
+    measured = [r for r in results if r.provider == "copy_" and r.gb_per_s]
+    large = [r for r in measured if r.cache == "cold" and r.bytes >= LARGE] or measured
+    bandwidths = [r.gb_per_s for r in large]
+    return mean(b for b in bandwidths if b >= DETOUR * max(bandwidths)) if bandwidths else 0.0
 
 
 def describe(error: Exception) -> str:

@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from .cases import ADD_RMS_NORM, GATED_RMS_NORM, OPS, RMS_NORM, Heads, Point
+from .cases import ADD_RMS_NORM, BACKWARD, BOTH, GATED_RMS_NORM, OPS, RMS_NORM, Heads, Point
 
 LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
 FORWARD_HIDDEN = (64, 128, 256, 512, 1024, 2048, 2880, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072)
@@ -27,6 +27,11 @@ GATED_ROWS = {  # hidden: rows. Below 2048 a token has 32 rows (heads), otherwis
     4096: (1, 16, 64, 8192),
     8192: (1, 16, 64, 4096),
 }
+
+DERIVED_OPS = (RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM)
+BACKWARD_ROWS, BACKWARD_HIDDEN = (4096, 16384, 32768), (1024, 2048, 4096, 5120, 8192)
+BACKWARD_FEW_ROWS, BACKWARD_FEW_HIDDEN = (1, 16, 64, 256), (2048, 4096, 8192)
+MANY_SHORT_ROWS = (65536, 256)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,42 @@ def cpu(choice: Choice) -> Iterator[Point]:
         yield Point("cpu", op, r, h, dtype, "cpu", threads=t)
 
 
+def backward(choice: Choice) -> Iterator[Point]:
+    hidden_sizes = choice.pick(choice.hidden, BACKWARD_HIDDEN, (1024, 4096))
+    shapes = list(product(choice.pick(choice.rows, BACKWARD_ROWS, (4096,)), hidden_sizes))
+    if not (choice.quick or choice.rows or choice.hidden):
+        shapes.append(MANY_SHORT_ROWS)
+    for dtype, op, (r, h) in product(choice.dtypes or (torch.bfloat16,), DERIVED_OPS, shapes):
+        yield Point("backward", op, r, h, dtype, "cuda", "cold", work=BACKWARD)
+
+
+def backward_few(choice: Choice) -> Iterator[Point]:
+    hidden_sizes = choice.pick(choice.hidden, BACKWARD_FEW_HIDDEN, (4096,))
+    rows = choice.pick(choice.rows, BACKWARD_FEW_ROWS, (1, 64))
+    for dtype, op, h, r in product(choice.dtypes or (torch.bfloat16,), DERIVED_OPS, hidden_sizes, rows):
+        yield Point("backward-few", op, r, h, dtype, "cuda", "warm", work=BACKWARD)
+
+
+def backward_cpu(choice: Choice) -> Iterator[Point]:
+    rows = choice.pick(choice.rows, (*BACKWARD_FEW_ROWS, 1024, 8192), (1, 64))
+    shapes = list(product(rows, choice.hidden or (4096,)))
+    if not (choice.quick or choice.rows or choice.hidden):
+        shapes.append(MANY_SHORT_ROWS)
+    dtypes = choice.dtypes or ((torch.bfloat16,) if choice.quick else (torch.bfloat16, torch.float32))
+    threads = sorted({1, torch.get_num_threads()})
+    for dtype, op, (r, h), t in product(dtypes, DERIVED_OPS, shapes, threads):
+        yield Point("backward-cpu", op, r, h, dtype, "cpu", threads=t, work=BACKWARD)
+
+
+def train_host(choice: Choice) -> Iterator[Point]:
+    """As :func:`host`, the forward and the backward pass."""
+    gpu = torch.cuda.is_available()
+    hidden_sizes = choice.pick(choice.hidden, (2048, 4096), (4096,))
+    for dtype, op, h, r in product(choice.dtypes or (torch.bfloat16,), OPS, hidden_sizes, choice.rows or (16,)):
+        threads = 0 if gpu else torch.get_num_threads()
+        yield Point("train-host", op, r, h, dtype, "cuda" if gpu else "cpu", threads=threads, work=BOTH)
+
+
 @dataclass(frozen=True)
 class Suite:
     points: Callable[[Choice], Iterator[Point]]
@@ -110,6 +151,10 @@ class Suite:
     needs_gpu: bool = True
     hidden: tuple[int, ...] = ()
     """The only hidden sizes that are possible; if empty, all are."""
+    host: bool = False
+    """Whether it is the host's time that is measured, of which no bandwidth follows."""
+    derived: bool = False
+    """Whether derivatives are measured. Such a suite runs only if it is asked for."""
 
 
 SUITES = {
@@ -121,6 +166,18 @@ SUITES = {
         qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs", hidden=tuple(QK_HEADS)
     ),
     "gated": Suite(gated, "norm times silu(gate), on a GPU in CUDA graphs", needs_gpu=False),
-    "host": Suite(host, "host time of one call from Python", "", needs_gpu=False),
+    "host": Suite(host, "host time of one call from Python", "", needs_gpu=False, host=True),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
+    "backward": Suite(backward, "the backward pass alone, cold, in CUDA graphs", "hidden", derived=True),
+    "backward-few": Suite(
+        backward_few,
+        "the backward pass of few rows, in CUDA graphs that rotate through 16 sets of buffers",
+        derived=True,
+    ),
+    "backward-cpu": Suite(
+        backward_cpu, "CPU, the backward pass, wall-clock time from Python", needs_gpu=False, derived=True
+    ),
+    "train-host": Suite(
+        train_host, "host time of a forward and a backward pass", "", needs_gpu=False, host=True, derived=True
+    ),
 }

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
-from .cases import ADD_RMS_NORM, Inputs, Point
+from .cases import Inputs, Point
 from .providers import Call
 
 cuda: Any = torch.cuda  # partly without types
+WARM_SETS = 16
 AMD_LAST_LEVEL_CACHE = 256 * 2**20  # MI300's Infinity Cache, which PyTorch does not report
 
 
@@ -92,8 +93,9 @@ class GraphTimed:
 
     PROBE, LENGTH, MOST_CALLS = 8, 500.0, 512
 
-    def __init__(self, call: Call, inputs: Inputs, effort: Effort) -> None:
-        self.inputs, self.rounds = inputs, effort.rounds
+    def __init__(self, call: Call, inputs: Inputs, effort: Effort, stream: Any = None) -> None:
+        """``stream`` is the one on which calls are captured; None stands for PyTorch's."""
+        self.inputs, self.rounds, self.stream = inputs, effort.rounds, stream
         self.start, self.stop = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         for _ in range(3):  # compiling, tuning and loading must be over before the capture
             call(*inputs.sets[0])
@@ -111,7 +113,10 @@ class GraphTimed:
         outputs: deque[object] = deque(maxlen=len(sets))  # kept alive, so that the outputs rotate like the inputs
         try:
             # The outer context restores the current stream, which a failed capture does not do.
-            with cuda.stream(cuda.current_stream()), cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                cuda.stream(cuda.current_stream()),
+                cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 for i in range(self.calls):
                     outputs.append(call(*sets[i % len(sets)]))
         except Exception as error:
@@ -120,7 +125,7 @@ class GraphTimed:
 
     def sample(self) -> float:
         self.graph.replay()
-        if self.inputs.point.op == ADD_RMS_NORM:
+        if self.inputs.written:
             self.inputs.restore()
         self.start.record()
         self.graph.replay()
@@ -131,8 +136,8 @@ class GraphTimed:
 
 def sets_for(point: Point) -> int:
     """How many sets of buffers a point needs. If it is cold, they are together six times the last-level cache."""
-    if point.cache == "hot":
-        return 1
+    if point.cache != "cold":
+        return WARM_SETS if point.cache == "warm" else 1
     cache: int = cuda.get_device_properties(point.device).L2_cache_size
     if torch.version.hip:
         cache = max(cache, AMD_LAST_LEVEL_CACHE)
@@ -158,7 +163,7 @@ class WallTimed:
 
     def sample(self) -> float:
         call, arguments, calls = self.call, self.inputs.sets[0], range(self.calls)
-        if self.inputs.point.op == ADD_RMS_NORM:
+        if self.inputs.written:
             self.inputs.restore()
         call(*arguments)  # untimed: the caches hold the data of the provider before
         self.synchronize()
