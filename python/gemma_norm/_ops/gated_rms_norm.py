@@ -120,25 +120,28 @@ class GatedRMSNormFunction(torch.autograd.Function):
             slope = slope if ctx.sigmoid else logistic + gate.float() * slope
 
         def groups(t: Tensor) -> Tensor:
-            size = ctx.group_size or x.shape[-1]
-            return t.reshape(*t.shape[:-1], x.shape[-1] // size, size)
+            size = ctx.group_size
+            return t if size is None else t.reshape(*t.shape[:-1], x.shape[-1] // size, size)
+
+        def joined(t: Tensor) -> Tensor:
+            return t if ctx.group_size is None else t.reshape(*t.shape[:-2], x.shape[-1])
 
         gates_x = gate is not None and not ctx.norm_before_gate
         s = x32 * activation if gates_x and activation is not None else x32
         upstream = dy * activation if activation is not None and ctx.norm_before_gate else dy
         needs_s = needs_x or (needs_gate and gates_x)
         ds, dweight = norm_backward(groups(upstream), groups(s), groups(weight), ctx.eps, False, needs_s, needs_weight)
-        ds = None if ds is None else ds.reshape(x.shape)
+        ds = None if ds is None else joined(ds)
         dgate = None
         if needs_gate and slope is not None:
             if gates_x and ds is not None:
                 dgate = ds * x32 * slope
             else:
                 rstd = torch.rsqrt(groups(x32).square().mean(-1, keepdim=True) + ctx.eps)
-                dgate = dy * (groups(x32) * rstd).reshape(x.shape) * weight.float() * slope
+                dgate = dy * joined(groups(x32) * rstd) * weight.float() * slope
             dgate = cast(dgate, gate)
         dx = ds * activation if ds is not None and gates_x and activation is not None else ds
-        dweight = None if dweight is None else dweight.reshape(weight.shape)
+        dweight = None if dweight is None else joined(dweight)
         return cast(dx, x) if needs_x else None, dgate, dweight, None, None, None, None, None
 
 

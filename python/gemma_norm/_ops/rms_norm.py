@@ -184,15 +184,20 @@ class AddRMSNormFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, _, weight, ctx.eps, ctx.gemma, _, _ = inputs
         ctx.dtype = x.dtype
+        # PyTorch would make zeros for a result that is not used. They would be plain tensors beside DTensors.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1], weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         s, weight = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, _, _, needs_post, _ = ctx.needs_input_grad
         needs_s = needs_x or needs_residual or needs_post
-        ds, dweight = norm_backward(dy.float(), s.float(), weight, ctx.eps, ctx.gemma, needs_s, needs_weight)
-        ds = cast(None if ds is None else ds + dsum, s)
+        if dy is None:
+            ds, dweight = dsum, torch.zeros_like(weight) if needs_weight else None
+        else:
+            ds, dweight = norm_backward(dy.float(), s.float(), weight, ctx.eps, ctx.gemma, needs_s, needs_weight)
+            ds = cast(ds if ds is None or dsum is None else ds + dsum, s)
         dx = ds.to(ctx.dtype) if ds is not None and needs_x else None
         return dx, ds if needs_residual else None, dweight, None, None, ds if needs_post else None, None
 
