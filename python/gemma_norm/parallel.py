@@ -27,8 +27,8 @@ class NormSequenceParallel(ParallelStyle):
 
     Of the module's inputs, positional and by keyword, each tensor becomes a DTensor that is sharded on the sequence
     dimension; the results are sharded alike. The parameters are replicated, with the values of the first rank, and
-    keep ``requires_grad``. Their gradients are partial, and summed where they are read. Any module serves that
-    normalises the last dimension: :class:`gemma_norm.RMSNorm`, :class:`gemma_norm.GemmaRMSNorm`,
+    keep ``requires_grad``. Their gradients are summed over the ranks in the backward pass and replicated. Any module
+    serves that normalises the last dimension: :class:`gemma_norm.RMSNorm`, :class:`gemma_norm.GemmaRMSNorm`,
     :class:`gemma_norm.GatedRMSNorm`.
 
     Args:
@@ -78,7 +78,12 @@ class NormSequenceParallel(ParallelStyle):
         for key, parameter in module.named_parameters(recurse=False):
             if not isinstance(parameter, DTensor):
                 made = distribute_tensor(parameter.data, device_mesh, [Replicate()], src_data_rank=self.src_data_rank)
-                module.register_parameter(key, nn.Parameter(made, requires_grad=parameter.requires_grad))
+                parameter = nn.Parameter(made, requires_grad=parameter.requires_grad)
+                if parameter.requires_grad:
+                    # A partial gradient would be summed again by each operation of the optimizer that reads it. In
+                    # PyTorch 2.10, clip_grad_norm_ and SGD with momentum give wrong results for one, without an error.
+                    parameter.register_hook(_summed)  # type: ignore[no-untyped-call]
+                module.register_parameter(key, parameter)
 
     def _shard(self, value: Any, device_mesh: DeviceMesh) -> Any:
         if not isinstance(value, Tensor):
@@ -101,3 +106,7 @@ class NormSequenceParallel(ParallelStyle):
     def __repr__(self) -> str:
         name = type(self).__name__
         return f"{name}(sequence_dim={self.sequence_dim}, use_local_output={self.use_local_output})"
+
+
+def _summed(gradient: Tensor) -> Tensor:
+    return gradient.redistribute(placements=[Replicate()]) if isinstance(gradient, DTensor) else gradient

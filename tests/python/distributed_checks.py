@@ -272,6 +272,7 @@ def sequence_parallel_norms(device: str, compiled: bool) -> None:
                     assert_same_bits(local(g), part(w))
             norm.zero_grad()
             (local(results[0]).sin().sum() + local(results[1]).cos().sum()).backward()
+            assert norm.weight.grad.placements == (Replicate(),)
             assert_close(norm.weight.grad.full_tensor(), whole.weight.grad)
             for g, w in zip((x.grad, residual.grad), leaves, strict=True):
                 assert_close(*((g, part(w.grad)) if placement is None else (g.full_tensor(), w.grad)))
