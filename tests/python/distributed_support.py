@@ -1,4 +1,4 @@
-"""Processes that form a group of torch.distributed, in which the checks of distributed_checks.py run.
+"""Processes that form a group of torch.distributed, in which checks run.
 
 They are started once for all checks. Each check runs in all of them at the same time, and fails if it fails in one.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ class Ranks:
         self.connections: list[Connection] = []
         self.started = 0
 
-    def run(self, check: str, *args: Any) -> None:
-        """Run a function of distributed_checks in every process. Raise AssertionError with what a process raised."""
+    def run(self, check: Callable[..., None], *args: Any) -> None:
+        """Call a function of a module with the device, in every process. Raise AssertionError with what one raised."""
         if not self.processes:
             self._start()
         for connection in self.connections:
@@ -79,16 +80,14 @@ def _serve(rank: int, size: int, device: str, store: str, connection: Connection
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
-    import distributed_checks
-
     while True:
         try:
-            name, args = connection.recv()
+            check, args = connection.recv()  # imports the check's module
         except EOFError:
             return
         try:
             torch.manual_seed(0)
-            getattr(distributed_checks, name)(device, *args)
+            check(device, *args)
             connection.send("")
         except BaseException:
             connection.send(traceback.format_exc())

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed_checks as checks
+import distributed_rules as rules
+import distributed_training as training
 from distributed_support import Ranks
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.device_count() >= 2 else [])]
-FUNCTIONS = list(checks.CALLS)
+FUNCTIONS = list(rules.CALLS)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -35,7 +36,9 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("check", ["rows_are_sharded", "all_is_replicated", "other_placements", "empty_shards"])
+@pytest.mark.parametrize(
+    "check", [rules.rows_are_sharded, rules.all_is_replicated, rules.other_placements, rules.empty_shards]
+)
 def test_rules(two, check, function):
     two.run(check, function)
 
@@ -43,16 +46,16 @@ def test_rules(two, check, function):
 @pytest.mark.parametrize(
     "check",
     [
-        "bfloat16",
-        "what_writes_is_refused",
-        "modules_do_not_write",
-        "modules_with_implicit_replication",
-        "sequence_parallel_refusals",
-        "local_maps",
-        "one_more_operator",
-        "fsdp_mixed_precision",
-        "a_pipeline",
-        "data_parallel",
+        rules.bfloat16,
+        rules.what_writes_is_refused,
+        rules.modules_do_not_write,
+        rules.modules_with_implicit_replication,
+        training.sequence_parallel_refusals,
+        rules.local_maps,
+        rules.one_more_operator,
+        training.fsdp_mixed_precision,
+        training.a_pipeline,
+        training.data_parallel,
     ],
 )
 def test_two_ranks(two, check):
@@ -60,28 +63,28 @@ def test_two_ranks(two, check):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("check", ["sequence_parallel_norms", "tensor_parallel"])
+@pytest.mark.parametrize("check", [training.sequence_parallel_norms, training.tensor_parallel])
 def test_sequence_parallel(two, check, compiled):
     two.run(check, compiled)
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_fsdp(two, way):
-    two.run("fsdp", way)
+    two.run(training.fsdp, way)
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
 def test_compiled(two, mode):
-    two.run("a_compiled_function", mode)
+    two.run(rules.a_compiled_function, mode)
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("check", ["mesh_of_two_dimensions", "rows_on_a_mesh_of_two_dimensions"])
+@pytest.mark.parametrize("check", [training.mesh_of_two_dimensions, rules.rows_on_a_mesh_of_two_dimensions])
 def test_meshes_of_two_ranks(two, check, mesh):
     two.run(check, *mesh)
 
 
-@pytest.mark.parametrize("check", ["mesh_of_two_dimensions", "rows_on_a_mesh_of_two_dimensions"])
+@pytest.mark.parametrize("check", [training.mesh_of_two_dimensions, rules.rows_on_a_mesh_of_two_dimensions])
 def test_meshes_of_four_ranks(four, check):
     four.run(check, 2, 2)
 
