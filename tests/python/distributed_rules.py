@@ -123,6 +123,20 @@ def empty_shards(device: str, name: str) -> None:
         compare(call, tensors(device, names, (rows, HIDDEN)), placements)
 
 
+def one_result_is_used(device: str) -> None:
+    """The other one's gradient is absent. A plain tensor of zeros in its place could not be added to a DTensor."""
+    plain = tensors(device, ("x", "residual", "weight"))
+    for used in (0, 1):
+        leaves = [t.clone().requires_grad_() for t in plain.values()]
+        gemma_norm.add_rms_norm(*leaves)[used].sin().sum().backward()
+        for placement in (Shard(0), Shard(1), Replicate()):
+            placed = [put(t, placement if n in LIKE_X else Replicate()).requires_grad_() for n, t in plain.items()]
+            gemma_norm.add_rms_norm(*placed)[used].sin().sum().backward()
+            for g, w in zip(placed, leaves, strict=True):
+                assert_close(g.grad.full_tensor(), w.grad)
+        assert bool(leaves[2].grad.any()) is (used == 0)  # s does not depend on the weight: its gradient is zero
+
+
 def bfloat16(device: str) -> None:
     for name, (call, names) in CALLS.items():
         plain = {n: t.bfloat16() for n, t in tensors(device, names).items()}

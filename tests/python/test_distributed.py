@@ -46,6 +46,7 @@ def test_rules(two, check, function):
 @pytest.mark.parametrize(
     "check",
     [
+        rules.one_result_is_used,
         rules.bfloat16,
         rules.what_writes_is_refused,
         rules.modules_do_not_write,
