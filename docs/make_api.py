@@ -14,6 +14,7 @@ from typing import Any
 
 import gemma_norm
 from gemma_norm import reference
+from gemma_norm.parallel import NormSequenceParallel
 
 PAGE = Path(__file__).with_name("api.md")
 WIDTH = 116
@@ -36,6 +37,7 @@ def page() -> str:
         parts.append(entry(f"gemma_norm.{name}", cls))
         own = [n for n, member in vars(cls).items() if n[0] != "_" and inspect.isfunction(member) and member.__doc__]
         parts += [entry(f"{name}.{n}", getattr(cls, n), "####") for n in own]
+    parts += ["## Distributed", entry("gemma_norm.parallel.NormSequenceParallel", NormSequenceParallel)]
     parts.append("## The installation")
     parts += [entry("gemma_norm.libraries", gemma_norm.libraries), library()]
     parts += ["## The contract in plain PyTorch", markdown(reference.__doc__)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from ._registry import Operator
+from ._sharding import explain_missing
 
 functorch_is_active = torch._C._are_functorch_transforms_active
 # Dynamo alone: torch.compiler.is_compiling() also asks for scripting, and export is asked for separately.
@@ -50,6 +51,7 @@ def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
     """
     if type(error) is RuntimeError and " out of memory" in str(error):  # C++ can raise only RuntimeError
         raise torch.OutOfMemoryError(str(error)) from None
+    explain_missing(op, error, arguments)
     for name, rule in op.rules.items():
         value = arguments[name]
         if not (isinstance(value, Tensor) or (rule.optional and value is None)):

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Each message, in C++ too, which says that a tensor must not be written contains one of these.
-UNWRITABLE = ("overlap", "inference tensor", "negated lazily")
+UNWRITABLE = ("overlap", "inference tensor", "negated lazily", "got a DTensor")
 
 
 class Extent(Enum):

@@ -12,6 +12,7 @@ plain PyTorch and its rules are in :mod:`gemma_norm._ops`. From these, ``registe
   definition, which PyTorch can differentiate and batch in any order. Its dispatch key is active only inside a
   transform, so other calls pay nothing for it. It refuses an operator that writes into its arguments, because a
   transform would see neither the write nor its derivative; torch.func.functionalize is an exception;
+- a sharding rule for distributed tensors, see :mod:`gemma_norm._sharding`;
 - refusals of nested tensors, and of lazily negated tensors that would be written;
 - an implementation for autograd, if the operator is functional, which records the derivative.
 
@@ -38,8 +39,9 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from ._checks import Rule, check_arguments, check_memory, has_tangent, layout_name
+from ._checks import Extent, Rule, check_arguments, check_memory, has_tangent, layout_name
 from ._library import operator_implementations, why_not_native
+from ._sharding import declare
 
 Arguments = dict[str, Any]
 
@@ -89,6 +91,11 @@ class Operator:
         return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
     @functools.cached_property
+    def results(self) -> tuple[Extent, ...]:
+        """The extent of each result."""
+        return (Extent.LIKE_X, *(self.rules[name].extent for name in self.more_results))
+
+    @functools.cached_property
     def defaults(self) -> tuple[Any, ...]:
         """The default values of all arguments, in their order. None if an argument has none."""
         return tuple(a.default_value for a in self.overload._schema.arguments)
@@ -124,6 +131,7 @@ class Operator:
         return self.give(arguments, results if self.written else tuple(t.contiguous() for t in results))
 
     def fake(self, *args: Any, **kwargs: Any) -> Any:
+        declare(self)
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments)
         if self.written:

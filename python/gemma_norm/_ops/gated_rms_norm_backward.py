@@ -45,25 +45,27 @@ def differentiable(
         slope = slope if sigmoid else logistic + gate.float() * slope
 
     def groups(t: Tensor) -> Tensor:
-        size = group_size or x.shape[-1]
-        return t.reshape(*t.shape[:-1], x.shape[-1] // size, size)
+        return t if group_size is None else t.reshape(*t.shape[:-1], x.shape[-1] // group_size, group_size)
+
+    def joined(t: Tensor) -> Tensor:
+        return t if group_size is None else t.reshape(*t.shape[:-2], x.shape[-1])
 
     gates_x = gate is not None and not norm_before_gate
     s = x32 * activation if gates_x and activation is not None else x32
     upstream = dout * activation if activation is not None and norm_before_gate else dout
     needs_s = needs_x or (needs_gate and gates_x)
     ds, dweight = formula(groups(upstream), groups(s), groups(weight), eps, False, needs_s, needs_weight)
-    ds = None if ds is None else ds.reshape(x.shape)
+    ds = None if ds is None else joined(ds)
     dgate = None
     if needs_gate and gate is not None and slope is not None:
         if gates_x and ds is not None:
             dgate = ds * x32 * slope
         else:
             rstd = torch.rsqrt(groups(x32).square().mean(-1, keepdim=True) + eps)
-            dgate = dout * (groups(x32) * rstd).reshape(x.shape) * weight.float() * slope
+            dgate = dout * joined(groups(x32) * rstd) * weight.float() * slope
         dgate = cast(dgate, gate)
     dx = ds * activation if ds is not None and gates_x and activation is not None else ds
-    dweight = None if dweight is None else dweight.reshape(weight.shape)
+    dweight = None if dweight is None else joined(dweight)
     return cast(dx, x) if needs_x else None, dgate, dweight
 
 

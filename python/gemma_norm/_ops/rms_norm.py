@@ -184,6 +184,7 @@ class AddRMSNormFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, _, weight, ctx.eps, ctx.gemma, _, _ = inputs
         ctx.dtype = x.dtype
+        # PyTorch would make zeros for a result that is not used. They would be plain tensors beside DTensors.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1], weight)
 
