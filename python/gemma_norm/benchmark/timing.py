@@ -95,6 +95,7 @@ class GraphTimed:
 
     def __init__(self, call: Call, inputs: Inputs, effort: Effort, stream: Any = None) -> None:
         """``stream`` is the one on which calls are captured; None stands for PyTorch's."""
+        self.call = call  # holds tensors that the graph reads, such as those saved for a backward pass
         self.inputs, self.rounds, self.stream = inputs, effort.rounds, stream
         self.start, self.stop = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         for _ in range(3):  # compiling, tuning and loading must be over before the capture
