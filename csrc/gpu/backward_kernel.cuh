@@ -402,8 +402,8 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
 namespace {  // unnamed, since several operators have a copy
 
 // Adds up the partial sums of `chunks` chunks. A block has kSumColumns columns and `parts` threads for each, a power of
-// two of at most kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these threads are
-// then added as a tree.
+// two from kMinSumParts to kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these
+// threads are then added as a tree.
 GEMMA_NORM_KERNEL(kSumColumns* kMaxSumParts, 1)
 sum_chunks(RowParams p, Partials partials, int64_t chunks, int32_t parts) {
   struct Sums {

@@ -14,9 +14,9 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
   dtype_ = c.dtype_of(operand);
   const int64_t item = size_of(dtype_), line = kLine / item;
   std::vector<int> order;
-  if (operand != kWeight) {
+  if (operand != kWeight && operand != kDWeight) {
     sizes_ = c.rows.sizes;
-    order = c.rows.order;
+    if (operand != kDOut || !c.expanded_dout) order = c.rows.order;
     for (int d = 0; written && d < static_cast<int>(sizes_.size()); ++d)
       if (std::find(order.begin(), order.end(), d) == order.end()) order.insert(order.begin(), d);
   }
