@@ -5,7 +5,9 @@ namespace gemma_norm {
 const OperandsInfo& info(Operands operands) {
   constexpr const OpInfo *kPlain = &RmsNorm::kInfos[0], *kAdd = &AddRmsNorm::kInfos[0],
                          *kGated = &GatedRmsNorm::kInfos[0], *kGradients = &RmsNormBackward::kInfos[0],
-                         *kInputGradients = &RmsNormBackward::kInfos[1];
+                         *kInputGradients = &RmsNormBackward::kInfos[1],
+                         *kGatedGradients = &GatedRmsNormBackward::kInfos[0],
+                         *kGatedInputGradients = &GatedRmsNormBackward::kInfos[1];
   static constexpr OperandsInfo kInfos[] = {
       {"plain", kPlain, false, false, kOut, kNoOperand},
       {"in place", kPlain, false, false, kX, kNoOperand},
@@ -19,6 +21,8 @@ const OperandsInfo& info(Operands operands) {
       {"gated in place of the gate", kGated, false, false, kGate, kNoOperand},
       {"gradients", kGradients, false, false, kNoOperand, kNoOperand},
       {"gradient of x", kInputGradients, false, false, kNoOperand, kNoOperand},
+      {"gradients of the gated norm", kGatedGradients, false, false, kNoOperand, kNoOperand},
+      {"gradients of x and gate", kGatedInputGradients, false, false, kNoOperand, kNoOperand},
   };
   return kInfos[static_cast<int>(operands)];
 }
@@ -79,7 +83,7 @@ std::string describe(const Case& c) {
   if (c.gemma) how += ", gemma";
   if (c.round_each_step) how += ", rounded at each step";
   if (c.float32_residual) how += ", float32 residual";
-  if (is_gated(c.operands)) {
+  if (is_gated(c.operands) || (is_backward(c.operands) && c.gate)) {
     how += !c.gate ? ", no gate" : c.sigmoid ? ", sigmoid" : ", silu";
     how += c.norm_before_gate ? ", norm first" : ", gate first";
     if (c.group_size != kWholeRow) how += ", groups of " + std::to_string(c.group_size);

@@ -23,6 +23,8 @@ enum class Operands {
   kGatedIntoGate,   // the same, out being the gate's memory
   kGradients,       // of the norm of x: dx and dweight
   kInputGradients,  // dx alone
+  kGatedGradients,  // of the gated norm: dx, dgate and dweight
+  kGatedInputGradients,
 };
 
 // What there is to know of each of Operands.
@@ -36,7 +38,8 @@ const OperandsInfo& info(Operands operands);
 
 inline bool has_residual(Operands o) { return info(o).residual; }
 inline bool is_gated(Operands o) { return info(o).op == &GatedRmsNorm::kInfos[0]; }
-inline bool is_backward(Operands o) { return o == Operands::kGradients || o == Operands::kInputGradients; }
+inline bool has_dweight(Operands o) { return o == Operands::kGradients || o == Operands::kGatedGradients; }
+inline bool is_backward(Operands o) { return o >= Operands::kGradients; }
 
 // The dtypes of x and of the weight in Gemma's and Qwen's models, for which there are the most cases.
 constexpr DType kDTypePairs[][2] = {{DType::kFloat32, DType::kFloat32},

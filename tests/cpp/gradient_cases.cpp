@@ -1,5 +1,6 @@
 #include "gradient_cases.h"
 
+#include <algorithm>
 #include <iterator>
 #include <random>
 #include <set>
@@ -48,19 +49,31 @@ int64_t items_of(DType x) { return kVectorBytes / size_of(x); }
 
 // Draws cases. Its numbers are the same everywhere, unlike those of std's distributions.
 class Drawing {
+  const bool gated_;
+
   template <class List>
   auto pick(const List& list) {
     return list[random_() % std::size(list)];
   }
 
  public:
+  explicit Drawing(bool gated) : gated_(gated) {}
+
   Case draw(const DType (&dtypes)[2], int64_t hidden) {
     Case c = simple_gradient_case(dtypes[0], dtypes[1], 1, hidden);
-    const std::vector<DType> weights = weight_dtypes(c.dtype);
+    std::vector<DType> weights = weight_dtypes(c.dtype);
+    if (gated_) weights.pop_back();  // It needs one.
     c.weight_dtype = weights[count_++ % weights.size()];
     c.gemma = c.weight_dtype != kNone && one_in(2);
     c.operands = c.weight_dtype != kNone && !one_in(4) ? Operands::kGradients : Operands::kInputGradients;
     c.dsum = one_in(2);
+    if (gated_) {
+      c.operands = has_dweight(c.operands) ? Operands::kGatedGradients : Operands::kGatedInputGradients;
+      c.gemma = c.dsum = false;
+      c.gate = true;
+      c.sigmoid = one_in(3);
+      c.norm_before_gate = one_in(2);
+    }
     c.expanded_dout = one_in(5);
     c.seed = static_cast<uint32_t>(random_());
     c.variation.order = random_() % 4;
@@ -80,7 +93,8 @@ class Drawing {
     c.values = kValues[count_ / 2 % std::size(kValues)];
     c.eps = pick(kEps);
     // Where squares underflow to 0 in float32, eps = 0 makes rstd infinite, and there is nothing to compare with.
-    if (c.values == Values::kSubnormal && c.eps == 0) c.eps = 1e-6;
+    if (c.eps == 0 && (c.values == Values::kSubnormal || !c.norm_before_gate)) c.eps = 1e-6;
+    if (gated_ && hidden <= kLongRow && one_in(3)) group(&c, 1 + below(4));
     if (one_in(4)) {
       constexpr Operand kPlaces[] = {kX, kDOut, kDSum};
       const Operand place = pick(kPlaces);
@@ -88,6 +102,12 @@ class Drawing {
     }
     if (c.dx_place == kDOut) c.expanded_dout = false;
     return c;
+  }
+
+  // Makes each row so many groups of its length.
+  static void group(Case* c, int64_t groups) {
+    c->group_size = c->hidden;
+    c->hidden *= groups;
   }
 
   bool one_in(uint32_t n) { return random_() % n == 0; }
@@ -118,38 +138,39 @@ Case simple_gradient_case(DType dtype, DType dout_dtype, int64_t rows, int64_t h
   return c;
 }
 
-std::vector<Case> few_rows_gradient_cases() {
-  Drawing drawing;
+std::vector<Case> few_rows_gradient_cases(bool gated) {
+  Drawing drawing(gated);
   std::vector<Case> cases;
-  for (const auto& dtypes : kGradientDTypes)
-    for (const int64_t hidden : hidden_sizes(dtypes[0]))
-      for (int i = 0; i < (hidden <= kLongRow ? 2 : 1); ++i) cases.push_back(drawing.draw_few_rows(dtypes, hidden));
+  for (size_t d = 0; d < (gated ? kGatedGradientDTypes : std::size(kGradientDTypes)); ++d)
+    for (const int64_t hidden : hidden_sizes(kGradientDTypes[d][0]))
+      for (int i = 0; i < (hidden <= kLongRow ? 2 : 1); ++i)
+        cases.push_back(drawing.draw_few_rows(kGradientDTypes[d], hidden));
   return cases;
 }
 
-std::vector<Case> many_rows_gradient_cases() {
-  Drawing drawing;
+std::vector<Case> many_rows_gradient_cases(bool gated) {
+  Drawing drawing(gated);
   std::vector<Case> cases;
   size_t turn = 0;
   int64_t last_row_vectors = 3;  // Of the shortest rows, those of 4 vectors are taken.
   for (const BackwardTuning& kernel : kBackwardKernels) {
     for (const bool aligned : {true, false}) {
       if (!aligned && kernel.scope == Scope::kBlock) continue;
-      const auto& dtypes = kGradientDTypes[turn++ % std::size(kGradientDTypes)];
+      const auto& dtypes = kGradientDTypes[turn++ % (gated ? kGatedGradientDTypes : std::size(kGradientDTypes))];
       const int64_t items = items_of(dtypes[0]);
       // In two passes, also shorter rows that are not aligned.
       int64_t hidden = (last_row_vectors + 1) * items;
       if (!aligned) hidden = kernel.scope == Scope::kTwoPasses ? 70 * items + 1 : hidden - 1;
       Case c = drawing.draw(dtypes, hidden);
       if (c.weight_dtype == kNone) c.weight_dtype = c.dtype;
-      c.operands = Operands::kGradients;
+      c.operands = gated ? Operands::kGatedGradients : Operands::kGradients;
 
       RowParams p{};
       p.hidden = hidden;
       p.dtypes[kX] = c.dtype;
       p.rows = 1;
       const BackwardPlan plan = make_backward_plan(p, aligned, 32);
-      const int64_t at_a_time = int64_t{kernel.chunks} * plan.groups() * kernel.rows;
+      const int64_t at_a_time = int64_t{kernel.chunks} * plan.groups() * std::max(kernel.of[gated].rows, 1);
       const int64_t rows = 2 * at_a_time + 1 + drawing.below(at_a_time / 2);
       if (turn % 3 == 0)
         c.rows = {"many rows", {rows}, {0}, 0};
@@ -157,6 +178,10 @@ std::vector<Case> many_rows_gradient_cases() {
         c.rows = {"many padded rows", {rows / 5 + 1, 5}, {0, 1}, 2};
       else
         c.rows = {"many padded rows", {3, rows / 3 + 1}, {0, 1}, 2};
+      if (gated && turn % 2) {  // Each chunk has rows of one group.
+        c.rows.sizes.back() = c.rows.sizes.back() / 3 + 1;
+        Drawing::group(&c, 3);
+      }
       cases.push_back(c);
     }
     last_row_vectors = kernel.row_vectors;
@@ -165,8 +190,10 @@ std::vector<Case> many_rows_gradient_cases() {
 }
 
 std::vector<Case> gradient_cases() {
-  std::vector<Case> cases = few_rows_gradient_cases();
-  for (const Case& c : many_rows_gradient_cases()) cases.push_back(c);
+  std::vector<Case> cases;
+  for (const bool gated : {false, true})
+    for (const auto& some : {few_rows_gradient_cases(gated), many_rows_gradient_cases(gated)})
+      cases.insert(cases.end(), some.begin(), some.end());
   return cases;
 }
 

@@ -22,12 +22,26 @@ class Gradients : public testing::TestWithParam<const char*> {
 };
 
 TEST_P(Gradients, AreRightForFewRows) {
-  for_each_case(few_rows_gradient_cases(), [&](const Case& c) { return check_gradients(target(), c, alike()); });
+  for_each_case(few_rows_gradient_cases(false), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
 
 TEST_P(Gradients, AreRightForManyRows) {
-  for_each_case(many_rows_gradient_cases(), [&](const Case& c) { return check_gradients(target(), c, alike()); });
+  for_each_case(many_rows_gradient_cases(false), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
+
+// The gated norm has no backward kernels for CPUs yet.
+class GatedGradients : public Gradients {};
+
+TEST_P(GatedGradients, AreRightForFewRows) {
+  for_each_case(few_rows_gradient_cases(true), [&](const Case& c) { return check_gradients(target(), c, alike()); });
+}
+
+TEST_P(GatedGradients, AreRightForManyRows) {
+  for_each_case(many_rows_gradient_cases(true), [&](const Case& c) { return check_gradients(target(), c, alike()); });
+}
+
+INSTANTIATE_TEST_SUITE_P(, GatedGradients, testing::Values("emulated32", "emulated64", "cuda"),
+                         [](const auto& info) { return info.param; });
 
 // The sum over no rows is zero.
 TEST_P(Gradients, OfNoRowsAreZeros) {
@@ -94,14 +108,16 @@ TEST(CpuGradients, HaveTheSameBitsWithEveryInstructionSet) {
   for (const auto& t : targets())
     if (t->name().rfind("cpu", 0) == 0 && t->missing().empty()) all.push_back(t.get());
   ASSERT_LE(2u, all.size());
-  expect_same_bits(gradient_cases(), all);
+  expect_same_bits(few_rows_gradient_cases(false), all);
+  expect_same_bits(many_rows_gradient_cases(false), all);
 }
 
 // Both compute as IEEE 754 says, and neither the number of chunks nor the order of a sum depends on the GPU.
 TEST(CudaGradients, HaveTheBitsOfTheEmulatedOnes) {
   Target& cuda = find_target("cuda");
   if (const std::string why = cuda.missing(); !why.empty()) GTEST_SKIP() << why;
-  expect_same_bits(few_rows_gradient_cases(), {&find_target("emulated32"), &cuda});
+  for (const bool gated : {false, true})
+    expect_same_bits(few_rows_gradient_cases(gated), {&find_target("emulated32"), &cuda});
 }
 
 // Which kernels a case launches depends on its memory and options alone. So they need not run here.
@@ -114,7 +130,7 @@ TEST(EmulatedGradients, ReachEveryKernel) {
   });
   device::run_kernels(true);
   const std::set<const void*> all = backward_kernels(), &launched = device::launched_kernels();
-  EXPECT_LE(5u * (9 + 3) + 1, all.size()) << "the kernels of each pair of dtypes, three of them also unaligned";
+  EXPECT_LE((5u + 3) * (9 + 3) + 1, all.size()) << "of each pair of dtypes; three kernels are also for unaligned rows";
   EXPECT_EQ(all.size(), launched.size());
   EXPECT_EQ(all, launched);
 }

@@ -286,8 +286,8 @@ std::string check_gradients(Target& target, const Case& c, Target* alike) {
   if (!error.empty()) return (alike ? "not as on " + alike->name() : "not the same when repeated") + ": " + error;
 
   // A frozen weight changes nothing for x.
-  if (c.operands != Operands::kGradients || c.row_count() * c.hidden > kFewElements) return "";
-  again.operands = Operands::kInputGradients;
+  if (!has_dweight(c.operands) || c.row_count() * c.hidden > kFewElements) return "";
+  again.operands = c.gate ? Operands::kGatedInputGradients : Operands::kInputGradients;
   error = compare_outputs(again, outputs, run_case(target, again, inputs, &error));
   return error.empty() ? "" : "not the same without dweight: " + error;
 }
