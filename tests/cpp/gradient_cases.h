@@ -20,13 +20,14 @@ constexpr size_t kGatedGradientDTypes = 3;
 // So many contiguous, aligned rows of normal values, for tests to change. The weight has x's dtype.
 Case simple_gradient_case(DType dtype, DType dout_dtype, int64_t rows, int64_t hidden);
 
-// Few rows, of the gated norm or of the others: for each pair of dtypes, two cases at each hidden size at which a GPU's
-// plan takes another kernel, at its neighbours, and at some small ones. What else there is to choose is random, or
-// taken in turns.
+// Few rows, of the gated norm or of the others: for each pair of dtypes, one or two cases at each hidden size at which
+// a GPU's plan takes another kernel, at its neighbours, and at some small ones. What else there is to choose is random,
+// or taken in turns.
 std::vector<Case> few_rows_gradient_cases(bool gated);
 
 // For each kernel of a GPU, and for aligned rows and others: so many rows that every block has at least two steps of
-// its loop behind it when it comes to the last ones, of which there are too few for all blocks.
+// its loop behind it when it comes to the last ones, of which there are too few for all blocks. (Not the gated norm's
+// longest rows.)
 std::vector<Case> many_rows_gradient_cases(bool gated);
 
 // All of these.
