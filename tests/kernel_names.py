@@ -1,6 +1,7 @@
 """What a GPU kernel computes and how, read from its symbol, for the tests of machine code of both vendors.
 
-This is the one place that knows the template parameters of csrc/gpu/row_kernel.cuh and their order.
+This is the one place that knows the template parameters of csrc/gpu/row_kernel.cuh and backward_kernel.cuh, and their
+order.
 """
 
 from __future__ import annotations
@@ -36,12 +37,57 @@ class KernelName:
         return ", ".join(words + (["aligned"] if self.aligned else []))
 
 
+@dataclass(frozen=True)
+class BackwardName:
+    terms: (
+        str  # "PlainTerms" or "GatedTerms"; "sums" of the kernel that adds up dweight, which has only threads besides
+    )
+    x: str  # element types
+    dout: str
+    scope: str
+    vectors: int  # 16-byte vectors of x that a thread holds of each row
+    rows: int  # that it has at a time
+    threads: int
+    aligned: bool
+
+    def __str__(self) -> str:
+        if self.terms == "sums":
+            return "sum of chunks"
+        words = [self.scope, f"{self.vectors} vectors of {self.rows} rows", f"{self.threads} threads"]
+        words += [f"{self.x} x", f"{self.dout} dout", self.terms]
+        return ", ".join(words + (["aligned"] if self.aligned else []))
+
+
+# void gemma_norm::gpu::backpropagate_rows<gemma_norm::gpu::PlainTerms<gemma_norm::float16, ...>, ...>(...)
+BACKWARD_PATTERN = re.compile(r"void gemma_norm::gpu::backpropagate_\w+<gemma_norm::gpu::(\w+)<(.*?)>, (.*)>\(")
 # void gemma_norm::gpu::normalize_rows<gemma_norm::Variant<gemma_norm::RmsNorm, ...>, ...>(...)
 PATTERN = re.compile(r"void gemma_norm::gpu::normalize_\w+<gemma_norm::Variant<(.*?)>, (.*)>\(")
 
 
-def parse(demangled: str) -> KernelName:
+def scope_of(word: str) -> str:
+    return SCOPES[int(re.sub(r"\D", "", word))]
+
+
+def parse_backward(demangled: str) -> BackwardName | None:
+    """None where this is no kernel of the backward operators."""
+    if re.match(r"gemma_norm::gpu::.*sum_chunks\(", demangled):
+        return BackwardName("sums", "", "", "block", 0, 0, 1024, False)
+    matched = BACKWARD_PATTERN.match(demangled)
+    if not matched:
+        return None
+    types = [word.removeprefix("gemma_norm::") for word in matched[2].split(", ")]
+    *numbers, aligned = matched[3].split(", ")
+    if len(numbers) == 1:  # backpropagate_in_two_passes has the number of threads alone
+        scope, vectors, rows, threads = "two passes", 1, 1, int(numbers[0])
+    else:
+        scope, (vectors, rows, threads, _) = scope_of(numbers[0]), map(int, numbers[1:])
+    return BackwardName(matched[1], types[0], types[-1], scope, vectors, rows, threads, aligned == "true")
+
+
+def parse(demangled: str) -> KernelName | BackwardName:
     """ValueError where this is no kernel of the project."""
+    if backward := parse_backward(demangled):
+        return backward
     matched = PATTERN.match(demangled)
     if not matched:
         raise ValueError(f"not a kernel of this project: {demangled}")
@@ -52,14 +98,14 @@ def parse(demangled: str) -> KernelName:
         x=x,
         weight=weight,
         round_each_step=round_each_step == "true",
-        scope=SCOPES[int(re.sub(r"\D", "", scope))],
+        scope=scope_of(scope),
         vectors=int(vectors[0]) if vectors else 1,
         threads=int(threads),
         aligned=aligned == "true",
     )
 
 
-def kernel_names(symbols: list[str]) -> list[KernelName]:
+def kernel_names(symbols: list[str]) -> list[KernelName | BackwardName]:
     """One for each symbol."""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     return [parse(name) for name in done.stdout.splitlines()]

@@ -351,7 +351,6 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
   constexpr int kCount = Terms::kCount;
   const int slot = device::thread_index(), step = item_step(launch);
   const int64_t end = slot < launch.slots ? p.hidden : 0, chunk = device::block_index();
-  float* const to = partials.sums ? partials.row(chunk) : nullptr;
   device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
   device::allow_next_kernel();
   const char* const weights = weights_of(p, chunk);
@@ -389,7 +388,8 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
         ds[i] = statistics.ds(s[i], u[i] * w[i]);
       }
       Terms::template store<kAligned>(p, row, first, step, end, loaded, held, s, w, ds);
-      if (!to) return;
+      if (!partials.sums) return;
+      float* const to = partials.row(chunk);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const int64_t column = first + static_cast<int64_t>(i) * step;
@@ -402,8 +402,8 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
 namespace {  // unnamed, since several operators have a copy
 
 // Adds up the partial sums of `chunks` chunks. A block has kSumColumns columns and `parts` threads for each, a power of
-// two of at most kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these threads are
-// then added as a tree.
+// two from kMinSumParts to kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these
+// threads are then added as a tree.
 GEMMA_NORM_KERNEL(kSumColumns* kMaxSumParts, 1)
 sum_chunks(RowParams p, Partials partials, int64_t chunks, int32_t parts) {
   struct Sums {

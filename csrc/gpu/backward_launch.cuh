@@ -74,7 +74,7 @@ device::Error sum_partials(const RowParams& params, Partials partials, int64_t c
   const int64_t groups = groups_of(params);
   partials.columns *= groups;
   chunks /= groups;
-  int32_t parts = 1;
+  int32_t parts = kMinSumParts;
   while (parts < kMaxSumParts && 2 * parts * kChunksOfPart <= chunks) parts *= 2;
   const Grid grid{(partials.columns + kSumColumns - 1) / kSumColumns, kSumColumns * parts, 1};
   return device::launch(&sum_chunks, grid, stream, facts, params, partials, chunks, parts);

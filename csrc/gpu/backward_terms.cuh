@@ -91,7 +91,9 @@ struct GatedTerms {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float a = p.sigmoid ? held.logistic[i] : gate[i] * held.logistic[i];
-      (p.norm_before_gate ? u[i] : s[i]) *= a;
+      // Not a choice between two places: clang 15 then keeps both arrays in memory.
+      u[i] = p.norm_before_gate ? u[i] * a : u[i];
+      s[i] = p.norm_before_gate ? s[i] : s[i] * a;
     }
   }
   template <bool kAligned, class At, class Index>

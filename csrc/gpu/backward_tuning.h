@@ -36,7 +36,7 @@ constexpr BackwardTuning kBackwardKernels[] = {
 constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
 
 // The columns of dweight that a block of sum_chunks() has, and the threads of a column: at least one for so many
-// chunks.
-constexpr int32_t kSumColumns = 32, kMaxSumParts = 32, kChunksOfPart = 8;
+// chunks. With the least number, a block has 64 threads, so that it has whole waves on every GPU.
+constexpr int32_t kSumColumns = 32, kMinSumParts = 2, kMaxSumParts = 32, kChunksOfPart = 8;
 
 }  // namespace gemma_norm

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-from kernel_names import KernelName, kernel_names
+from kernel_names import BackwardName, KernelName, kernel_names
 
 SIZES = {"float": 4, "float16": 2, "bfloat16": 2, "NoWeight": 0}
 
 
 @dataclass(frozen=True)
-class Kernel(KernelName):
+class Code:
     code: str  # instructions, one a line, without comments
     numbers: dict[str, int]  # of the metadata and of the kernel descriptor
 
@@ -25,6 +27,20 @@ class Kernel(KernelName):
         """The instructions up to the first whose name matches."""
         found = re.search(f"^(?:{pattern})", self.code, re.M)
         return self.code[: found.start() if found else None].splitlines()
+
+
+@dataclass(frozen=True)
+class BackwardKernel(BackwardName, Code):
+    """A kernel of the backward operators."""
+
+    __str__ = BackwardName.__str__
+
+
+@dataclass(frozen=True)
+class Kernel(KernelName, Code):
+    """A kernel of the forward operators."""
+
+    __str__ = KernelName.__str__
 
     @property
     def add(self) -> bool:
@@ -59,15 +75,19 @@ class Kernel(KernelName):
         return SIZES[self.x] < SIZES[self.s] or 0 < SIZES[self.weight] < SIZES[self.s]
 
 
+AnyKernel = Kernel | BackwardKernel
+K = TypeVar("K", Kernel, BackwardKernel, AnyKernel)
+
+
 @cache
-def kernels(path: Path) -> list[Kernel]:
+def kernels(path: Path) -> list[AnyKernel]:
     text = path.read_text()
     symbols = re.findall(r"^\s*\.amdhsa_kernel (\S+)$", text, re.M)
     metadata = {}
     for part in re.split(r"^  - (?=\.)", text[text.index("amdhsa.kernels:") :], flags=re.M)[1:]:
         (symbol,) = re.findall(r"\.symbol: +'?(\S+)\.kd", part)
         metadata[symbol] = {k: int(v) for k, v in re.findall(r"^ *\.(\w+): +(\d+)$", part, re.M)}
-    result = []
+    result: list[AnyKernel] = []
     at = 0  # In the text, each kernel's code comes before its descriptor, and both before those of the next.
     for symbol, name in zip(symbols, kernel_names(symbols), strict=True):
         start = text.index(f"\n{symbol}:", at)
@@ -78,5 +98,12 @@ def kernels(path: Path) -> list[Kernel]:
         at = text.index(".end_amdhsa_kernel", start)
         descriptor = text[start:at]
         numbers = {k: int(v) for k, v in re.findall(r"\.amdhsa_(\w+) (\d+)$", descriptor, re.M)}
-        result.append(Kernel(**vars(name), code="\n".join(lines), numbers=numbers | metadata[symbol]))
+        kind = BackwardKernel if isinstance(name, BackwardName) else Kernel
+        result.append(kind(**vars(name), code="\n".join(lines), numbers=numbers | metadata[symbol]))
     return result
+
+
+def check(code: Sequence[K], wrong: Callable[[K], object]) -> None:
+    """Fails if `wrong` returns something for a kernel, and shows it."""
+    found = {str(kernel): what for kernel in code if (what := wrong(kernel))}
+    assert not found, "\n".join(f"{kernel}: {what}" for kernel, what in list(found.items())[:10])

@@ -3,6 +3,7 @@
 
 #include "emulated.h"
 #include "formats.h"
+#include "gradient_cases.h"
 #include "runner.h"
 #include "target.h"
 
@@ -36,7 +37,11 @@ class OracleTarget : public HostTarget {
 };
 
 const std::vector<Case>& cases() {
-  static const std::vector<Case> all = all_cases();
+  static const auto all = [] {
+    std::vector<Case> list = all_cases();
+    for (const Case& c : gradient_cases()) list.push_back(c);
+    return list;
+  }();
   return all;
 }
 
@@ -46,6 +51,8 @@ const std::vector<Case>& cases() {
 extern "C" {
 
 int64_t case_count() { return static_cast<int64_t>(gemma_norm::cases().size()); }
+
+bool is_backward_case(int64_t index) { return gemma_norm::is_backward(gemma_norm::cases()[index].operands); }
 
 const char* describe_case(int64_t index) {
   static std::string text;
@@ -63,14 +70,13 @@ const char* check_case(gemma_norm::Entry entry, int64_t index, uint64_t* bits) {
   HipTarget target(entry);
   OracleTarget oracle;
   const Case& c = cases()[index];
-  error = check_case(target, c);
+  error = is_backward(c.operands) ? check_gradients(target, c) : check_case(target, c);
   if (!error.empty()) return error.c_str();
   const Tensors inputs = make_inputs(c);
   const Tensors got = run_case(target, c, inputs, &error), want = run_case(oracle, c, inputs, &error);
   if (error.empty()) error = compare_outputs(c, want, got);
   *bits = kHashOfNothing;
-  add_to_hash(c.dtype_of(kResidualOut), got[kResidualOut], bits);
-  add_to_hash(c.dtype, got[kOut], bits);
+  for (const Operand o : {kResidualOut, kOut, kDX, kDGate, kDWeight}) add_to_hash(c.dtype_of(o), got[o], bits);
   return error.c_str();
 }
 }

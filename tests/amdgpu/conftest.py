@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import toolchain
+from assembly import AnyKernel, BackwardKernel, Kernel, kernels
+from toolchain import TARGETS, Target
 
 REPORT = pytest.StashKey[list[str]]()
 
@@ -20,8 +22,35 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly or hasattr(session.config, "workerinput"):
         return
     for item in session.items:
-        if isinstance(item, pytest.Function) and "code" in item.fixturenames:
+        if isinstance(item, pytest.Function) and "all_code" in item.fixturenames:
             toolchain.compile_assemblies(item.callspec.params["target"])
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    return TARGETS[request.param]
+
+
+@pytest.fixture
+def all_code(target: Target) -> list[AnyKernel]:
+    """Every kernel for the target."""
+    try:
+        paths = toolchain.compile_assemblies(target.arch).result()
+    except toolchain.Missing as missing:
+        pytest.skip(f"{target.arch} needs {missing}")
+    return [kernel for path in paths for kernel in kernels(path)]
+
+
+@pytest.fixture
+def code(all_code: list[AnyKernel]) -> list[Kernel]:
+    """Those of the forward operators."""
+    return [kernel for kernel in all_code if isinstance(kernel, Kernel)]
+
+
+@pytest.fixture
+def backward_code(all_code: list[AnyKernel]) -> list[BackwardKernel]:
+    """Those of the backward operators."""
+    return [kernel for kernel in all_code if isinstance(kernel, BackwardKernel)]
 
 
 def pytest_unconfigure() -> None:

@@ -182,7 +182,7 @@ def hip_library(compiler: str, arches: list[str]) -> Path:
 
 def cases_library() -> Path:
     """The C++ tests' cases and the kernels compiled for the host, for cases.cpp."""
-    parts = ["cases", "all_cases", "operand", "reference", "runner", "host_target"]
+    parts = ["cases", "all_cases", "gradient_cases", "operand", "reference", "gradient_reference", "runner", "host_target"]
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts] + sorted((ROOT / "tests/cpp").glob("emulated_*.cpp"))
     tests = [source for source in tests if source.stem not in ("emulated_module", "emulated_machine_test")]
     inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()
@@ -198,4 +198,6 @@ def code_object(arch: str) -> Path:
     sources = compile_assemblies(arch).result()
     text = "".join(source.read_text() for source in sources)
     objects = [build(f"{source.stem}.o", [*assemble, str(source)], text) for source in sources]
-    return build(f"{arch}.hsaco", ["ld.lld-19", "-shared", *map(str, objects)], text)
+    # Two sources have sum_chunks(), the same in both.
+    link = ["ld.lld-19", "-shared", "--allow-multiple-definition"]
+    return build(f"{arch}.hsaco", [*link, *map(str, objects)], text)

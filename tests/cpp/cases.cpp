@@ -4,7 +4,10 @@ namespace gemma_norm {
 
 const OperandsInfo& info(Operands operands) {
   constexpr const OpInfo *kPlain = &RmsNorm::kInfos[0], *kAdd = &AddRmsNorm::kInfos[0],
-                         *kGated = &GatedRmsNorm::kInfos[0];
+                         *kGated = &GatedRmsNorm::kInfos[0], *kGradients = &RmsNormBackward::kInfos[0],
+                         *kInputGradients = &RmsNormBackward::kInfos[1],
+                         *kGatedGradients = &GatedRmsNormBackward::kInfos[0],
+                         *kGatedInputGradients = &GatedRmsNormBackward::kInfos[1];
   static constexpr OperandsInfo kInfos[] = {
       {"plain", kPlain, false, false, kOut, kNoOperand},
       {"in place", kPlain, false, false, kX, kNoOperand},
@@ -16,6 +19,10 @@ const OperandsInfo& info(Operands operands) {
       {"gated", kGated, false, false, kOut, kNoOperand},
       {"gated in place of x", kGated, false, false, kX, kNoOperand},
       {"gated in place of the gate", kGated, false, false, kGate, kNoOperand},
+      {"gradients", kGradients, false, false, kNoOperand, kNoOperand},
+      {"gradient of x", kInputGradients, false, false, kNoOperand, kNoOperand},
+      {"gradients of the gated norm", kGatedGradients, false, false, kNoOperand, kNoOperand},
+      {"gradients of x and gate", kGatedInputGradients, false, false, kNoOperand, kNoOperand},
   };
   return kInfos[static_cast<int>(operands)];
 }
@@ -33,13 +40,16 @@ bool Case::has(Operand operand) const {
     case kResidualOut: return info(operands).residual;
     case kPost: return info(operands).post;
     case kGate: return gate;
+    case kDSum: return dsum;
     default: return true;
   }
 }
 
 DType Case::dtype_of(Operand operand) const {
   switch (operand) {
-    case kWeight: return weight_dtype;
+    case kWeight:
+    case kDWeight: return weight_dtype;
+    case kDOut: return dout_dtype;
     case kResidual:
     case kPost:
     case kResidualOut: return float32_residual ? DType::kFloat32 : dtype;
@@ -65,18 +75,24 @@ const char* dtype_name(DType dtype) {
 
 std::string describe(const Case& c) {
   constexpr const char* kAlignments[] = {"aligned", "odd base", "odd strides", "flush with the end"};
-  constexpr const char* kValues[] = {"normal", "wide",    "subnormal",    "huge",
-                                     "zeros",  "one NaN", "one infinity", "special weights"};
+  constexpr const char* kValues[] = {"normal",  "wide",         "subnormal",       "huge", "zeros",
+                                     "one NaN", "one infinity", "special weights", "mixed"};
   std::string shape = "[";
   for (const int64_t size : c.rows.sizes) shape += std::to_string(size) + ", ";
   std::string how = info(c.operands).name;
   if (c.gemma) how += ", gemma";
   if (c.round_each_step) how += ", rounded at each step";
   if (c.float32_residual) how += ", float32 residual";
-  if (is_gated(c.operands)) {
+  if (is_gated(c.operands) || (is_backward(c.operands) && c.gate)) {
     how += !c.gate ? ", no gate" : c.sigmoid ? ", sigmoid" : ", silu";
     how += c.norm_before_gate ? ", norm first" : ", gate first";
     if (c.group_size != kWholeRow) how += ", groups of " + std::to_string(c.group_size);
+  }
+  if (is_backward(c.operands)) {
+    how += std::string(", ") + dtype_name(c.dout_dtype) + " dout";
+    if (c.expanded_dout) how += " of one row";
+    if (c.dsum) how += ", with dsum";
+    if (c.dx_place != kDX) how += std::string(", in place of ") + kOperandNames[c.dx_place];
   }
   return std::string(dtype_name(c.dtype)) + " x, " + dtype_name(c.weight_dtype) + " weight, " + how + ", " + shape +
          std::to_string(c.hidden) + "] " + c.rows.name + ", " + kAlignments[static_cast<int>(c.alignment)] + ", " +

@@ -17,10 +17,14 @@ enum class Operands {
   kAddPost,  // the same with post_residual_addition
   kFused,    // the sum goes to residual's memory, its norm to x's
   kFusedPost,
-  kFusedCrossed,   // the sum goes to x's memory, its norm to residual's
-  kGated,          // out = the norm of x, gated
-  kGatedIntoX,     // the same, out being x's memory
-  kGatedIntoGate,  // the same, out being the gate's memory
+  kFusedCrossed,    // the sum goes to x's memory, its norm to residual's
+  kGated,           // out = the norm of x, gated
+  kGatedIntoX,      // the same, out being x's memory
+  kGatedIntoGate,   // the same, out being the gate's memory
+  kGradients,       // of the norm of x: dx and dweight
+  kInputGradients,  // dx alone
+  kGatedGradients,  // of the gated norm: dx, dgate and dweight
+  kGatedInputGradients,
 };
 
 // What there is to know of each of Operands.
@@ -34,6 +38,8 @@ const OperandsInfo& info(Operands operands);
 
 inline bool has_residual(Operands o) { return info(o).residual; }
 inline bool is_gated(Operands o) { return info(o).op == &GatedRmsNorm::kInfos[0]; }
+inline bool has_dweight(Operands o) { return o == Operands::kGradients || o == Operands::kGatedGradients; }
+inline bool is_backward(Operands o) { return o >= Operands::kGradients; }
 
 // The dtypes of x and of the weight in Gemma's and Qwen's models, for which there are the most cases.
 constexpr DType kDTypePairs[][2] = {{DType::kFloat32, DType::kFloat32},
@@ -73,7 +79,19 @@ struct Variation {
   uint32_t pieces = 0;  // of the rows, on CPUs: 0 is all at once, else pieces in a random order by this seed
 };
 
-enum class Values { kNormal, kWide, kSubnormal, kHuge, kZeros, kNan, kInfinity, kSpecialWeight };
+enum class Values {
+  kNormal,
+  kWide,
+  kSubnormal,
+  kHuge,
+  kZeros,
+  kNan,
+  kInfinity,
+  kSpecialWeight,
+  // Rows of four kinds, in turns: normal ones; ones of which the sum of g * x is beyond float32, though that of g * n
+  // is not (see ops/rms_norm_backward.h); huge ones; zeros.
+  kMixedRows
+};
 
 struct Case {
   DType dtype, weight_dtype;  // weight_dtype is kOther where there is no weight
@@ -95,6 +113,11 @@ struct Case {
   bool gate = false;  // there is a gate
   bool sigmoid = false, norm_before_gate = true;
   int64_t group_size = kWholeRow;
+  // Of the gradients.
+  DType dout_dtype = DType::kFloat32;
+  bool dsum = false;           // there is a dsum
+  bool expanded_dout = false;  // all rows of dout are one
+  Operand dx_place = kDX;      // whose memory dx takes: an input's, or its own
 
   int64_t row_count() const;
   int64_t normed() const { return group_size == kWholeRow ? hidden : group_size; }  // elements that share an rstd

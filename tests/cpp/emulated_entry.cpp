@@ -11,6 +11,8 @@ namespace gemma_norm {
 
 template <class Op>
 const void* kernel_function(const RowParams& params, bool aligned, int32_t kernel);  // emulated_op.cuh
+template <class Op>
+std::set<const void*> all_backward_kernels();  // emulated_backward.cuh
 
 namespace {
 
@@ -52,6 +54,12 @@ std::set<const void*> reachable_kernels(int64_t most_hidden) {
   std::set<const void*> all;
   for (const Case& variant : all_variants())
     ForwardOps::visit(&variant.op(), [&](auto op) { add_reachable<decltype(op)>(variant, most_hidden, &all); });
+  return all;
+}
+
+std::set<const void*> backward_kernels() {
+  std::set<const void*> all = all_backward_kernels<RmsNormBackward>();
+  all.merge(all_backward_kernels<GatedRmsNormBackward>());
   return all;
 }
 

@@ -25,4 +25,7 @@ namespace gemma_norm {
 // The kernels that a plan names for some row of up to so many elements.
 std::set<const void*> reachable_kernels(int64_t most_hidden);
 
+// Every kernel of the backward operators.
+std::set<const void*> backward_kernels();
+
 }  // namespace gemma_norm

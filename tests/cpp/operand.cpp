@@ -14,22 +14,23 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
   dtype_ = c.dtype_of(operand);
   const int64_t item = size_of(dtype_), line = kLine / item;
   std::vector<int> order;
-  if (operand != kWeight) {
+  if (operand != kWeight && operand != kDWeight) {
     sizes_ = c.rows.sizes;
-    order = c.rows.order;
+    if (operand != kDOut || !c.expanded_dout) order = c.rows.order;
     for (int d = 0; written && d < static_cast<int>(sizes_.size()); ++d)
       if (std::find(order.begin(), order.end(), d) == order.end()) order.insert(order.begin(), d);
   }
 
   // The gaps differ from operand to operand, so that two dimensions may collapse into one in some operands and not in
-  // others.
+  // others. They also grow from dimension to dimension: if two gaps were equal, one stride would lead through both
+  // dimensions, and they would collapse.
   int64_t gap = (operand + 1) * line + (c.alignment == Alignment::kOffStride ? 1 : 0);
   if (c.alignment == Alignment::kWhole && c.hidden % line) gap += line - c.hidden % line;
   int64_t extent = c.hidden;
-  int gaps = c.rows.padding;
+  int gaps = 0;
   strides_.assign(sizes_.size(), 0);
   for (auto d = order.rbegin(); d != order.rend(); ++d) {
-    strides_[*d] = extent + (gaps-- > 0 ? gap : 0);
+    strides_[*d] = extent + (gaps++ < c.rows.padding ? gaps * gap : 0);
     extent += strides_[*d] * (sizes_[*d] - 1);
   }
   sizes_.push_back(c.hidden);

@@ -10,28 +10,10 @@
 namespace gemma_norm {
 namespace {
 
-std::string difference(const char* what, int64_t row, int64_t column, double want, double got) {
-  char text[200];
-  std::snprintf(text, sizeof text, "%s[%lld, %lld] must be %.9g, got %.9g", what, static_cast<long long>(row),
-                static_cast<long long>(column), want, got);
-  return text;
-}
-
 // The numbers of a 16-bit format, by their bits.
 std::vector<double> all_values(DType dtype) {
   std::vector<double> values(1 << 16);
   for (uint32_t bits = 0; bits < values.size(); ++bits) values[bits] = element(dtype, bits);
-  return values;
-}
-
-std::vector<double> values_of(DType dtype, const Packed& elements) {
-  static const std::vector<double> float16 = all_values(DType::kFloat16), bfloat16 = all_values(DType::kBFloat16);
-  const size_t item = size_of(dtype);
-  std::vector<double> values(elements.size() / item);
-  for (size_t i = 0; i < values.size(); ++i) {
-    const uint32_t bits = bits_at(dtype, &elements[i * item]);
-    values[i] = dtype == DType::kFloat32 ? element(dtype, bits) : (dtype == DType::kFloat16 ? float16 : bfloat16)[bits];
-  }
   return values;
 }
 
@@ -116,6 +98,24 @@ Range activation_range(double g, bool sigmoid) {
 }
 
 }  // namespace
+
+std::vector<double> values_of(DType dtype, const Packed& elements) {
+  static const std::vector<double> float16 = all_values(DType::kFloat16), bfloat16 = all_values(DType::kBFloat16);
+  const size_t item = size_of(dtype);
+  std::vector<double> values(elements.size() / item);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint32_t bits = bits_at(dtype, &elements[i * item]);
+    values[i] = dtype == DType::kFloat32 ? element(dtype, bits) : (dtype == DType::kFloat16 ? float16 : bfloat16)[bits];
+  }
+  return values;
+}
+
+std::string difference(const char* what, int64_t row, int64_t column, double want, double got) {
+  char text[200];
+  std::snprintf(text, sizeof text, "%s[%lld, %lld] must be %.9g, got %.9g", what, static_cast<long long>(row),
+                static_cast<long long>(column), want, got);
+  return text;
+}
 
 std::string compare_bits(DType dtype, int64_t hidden, const Packed& want, const Packed& got) {
   if (want == got) return "";

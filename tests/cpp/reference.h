@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "operand.h"
 
@@ -13,6 +14,12 @@ struct Tensors {
   Packed& operator[](Operand o) { return of[o]; }
   const Packed& operator[](Operand o) const { return of[o]; }
 };
+
+// The elements as numbers.
+std::vector<double> values_of(DType dtype, const Packed& elements);
+
+// "<what>[<row>, <column>] must be <want>, got <got>".
+std::string difference(const char* what, int64_t row, int64_t column, double want, double got);
 
 // "" if the sum has the right bits, and its norm is as near to the exact one as its roundings and float32's arithmetic
 // allow; else the first element for which that is not so.

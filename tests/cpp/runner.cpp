@@ -6,6 +6,7 @@
 #include <random>
 
 #include "formats.h"
+#include "gradient_reference.h"
 
 namespace gemma_norm {
 namespace {
@@ -18,6 +19,7 @@ struct CaseTensors {
       place[o] = !c.has(o)           ? kNoOperand
                  : o == kOut         ? info(c.operands).out
                  : o == kResidualOut ? info(c.operands).residual_out
+                 : o == kDX          ? c.dx_place
                                      : o;
       if (rule.written() && c.has(o)) written[place[o]] = true;
     }
@@ -31,6 +33,9 @@ struct CaseTensors {
   std::optional<TestTensor> memory[kOperands];  // of the operands that have their own
 };
 
+// Calls of more elements take so long that they are not run for a check that other calls serve as well.
+constexpr int64_t kFewElements = 100000;
+
 class Generator {
  public:
   Generator(const Case& c) : c_(c), random_(c.seed) {}
@@ -38,8 +43,12 @@ class Generator {
   Packed operand(Operand operand, int64_t rows) {
     const DType dtype = c_.dtype_of(operand);
     Packed elements(rows * c_.hidden * size_of(dtype));
-    for (size_t i = 0; i < elements.size(); i += size_of(dtype))
-      round_to(dtype, operand == kGate ? gate() : value(dtype), &elements[i]);
+    const int64_t row_bytes = c_.hidden * size_of(dtype);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Values values = c_.values == Values::kMixedRows ? of_mixed_row(row) : c_.values;
+      for (int64_t i = row * row_bytes; i < (row + 1) * row_bytes; i += size_of(dtype))
+        round_to(dtype, operand == kGate ? gate() : value(values, operand, dtype), &elements[i]);
+    }
     const double special = c_.values == Values::kNan ? NAN : c_.values == Values::kInfinity ? INFINITY : 0;
     if (special != 0) round_to(dtype, sign() * special, &elements[any(rows * c_.hidden) * size_of(dtype)]);
     return elements;
@@ -80,13 +89,22 @@ class Generator {
     return random_() % 4 ? 2 * number : 260 * uniform() - 130;
   }
 
-  double value(DType dtype) {
-    switch (c_.values) {
+  Values of_mixed_row(int64_t row) const {
+    constexpr Values kOfRow[] = {Values::kNormal, Values::kMixedRows, Values::kHuge, Values::kZeros};
+    return kOfRow[(row + c_.seed) % std::size(kOfRow)];
+  }
+
+  // Only x decides how large n is, and only x and dout how large the sum of g * x is.
+  double value(Values values, Operand operand, DType dtype) {
+    if (is_backward(c_.operands) && operand != kX && values != Values::kMixedRows) return normal();
+    switch (values) {
       case Values::kWide: return sign() * std::exp2(24 * uniform() - 12);
       case Values::kSubnormal: return normal() * power(format(dtype).least);
       case Values::kHuge:
         return sign() * largest(dtype) * (1 + uniform()) / 2;  // whose squares overflow, except float16's
       case Values::kZeros: return sign() * 0.0;
+      case Values::kMixedRows:  // x^2 can be added up in float32, and dout * x is beyond it.
+        return normal() * (dtype == DType::kFloat16 || operand == kDSum ? 1 : power(operand == kX ? 50 : 85));
       default: return normal();
     }
   }
@@ -101,6 +119,48 @@ Packed reversed(const Packed& rows, size_t row_bytes) {
     result.insert(result.end(), &rows[at - row_bytes], &rows[at - row_bytes] + row_bytes);
   return result;
 }
+
+// The memory that a call asks for. It begins with NaNs, as if another call had used it, and has a line of canaries on
+// the side on which no page is guarded.
+class Scratch {
+ public:
+  Scratch(Target& target, Guard guard) : target_(target), guard_(guard) {}
+
+  // Call::scratch, of which the context is the Scratch.
+  static void* allocate(void* context, int64_t bytes) { return static_cast<Scratch*>(context)->allocate(bytes); }
+
+  // "" if no canary has changed, and the memory was asked for once at most.
+  std::string error() const {
+    if (calls_ > 1) return "scratch memory was asked for more than once";
+    if (calls_ == 0) return "";
+    std::vector<uint8_t> image(size_);
+    target_.read(image.data(), memory_, size_);
+    for (size_t i = 0; i < size_; ++i)
+      if ((i < first_ || i >= first_ + bytes_) && image[i] != kCanary)
+        return "a byte was written beside the scratch memory of " + std::to_string(bytes_) + " bytes";
+    return "";
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  static constexpr uint8_t kCanary = 0xff;
+
+  void* allocate(int64_t bytes) {
+    ++calls_;
+    bytes_ = bytes;
+    first_ = guard_ == Guard::kBefore ? 0 : kLine;
+    size_ = (bytes_ + kLine - 1) / kLine * kLine + kLine;
+    memory_ = target_.allocate(size_, guard_);
+    target_.write(memory_, std::vector<uint8_t>(size_, kCanary).data(), size_);
+    return static_cast<uint8_t*>(memory_) + first_;
+  }
+
+  Target& target_;
+  const Guard guard_;
+  int calls_ = 0;
+  size_t bytes_ = 0, first_ = 0, size_ = 0;
+  void* memory_ = nullptr;
+};
 
 }  // namespace
 
@@ -131,8 +191,12 @@ Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::stri
   for (const OperandRule& rule : c.op())
     if (tensors.tensor(rule.operand)) call.tensors[rule.operand] = &views[tensors.place[rule.operand]];
 
+  Scratch scratch(target, c.placements[kDWeight].guarded_after ? Guard::kAfter : Guard::kBefore);
+  call.scratch = &Scratch::allocate;
+  call.context = &scratch;
   Message message{};
   if (target.run(call, c.variation, &message) != Status::kOk) *error = message.text;
+  if (error->empty()) *error = scratch.error();
   for (int o = 0; o < kOperands; ++o)
     if (tensors.memory[o] && !tensors.memory[o]->receive(target, tensors.written[o]))
       *error = std::string("a byte was written in or beside ") + kOperandNames[o] + " that is no element of an output";
@@ -144,8 +208,13 @@ Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::stri
 }
 
 std::string compare_outputs(const Case& c, const Tensors& want, const Tensors& got) {
-  const std::string error = compare_bits(c.dtype_of(kResidualOut), c.hidden, want[kResidualOut], got[kResidualOut]);
-  return error.empty() ? compare_bits(c.dtype, c.hidden, want[kOut], got[kOut]) : error;
+  for (const OperandRule& rule : c.op()) {
+    if (!rule.written()) continue;
+    const Operand o = rule.operand;
+    const std::string error = compare_bits(c.dtype_of(o), c.hidden, want[o], got[o]);
+    if (!error.empty()) return std::string(kOperandNames[o]) + "'s " + error;
+  }
+  return "";
 }
 
 Call make_call(const OpInfo* op, std::initializer_list<std::pair<Operand, const Tensor*>> tensors,
@@ -200,6 +269,27 @@ std::string check_case(Target& target, const Case& c, Target* alike) {
     if (!rows.of[o].empty()) rows.of[o].resize(one.hidden * size_of(c.dtype_of(static_cast<Operand>(o))));
   if (is_gated(c.operands) && !c.gate && c.norm_before_gate) one.operands = Operands::kPlain;  // which it must equal
   return compare(one, rows, "one row, plain");
+}
+
+std::string check_gradients(Target& target, const Case& c, Target* alike) {
+  const Tensors inputs = make_inputs(c);
+  std::string error;
+  const Tensors outputs = run_case(target, c, inputs, &error);
+  if (error.empty()) error = compare_gradients_with_reference(c, inputs, outputs);
+  if (!error.empty()) return error;
+
+  Case again = c;
+  ++again.variation.order;
+  again.variation.pieces = again.variation.pieces ? 0 : c.seed | 1;
+  Target& other = alike ? *alike : target;
+  error = compare_outputs(c, outputs, run_case(other, again, inputs, &error));
+  if (!error.empty()) return (alike ? "not as on " + alike->name() : "not the same when repeated") + ": " + error;
+
+  // A frozen weight changes nothing for x.
+  if (!has_dweight(c.operands) || c.row_count() * c.hidden > kFewElements) return "";
+  again.operands = c.gate ? Operands::kGatedInputGradients : Operands::kInputGradients;
+  error = compare_outputs(again, outputs, run_case(target, again, inputs, &error));
+  return error.empty() ? "" : "not the same without dweight: " + error;
 }
 
 std::string check_repeated(Target& target, const Case& c, int64_t times) {

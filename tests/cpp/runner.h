@@ -21,6 +21,10 @@ Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::stri
 // around it; else what is wrong. With `alike`, that target must have the same bits.
 std::string check_case(Target& target, const Case& c, Target* alike = nullptr);
 
+// The same for gradients: "" if they are right, and have the same bits again, in other orders and pieces. With `alike`,
+// that target is the one to have them again.
+std::string check_gradients(Target& target, const Case& c, Target* alike = nullptr);
+
 // "" if the outputs of both are the same, bit for bit, else the first difference.
 std::string compare_outputs(const Case& c, const Tensors& want, const Tensors& got);
 

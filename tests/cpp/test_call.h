@@ -24,7 +24,7 @@ struct Place {
 // Nothing is read or written at the addresses.
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
-  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum;
+  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum, dout, dsum, dx, dweight;
   Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
@@ -44,15 +44,27 @@ struct TestCall {
     return *this;
   }
 
+  // Of the gradients. `out` is no operand then.
+  TestCall& backward() {
+    op = OpInfo("op", "op", "", "", RmsNormBackward::kRules);
+    dout = Place{40000, {4, 8}, {8, 1}};
+    dx = Place{60000, {4, 8}, {8, 1}};
+    dweight = Place{80000, {8}, {1}};
+    return *this;
+  }
+  TestCall& backward_with_dsum() {
+    backward().dsum = Place{50000, {4, 8}, {8, 1}};
+    return *this;
+  }
+
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
-    const auto tensor = [](const std::optional<Place>& o) { return o ? o->tensor() : Tensor{}; };
-    const Tensor t[] = {x.tensor(),   tensor(weight), tensor(residual), tensor(post),
-                        tensor(gate), out.tensor(),   tensor(sum)};
-    const Call call{
-        &op,
-        {&t[kX], weight ? &t[kWeight] : nullptr, residual ? &t[kResidual] : nullptr, post ? &t[kPost] : nullptr,
-         gate ? &t[kGate] : nullptr, &t[kOut], sum ? &t[kResidualOut] : nullptr},
-        options};
+    const std::optional<Place> places[kOperands] = {
+        x,   weight, residual, post, gate,         op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
+        sum, dout,   dsum,     dx,   std::nullopt, dweight};
+    Tensor tensors[kOperands];
+    Call call{&op, {}, options};
+    for (int o = 0; o < kOperands; ++o)
+      if (places[o]) call.tensors[o] = &(tensors[o] = places[o]->tensor());
     return gemma_norm::check(call, params, slices, message);
   }
 };

@@ -1,0 +1,29 @@
+// A backward operator's kernels, compiled for the host by a source of their own, as in emulated_op.cuh.
+#pragma once
+
+#include "device/emulated.h"
+#include "gpu/backward_launch.cuh"
+
+#include <set>
+
+namespace gemma_norm {
+
+// Every kernel of the operator.
+template <class Op>
+std::set<const void*> all_backward_kernels() {
+  std::set<const void*> all = {reinterpret_cast<const void*>(&gpu::sum_chunks)};
+  const auto add = [&](DType x, DType dout) {
+    RowParams p{};
+    p.dtypes[kX] = x;
+    p.dtypes[kDOut] = dout;
+    for (int kernel = 0; kernel < kBackwardKernelCount; ++kernel)
+      for (const bool aligned : {false, true})
+        if (const auto function = gpu::find_backward_kernel<Op>(p, kernel, aligned))
+          all.insert(reinterpret_cast<const void*>(function));
+  };
+  for (const DType x : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) add(x, x);
+  if (!Op::kGated) add(DType::kFloat32, DType::kFloat16), add(DType::kFloat32, DType::kBFloat16);
+  return all;
+}
+
+}  // namespace gemma_norm
