@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 
 import pytest
 
 pytest.importorskip("transformers", reason="pip install 'gemma-norm[example]' has transformers")
 
-from gemma_norm.benchmark import model, model_shapes
+from gemma_norm.benchmark import model, model_run, model_shapes
 
 TINY = ["--layers", "4", "--batch", "2", "--rounds", "1", "--steps", "1", "--device", "cpu"]
 
@@ -66,6 +67,43 @@ def test_a_variant_without_its_package_is_left_out_and_named(monkeypatch, capsys
     assert model.main(["--shape", "gemma3-tiny", "--variant", "original,liger", *TINY]) == 0
     out = capsys.readouterr().out
     assert "liger is left out: No module named 'liger_kernel'" in out
+
+
+@pytest.fixture
+def tiny():
+    return model_shapes.SHAPES["gemma3-tiny"].build(2, "cpu", model.torch.bfloat16)
+
+
+def test_a_compiled_step_finds_room_in_its_cache_in_every_sample(monkeypatch, tiny):
+    monkeypatch.setattr(model.torch, "compile", lambda module, dynamic: module)
+    setting = model_run.Setting("gemma3-tiny", 2, "decode", "compile", 2, "cpu")
+    step = model_run.Step(tiny, setting)
+    for _ in range(2 * model_run.PROMPT):  # twice the room
+        model_run._sample(step, 1)
+    lengths = {int(layer.cumulative_length) for layer in step.cache.layers}
+    assert lengths == {model_run.PROMPT + 1}
+
+
+def test_a_graph_is_captured_after_the_prompt_is_computed(monkeypatch, tiny):
+    """On a GPU the warm-up has a stream of its own, which once read the token before it was written."""
+    done = []
+
+    class Stream:
+        def wait_stream(self, other):
+            done.append(f"wait for {other}")
+
+    class Cuda:
+        CUDAGraph = object
+        current_stream = staticmethod(lambda: "current")
+        stream = graph = staticmethod(lambda _: contextlib.nullcontext())
+        synchronize = staticmethod(lambda: done.append("synchronize"))
+
+    Cuda.Stream = Stream
+    monkeypatch.setattr(model_run, "cuda", Cuda)
+    eager = model_run.Step._eager
+    monkeypatch.setattr(model_run.Step, "_eager", lambda self: (done.append("step"), eager(self))[1])
+    model_run.Step(tiny, model_run.Setting("gemma3-tiny", 2, "decode", "graph", 2, "cpu"))
+    assert done == ["wait for current", "step", "step", "synchronize", "step"]
 
 
 @pytest.mark.parametrize(

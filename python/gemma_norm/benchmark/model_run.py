@@ -68,18 +68,27 @@ class Step:
         self.read: list[Tensor] = []
         if setting.phase == "decode":
             if setting.mode == "compile":
-                self.cache = importlib.import_module("transformers").StaticCache(model.config, max_cache_len=2 * PROMPT)
+                length = 2 * PROMPT
+                self.cache = importlib.import_module("transformers").StaticCache(model.config, max_cache_len=length)
             with torch.no_grad():
                 self.cache = model(self.prompt, past_key_values=self.cache, use_cache=True).past_key_values
         self.token = self.prompt[:, -1:].clone()
         self.run: Callable[[], Tensor] = self._eager
         if setting.mode == "compile":
+            # Variants share the code of their forwards, for which Dynamo keeps eight graphs, and then runs what is left
+            # without a compiler.
+            importlib.import_module("torch._dynamo").config.recompile_limit = 256
             compiled = torch.compile(model, dynamic=False)
             self.run = lambda: self._logits(compiled)
         if setting.mode == "graph":
             self.run = self._captured()
 
     def __call__(self) -> Tensor:
+        if self.setting.phase == "decode" and self.setting.mode == "compile":
+            for layer in self.cache.layers:
+                if hasattr(layer, "cumulative_length_int"):
+                    # A sliding window's count on the host is a constant to the compiler: another value, another graph.
+                    layer.cumulative_length_int = PROMPT
         return self.run()
 
     def _eager(self) -> Tensor:
@@ -89,17 +98,24 @@ class Step:
         with torch.no_grad():
             if self.setting.phase == "prefill":
                 logits: Tensor = model(self.prompt, use_cache=False).logits
-            elif self.setting.mode == "compile":  # always the same place of a static cache
-                position = torch.full((1,), PROMPT, device=self.setting.device)
-                logits = model(self.token, past_key_values=self.cache, cache_position=position, use_cache=True).logits
             else:
                 logits = model(self.token, past_key_values=self.cache, use_cache=True).logits
             return logits[:, -1]
+
+    def rewind(self) -> None:
+        """Makes a static cache forget what was decoded since the last call: it has room for a sample, not for all."""
+        if self.setting.phase == "decode" and self.setting.mode == "compile":
+            for layer in self.cache.layers:
+                if isinstance(length := getattr(layer, "cumulative_length", None), Tensor):
+                    length.fill_(PROMPT)
 
     def _captured(self) -> Callable[[], Tensor]:
         """A replay is the same step of the same cache each time."""
         start = copy.deepcopy(self.cache)
         stream = cuda.Stream()
+        # A large prompt is still being computed. Without the wait, steps would read a cache and a token that are not
+        # there yet: a token that is no token fails in the embedding, on the device.
+        stream.wait_stream(cuda.current_stream())
         with cuda.stream(stream):
             for _ in range(2):
                 self._eager()
@@ -166,6 +182,7 @@ def measure(
 
 
 def _sample(step: Step, steps: int) -> float:
+    step.rewind()
     _synchronize(step.setting.device)
     start = time.perf_counter()
     for _ in range(steps):
@@ -182,6 +199,7 @@ def _synchronize(device: str) -> None:
 def _profile(step: Step) -> tuple[float, float, float]:
     """Kernels, GPU milliseconds and the norms' share of these, a step."""
     steps = 3
+    step.rewind()
     with _annotated(step.model), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()

@@ -111,7 +111,9 @@ VARIANTS: dict[str, Variant] = {
     "ours": lambda model: integration.patch(model, gated=False),
     "ours+gated": lambda model: integration.patch(model),
     "ours+residual": lambda model: integration.patch(model, fuse_residual=True),
+    "ours+native": lambda model: integration.patch(model, compiled="native"),
 }
+"""The last differs from "ours+gated" in compiled code alone."""
 
 
 def absent(variant: str) -> str:
