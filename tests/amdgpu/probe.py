@@ -32,8 +32,8 @@ class Tensor(ctypes.Structure):
         return result
 
 
-OPERANDS = ["x", "weight", "residual", "post", "gate", "out", "residual_out",
-            "dout", "dsum", "dx", "dgate", "dweight"]  # fmt: skip; gemma_norm::Operand
+OPERANDS = ["x", "weight", "residual", "post", "gate", "out", "residual_out"]  # gemma_norm::Operand
+OPERANDS += ["dout", "dsum", "dx", "dgate", "dweight"]
 
 
 class Options(ctypes.Structure):
@@ -47,7 +47,8 @@ WHOLE_ROW = 2**63 - 1
 
 class Call(ctypes.Structure):
     _fields_ = [("op", ctypes.c_void_p), ("tensors", ctypes.POINTER(Tensor) * len(OPERANDS)), ("options", Options),
-                ("before_write", ctypes.c_void_p), ("scratch", ctypes.c_void_p), ("context", ctypes.c_void_p)]  # fmt: skip
+                ("before_write", ctypes.c_void_p), ("scratch", ctypes.c_void_p),
+                ("context", ctypes.c_void_p)]  # fmt: skip
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -182,7 +182,16 @@ def hip_library(compiler: str, arches: list[str]) -> Path:
 
 def cases_library() -> Path:
     """The C++ tests' cases and the kernels compiled for the host, for cases.cpp."""
-    parts = ["cases", "all_cases", "gradient_cases", "operand", "reference", "gradient_reference", "runner", "host_target"]
+    parts = [
+        "cases",
+        "all_cases",
+        "gradient_cases",
+        "operand",
+        "reference",
+        "gradient_reference",
+        "runner",
+        "host_target",
+    ]
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts] + sorted((ROOT / "tests/cpp").glob("emulated_*.cpp"))
     tests = [source for source in tests if source.stem not in ("emulated_module", "emulated_machine_test")]
     inputs = b"".join(p.read_bytes() for p in sorted((ROOT / "tests/cpp").glob("*.*"))).hex() + sources_hash()

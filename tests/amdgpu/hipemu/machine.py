@@ -63,19 +63,29 @@ def _read_from_shadow(handler):
     return compile_instruction
 
 
-def _without_halves(function):
-    """On RDNA, v128 to v255 of a 16-bit operand name upper halves of v0 to v127. The emulator thinks so of CDNA too."""
-    source, replaced = re.subn(r"bits\['\w+'\] == 16", r"(ctx.wave_size == 32 and \g<0>)", inspect.getsource(function))
-    if not replaced:
-        raise NotImplementedError("another version of tinygrad")
+def _rewritten(function, *changes: tuple[str, str]):
+    """The emulator's function with these patterns replaced in its source."""
+    source = inspect.getsource(function)
+    for pattern, replacement in changes:
+        source, replaced = re.subn(pattern, replacement, source)
+        if not replaced:
+            raise NotImplementedError("another version of tinygrad")
     exec(compile(source, emu.__file__, "exec"), emu.__dict__)
     return emu.__dict__[function.__name__]
 
 
-_without_halves(emu._load_vsrc0)
-_vop12, _vop12_right = emu._compile_vop12, _without_halves(emu._compile_vop12)
+# On RDNA, v128 to v255 of a 16-bit operand name upper halves of v0 to v127. The emulator thinks so of CDNA too.
+_HALVES = (r"bits\['\w+'\] == 16", r"(ctx.wave_size == 32 and \g<0>)")
+# The emulator reads LDS in the lanes that are not active as well, wherever their addresses point.
+_ACTIVE_READS = (r"'_lds': mem, ", r"\g<0>'_active': _lane_active(exec_mask, lane), ")
+_ACTIVE_WRITES = (r"mem\.index\(addr >> addr_shift\)", r"mem.index((addr >> addr_shift).valid(active))")
+_rewritten(emu._load_vsrc0, _HALVES)
+_corrected = {
+    emu._compile_vop12: _rewritten(emu._compile_vop12, _HALVES),
+    emu._compile_mem_op: _rewritten(emu._compile_mem_op, _ACTIVE_READS, _ACTIVE_WRITES),
+}
 for _kind, _handler in list(emu._INST_HANDLERS.items()):
-    emu._INST_HANDLERS[_kind] = _read_from_shadow(_vop12_right if _handler is _vop12 else _handler)
+    emu._INST_HANDLERS[_kind] = _read_from_shadow(_corrected.get(_handler, _handler))
 
 
 def _keeping_nan(to_bfloat16):

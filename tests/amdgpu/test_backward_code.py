@@ -1,0 +1,134 @@
+"""The machine code of the backward operators' kernels, as test_machine_code.py looks at that of the forward ones."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from assembly import SIZES, BackwardKernel, check
+from toolchain import Target
+
+LDS = 65536  # bytes of a compute unit
+# How many bytes of x and dout a compute unit must be able to have in flight: what its share of memory's bandwidth and
+# the latency ask for (docs/amd.md), by wave width.
+IN_FLIGHT = {64: 14 * 1024, 32: 6 * 1024}
+TYPES = [("PlainTerms", x, x) for x in ("float", "float16", "bfloat16")]
+TYPES += [("PlainTerms", "float", "float16"), ("PlainTerms", "float", "bfloat16")]
+TYPES += [("GatedTerms", x, x) for x in ("float", "float16", "bfloat16")]
+
+
+def rows_kernels(code: list[BackwardKernel]) -> list[BackwardKernel]:
+    """All but those that add up dweight."""
+    return [k for k in code if k.terms != "sums"]
+
+
+def items(k: BackwardKernel) -> int:
+    """Elements of a vector."""
+    return 16 // SIZES[k.x]
+
+
+def is_short_of_registers(k: BackwardKernel) -> bool:
+    """Rows of 16-bit elements beyond 8192, whose threads hold four vectors each of x and dout, twice, and 32 sums.
+    With gates beside them, those from 5121 on, float32 rows of as many bytes, and rows of a wave that are not aligned.
+    """
+    gated = k.terms == "GatedTerms"
+    return (k.vectors == 4 and (gated or k.x != "float")) or (k.vectors == 2 and gated and k.x != "float")
+
+
+def test_every_instantiation_is_there(backward_code: list[BackwardKernel]) -> None:
+    kinds = Counter((k.terms, k.x, k.dout, k.scope, k.aligned) for k in rows_kernels(backward_code))
+    numbers = {("wave", True): 2, ("wave", False): 2, ("block", True): 6, ("two passes", True): 1}
+    numbers[("two passes", False)] = 1
+    assert kinds == {(*types, *kind): number for types in TYPES for kind, number in numbers.items()}
+    assert len({str(k) for k in backward_code}) == len(rows_kernels(backward_code)) + 1
+
+
+def test_aligned_rows_move_16_bytes_at_a_time(backward_code: list[BackwardKernel]) -> None:
+    """The only single elements are partial sums: of two passes, and of a wave, whose threads add up those of others."""
+
+    def wrong(k: BackwardKernel) -> object:
+        accesses = k.all("global_load|global_store")
+        if not k.aligned:
+            return [line for line in accesses if re.search(r"_(dwordx4|b128)", line)]
+        # With a float32 x, dout and the weight may be half as wide.
+        widths = r"_(dwordx[24]|b128|b64)" if k.x == "float" else r"_(dwordx4|b128)"
+        single = Counter(
+            re.split(r"_(?=dword|b32)", line.split()[0])[0] for line in accesses if not re.search(widths, line)
+        )
+        if k.scope == "two passes":
+            sums = {"global_load": items(k), "global_store": items(k)}
+        else:
+            sums = {"global_store": 1} if k.scope == "wave" else {}
+        tensors = 3 if k.terms == "GatedTerms" else 2
+        wide = len(accesses) - single.total()
+        enough = wide >= k.vectors * k.rows * (tensors + tensors - 1)
+        return (single != Counter(sums) and single) or (not enough and f"{wide} accesses")
+
+    check(rows_kernels(backward_code), wrong)
+
+
+def test_memory_is_accessed_as_global_and_without_atomics(backward_code: list[BackwardKernel]) -> None:
+    """An access whose address space the compiler does not know is slower, and waits for LDS as well."""
+    check(backward_code, lambda k: k.all(r"flat_|buffer_(?!\w*inv|gl|wbl2|load|store)|\w*atomic"))
+
+
+def test_nothing_spills_or_is_called(backward_code: list[BackwardKernel]) -> None:
+    """Scalar registers may spill to lanes of vector registers: this takes no memory, and happens once a row at most."""
+
+    def wrong(k: BackwardKernel) -> object:
+        calls = k.numbers.get("uses_dynamic_stack") or k.all(r"s_swappc|s_call|.*@(gotpcrel|rel)32")
+        if calls or is_short_of_registers(k):
+            return calls
+        memory = [n for n in ("private_segment_fixed_size", "vgpr_spill_count") if k.numbers.get(n)]
+        return memory or k.all("scratch_|buffer_(load|store)")
+
+    check(backward_code, wrong)
+
+
+def bytes_in_flight(k: BackwardKernel, target: Target) -> int:
+    """Of x and dout, that the blocks that a compute unit has room for load at once, a row ahead."""
+    simds = 4 if target.wave == 64 else 2
+    waves = target.waves(k.numbers["vgpr_count"]) * simds
+    blocks = min(waves * target.wave // k.threads, LDS // max(k.numbers["group_segment_fixed_size"], 1))
+    return blocks * k.threads * k.vectors * k.rows * (16 + 16 * SIZES[k.dout] // SIZES[k.x])
+
+
+def test_enough_bytes_are_in_flight(backward_code: list[BackwardKernel], target: Target) -> None:
+    def wrong(k: BackwardKernel) -> object:
+        flying = bytes_in_flight(k, target)
+        return flying < IN_FLIGHT[target.wave] and f"{flying} bytes, {k.numbers['vgpr_count']} registers"
+
+    check([k for k in backward_code if k.aligned and k.scope != "two passes"], wrong)
+
+
+def test_lanes_exchange_in_registers(backward_code: list[BackwardKernel], target: Target) -> None:
+    def wrong(k: BackwardKernel) -> object:
+        steps = k.all(r"v_(add_f32|mov_b32|add_f32_e64)_dpp .*(quad_perm|mirror)")
+        rows = k.all("v_readlane_b32") if target.wave == 64 else k.all("v_permlanex16_b32")
+        return k.all(r"ds_\w*(permute|swizzle)") or ((len(steps) < 4 or not rows) and f"{len(steps)} steps")
+
+    check(backward_code, wrong)
+
+
+def test_reciprocal_root_is_correctly_rounded(backward_code: list[BackwardKernel]) -> None:
+    """One for each row that a thread has at a time. See the test of the same name in test_machine_code.py."""
+
+    def wrong(k: BackwardKernel) -> object:
+        roots, refined, other = k.all("v_rsq_f32"), k.all(".*0x40000001"), k.all("v_sqrt_f32|v_div_")
+        return other or (
+            (len(roots), len(refined)) != (k.rows, k.rows) and f"{len(roots)} roots, {len(refined)} refined"
+        )
+
+    check(rows_kernels(backward_code), wrong)
+
+
+def test_gpus_that_have_an_instruction_to_round_to_bfloat16_use_it(
+    backward_code: list[BackwardKernel], target: Target
+) -> None:
+    def wrong(k: BackwardKernel) -> object:
+        hardware, by_hand = k.all("v_cvt_pk_bf16_f32"), k.all("v_add3_u32 .*0x7fff")
+        if target.rounds_to_bfloat16 and k.x == "bfloat16":
+            return by_hand or (len(hardware) < items(k) // 2 * k.vectors and f"{len(hardware)} conversions")
+        return hardware
+
+    check(rows_kernels(backward_code), wrong)
