@@ -77,7 +77,8 @@ struct Call {
   // written, and the exception reaches the caller.
   void (*before_write)(void* context) = nullptr;
   // Returns memory of the call's device, aligned to 64 bytes, for the call alone: this function's work may use it until
-  // the next call on the same stream. Needed by the operators that have a dweight, and called at most once.
+  // the next call on the same stream. Needed by the backward operators, also by those without a dweight. Called at most
+  // once.
   void* (*scratch)(void* context, int64_t bytes) = nullptr;
   void* context = nullptr;
 };

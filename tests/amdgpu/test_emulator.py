@@ -77,15 +77,22 @@ def run(request: pytest.FixtureRequest) -> tuple[str, str]:
 def test_every_case_is_right(results: dict, run: tuple[str, str], report: list[str]) -> None:
     cases = results[run].result()
     wrong = [f"{c['case']}\n  {c['error']}" for c in cases.values() if c["error"]]
-    report.append(f"{run[1]}, compiled by {run[0]}: {len(cases) - len(wrong)} of {len(cases)} cases pass")
+    spilled = [c for c in cases.values() if c.get("refused")]
+    passed = f"{len(cases) - len(wrong) - len(spilled)} of {len(cases)} cases pass"
+    report.append(f"{run[1]}, compiled by {run[0]}: {passed}, {len(spilled)} have kernels that spill and were not run")
     assert len(cases) > 500 and not wrong, "\n".join(wrong[:10])
+    assert len(spilled) < 20 and all("backpropagate" in kernel for c in spilled for kernel in c["refused"])
     assert sum(c["perturbed"] for c in cases.values()) > 10_000, "roots and reciprocals were exact"
 
 
 def test_the_bits_are_the_same_on_every_gpu(results: dict) -> None:
     """All add up in one tree, so that neither wave width, nor compiler, nor instruction set shows."""
-    one, *others = ({i: c["bits"] for i, c in results[run].result().items()} for run in RUNS)
-    assert all(other == one for other in others)
+    bits: dict[int, set[int]] = {}
+    for run in RUNS:
+        for i, case in results[run].result().items():
+            if not case.get("refused"):
+                bits.setdefault(i, set()).add(case["bits"])
+    assert bits and all(len(of_case) == 1 for of_case in bits.values())
 
 
 @pytest.fixture(scope="session")
