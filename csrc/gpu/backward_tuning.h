@@ -25,18 +25,23 @@ struct BackwardTuning {
   int32_t chunks;         // at most so many
 };
 
-// The first entry that fits the row is used.
+// The first entry that fits the row is used. Registers limit the resident threads, and more blocks than the H100's 132
+// multiprocessors hold at a time would run one after another (T107).
 constexpr BackwardTuning kBackwardKernels[] = {
-    {32, Scope::kWave, 1, 256, {{2, 512}, {1, 512}}, 264},     {64, Scope::kWave, 2, 256, {{1, 512}, {1, 256}}, 264},
-    {128, Scope::kBlock, 1, 128, {{2, 640}, {1, 512}}, 528},   {256, Scope::kBlock, 1, 256, {{2, 512}, {1, 512}}, 264},
-    {512, Scope::kBlock, 1, 512, {{2, 512}, {1, 512}}, 132},   {640, Scope::kBlock, 1, 640, {{2, 640}, {1, 640}}, 132},
-    {1024, Scope::kBlock, 2, 512, {{1, 512}, {1, 512}}, 132},  {2048, Scope::kBlock, 4, 512, {{1, 512}, {1, 512}}, 132},
+    {32, Scope::kWave, 1, 256, {{2, 512}, {1, 512}}, 264},  // T101
+    {64, Scope::kWave, 2, 256, {{1, 512}, {1, 256}}, 264},
+    {128, Scope::kBlock, 1, 128, {{2, 640}, {1, 512}}, 528},  // T101, T103
+    {256, Scope::kBlock, 1, 256, {{2, 512}, {1, 512}}, 264},  // T101
+    {512, Scope::kBlock, 1, 512, {{2, 512}, {1, 512}}, 132},  // T101
+    {640, Scope::kBlock, 1, 640, {{2, 640}, {1, 640}}, 132},  // T103
+    {1024, Scope::kBlock, 2, 512, {{1, 512}, {1, 512}}, 132},
+    {2048, Scope::kBlock, 4, 512, {{1, 512}, {1, 512}}, 132},
     {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, {}, 264},
 };
 constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
 
 // The columns of dweight that a block of sum_chunks() has, and the threads of a column: at least one for so many
-// chunks. With the least number, a block has 64 threads, so that it has whole waves on every GPU.
+// chunks (T108). With the least number, a block has 64 threads, so that it has whole waves on every GPU.
 constexpr int32_t kSumColumns = 32, kMinSumParts = 2, kMaxSumParts = 32, kChunksOfPart = 8;
 
 }  // namespace gemma_norm
