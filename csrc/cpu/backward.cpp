@@ -42,23 +42,31 @@ void run(BackwardFunction function, const BackwardWork& work, int64_t count, int
 
 void run_backward(const BackwardKernels& kernels, const Call& call, const RowParams& params, const RowSlices& slices,
                   ParallelFor parallel_for) {
-  const int64_t chunks = slices.count ? chunks_of(params.rows, params.hidden) : 0;
+  // With groups, a row of `params` is a group. A chunk's partial sums are those of all groups.
+  const int last = params.row_dims - 1;
+  const int64_t sections = params.strides[kWeight][last] ? params.sizes[last] : 1;
+  const int64_t chunks = slices.count ? chunks_of(params.rows / sections, params.hidden * sections) : 0;
   const bool has_dweight = params.data[kDWeight] != nullptr;
   if (chunks == 0 && !has_dweight) return;
 
   const int64_t columns = (params.hidden + kColumnStep - 1) / kColumnStep * kColumnStep;
-  const int64_t floats = columns * (1 + (has_dweight ? chunks : 0));
-  float* const memory = static_cast<float*>(call.scratch(call.context, floats * int64_t{sizeof(float)}));
-  BackwardWork work{params, memory, has_dweight ? memory + columns : nullptr, columns, chunks};
-  kernels.factors(work, 0, params.hidden);
+  const int64_t factors = sections * columns, floats = factors * (1 + (has_dweight ? chunks : 0));
+  const bool gated = call.op->has(kDGate);
+  const int64_t buffers = gated ? chunks * kBufferRows * columns : 0;
+  float* const memory = static_cast<float*>(call.scratch(call.context, (floats + buffers) * int64_t{sizeof(float)}));
+  BackwardWork work{
+      params,   memory, has_dweight ? memory + factors : nullptr, gated ? memory + floats : nullptr, columns,
+      sections, chunks};
+  kernels.factors(work, 0, sections);
   // All slices add to the same partial sums. `params.rows` is that of a slice.
   if (has_dweight)
-    for (int64_t i = columns; i < floats; ++i) memory[i] = 0;
+    for (int64_t i = factors; i < floats; ++i) memory[i] = 0;
   for (int64_t i = 0; i < slices.count; ++i) {
     work.params = select_slice(params, slices, i);
-    run(kernels.chunks, work, chunks, params.rows * params.hidden / chunks, parallel_for);
+    run(gated ? kernels.gated_chunks : kernels.chunks, work, chunks, params.rows * params.hidden / chunks,
+        parallel_for);
   }
-  if (has_dweight) run(kernels.column_steps, work, columns / kColumnStep, (chunks + 1) * kColumnStep, parallel_for);
+  if (has_dweight) run(kernels.column_steps, work, factors / kColumnStep, (chunks + 1) * kColumnStep, parallel_for);
 }
 
 }  // namespace gemma_norm

@@ -243,21 +243,24 @@ void run_chunks(const BackwardWork& work, int64_t begin, int64_t end) {
 }
 
 template <class V>
-void compute_factors(const BackwardWork& work, int64_t, int64_t) {
+void compute_factors(const BackwardWork& work, int64_t begin, int64_t end) {
   const RowParams& p = work.params;
-  for (int64_t i = p.hidden / kLanes * kLanes; i < work.columns; ++i) work.factors[i] = 0;
-  const auto compute = [&](auto w) {
+  const auto compute = [&](auto w, int64_t section) {
     using W = decltype(w);
     // float16 stands for any type that is narrower than W, if W is float: a NaN then loses its payload.
-    prepare<V>(StoredWeights<Float16, W>{static_cast<const W*>(p.data[kWeight]), p.weight_offset}, p.hidden,
-               work.factors);
+    prepare<V>(StoredWeights<Float16, W>{static_cast<const W*>(p.data[kWeight]) + section * p.hidden, p.weight_offset},
+               p.hidden, work.factors + section * work.columns);
   };
-  switch (p.dtypes[kWeight]) {
-    case DType::kFloat32: return compute(float());
-    case DType::kFloat16: return compute(Float16());
-    case DType::kBFloat16: return compute(BFloat16());
-    case DType::kOther:
-      for (int64_t i = 0; i < p.hidden; ++i) work.factors[i] = 1;
+  for (int64_t section = begin; section < end; ++section) {
+    float* const factors = work.factors + section * work.columns;
+    for (int64_t i = p.hidden / kLanes * kLanes; i < work.columns; ++i) factors[i] = 0;
+    switch (p.dtypes[kWeight]) {
+      case DType::kFloat32: compute(float(), section); break;
+      case DType::kFloat16: compute(Float16(), section); break;
+      case DType::kBFloat16: compute(BFloat16(), section); break;
+      case DType::kOther:
+        for (int64_t i = 0; i < p.hidden; ++i) factors[i] = 1;
+    }
   }
 }
 
@@ -266,17 +269,22 @@ void sum_column_steps(const BackwardWork& work, int64_t begin, int64_t end) {
   const RowParams& p = work.params;
   const auto sum = [&](auto w) {
     using W = decltype(w);
-    W* const dweight = static_cast<W*>(p.data[kDWeight]);
-    for (int64_t i = begin * kColumnStep; i < end * kColumnStep && i < p.hidden; i += kLanes) {
-      V sum = V::broadcast(0);
-      for (int64_t chunk = 0; chunk < work.chunks; ++chunk) sum = sum + V::load(work.partial(chunk) + i);
-      if constexpr (sizeof(W) < sizeof(float)) sum = sum.without_payload();  // see StoredWeights::sum
-      if (i + kLanes <= p.hidden) {
-        sum.store(dweight + i);
-      } else {
-        W rest[kLanes];
-        sum.store(rest);
-        copy(dweight + i, rest, p.hidden - i);
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t first = step * kColumnStep, section = first / work.columns;
+      const int64_t column = first - section * work.columns;
+      W* const dweight = static_cast<W*>(p.data[kDWeight]) + section * p.hidden;
+      for (int64_t i = column; i < column + kColumnStep && i < p.hidden; i += kLanes) {
+        V sum = V::broadcast(0);
+        for (int64_t chunk = 0; chunk < work.chunks; ++chunk)
+          sum = sum + V::load(work.partial(chunk) + section * work.columns + i);
+        if constexpr (sizeof(W) < sizeof(float)) sum = sum.without_payload();  // see StoredWeights::sum
+        if (i + kLanes <= p.hidden) {
+          sum.store(dweight + i);
+        } else {
+          W rest[kLanes];
+          sum.store(rest);
+          copy(dweight + i, rest, p.hidden - i);
+        }
       }
     }
   };
@@ -285,11 +293,6 @@ void sum_column_steps(const BackwardWork& work, int64_t begin, int64_t end) {
     case DType::kFloat16: return sum(Float16());
     default: return sum(BFloat16());
   }
-}
-
-template <class V>
-constexpr BackwardKernels backward_kernels() {
-  return {&compute_factors<V>, &run_chunks<V>, &sum_column_steps<V>};
 }
 
 }  // namespace

@@ -29,7 +29,6 @@ Status run_cpu(Isa isa, const Call& call, ParallelFor parallel_for, Message* mes
 
   const CpuKernels& kernels = kernels_of(isa);
   const int index = ForwardOps::index(call.op);
-  if (call.op->has(kDGate)) return no_such_operator(call, message);
   if (index < 0) {
     run_backward(kernels.backward, call, params, slices, parallel_for);
     return Status::kOk;

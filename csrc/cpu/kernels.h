@@ -2,11 +2,17 @@
 #pragma once
 
 #include "backward_kernel.h"
+#include "gated_backward_kernel.h"
 #include "isa.h"
 #include "row_kernel.h"
 
 namespace gemma_norm {
 namespace {
+
+template <class V>
+constexpr BackwardKernels backward_kernels() {
+  return {&compute_factors<V>, &run_chunks<V>, &run_gated_chunks<V>, &sum_column_steps<V>};
+}
 
 template <class V, class... Op>
 constexpr CpuKernels cpu_kernels(OpList<Op...>) {
