@@ -44,7 +44,7 @@ struct BackwardKernels {
 constexpr int64_t kColumnStep = 64;
 
 // Chunks consist of whole groups of this many rows, but for the last. The kernel loads and stores the partial sums once
-// for a group. Groups of 4 rows took 1 to 15 % more time, and single rows 4 to 19 % (docs/tuning-log.md, T86).
+// for a group. Groups of 4 rows took up to 16 % more time, and single rows up to 19 % (docs/tuning-log.md, T85).
 constexpr int64_t kGroupRows = 2;
 
 // The first row of a chunk; that of chunk number `chunks` is the number of rows.
