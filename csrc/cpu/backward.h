@@ -44,8 +44,8 @@ struct BackwardKernels {
 constexpr int64_t kColumnStep = 64;
 
 // Chunks consist of whole groups of this many rows, but for the last. The kernel loads and stores the partial sums once
-// for a group.
-constexpr int64_t kGroupRows = 4;
+// for a group. Groups of 4 rows took up to 16 % more time, and single rows up to 19 % (docs/tuning-log.md, T85).
+constexpr int64_t kGroupRows = 2;
 
 // The first row of a chunk; that of chunk number `chunks` is the number of rows.
 inline int64_t first_row(int64_t rows, int64_t chunks, int64_t chunk) {

@@ -293,7 +293,7 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   check_tensors(op, device, tensors);
 
   Tensor views[kOperands];
-  Services services{op, device, {}, {}};
+  Services services{op, device, {}, {}, 0, Handle()};
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
     if (rule.use == Use::kNew) {

@@ -200,7 +200,7 @@ def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
     eps, weight = arguments["eps"], arguments["weight"]
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # False for NaN
     if not in_range:  # a branch, so that the message is made only here: Dynamo cannot print a dynamic number
-        _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps}")
+        _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps:g}")
     gemma, each_step = arguments.get("gemma", False), arguments.get("round_each_step", False)
     _require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
     _require(not (gemma and each_step), f"{op}: round_each_step must be False with gemma=True, got True")

@@ -29,7 +29,6 @@ TEST_P(Gradients, AreRightForManyRows) {
   for_each_case(many_rows_gradient_cases(false), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
 
-// The gated norm has no backward kernels for CPUs yet.
 class GatedGradients : public Gradients {};
 
 TEST_P(GatedGradients, AreRightForFewRows) {
@@ -40,7 +39,7 @@ TEST_P(GatedGradients, AreRightForManyRows) {
   for_each_case(many_rows_gradient_cases(true), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
 
-INSTANTIATE_TEST_SUITE_P(, GatedGradients, testing::Values("emulated32", "emulated64", "cuda"),
+INSTANTIATE_TEST_SUITE_P(, GatedGradients, testing::Values("emulated32", "emulated64", "cpu", "cuda"),
                          [](const auto& info) { return info.param; });
 
 // The sum over no rows is zero.
@@ -103,13 +102,45 @@ void expect_same_bits(const std::vector<Case>& cases, const std::vector<Target*>
   });
 }
 
-TEST(CpuGradients, HaveTheSameBitsWithEveryInstructionSet) {
+std::vector<Target*> cpu_targets() {
   std::vector<Target*> all;
   for (const auto& t : targets())
     if (t->name().rfind("cpu", 0) == 0 && t->missing().empty()) all.push_back(t.get());
+  return all;
+}
+
+TEST(CpuGradients, HaveTheSameBitsWithEveryInstructionSet) {
+  const std::vector<Target*> all = cpu_targets();
   ASSERT_LE(2u, all.size());
-  expect_same_bits(few_rows_gradient_cases(false), all);
-  expect_same_bits(many_rows_gradient_cases(false), all);
+  for (const bool gated : {false, true}) {
+    expect_same_bits(few_rows_gradient_cases(gated), all);
+    expect_same_bits(many_rows_gradient_cases(gated), all);
+  }
+}
+
+// See CpuKernels.HaveTheBitsOfEveryOtherProcessor in cpu_test.cpp. Whoever changes the number of chunks changes these.
+TEST(CpuGradients, HaveTheBitsOfEveryOtherProcessor) {
+  constexpr uint64_t kWant[] = {0x95bb250d4187099e, 0x7dd97ab6e4bfe678, 0x1c25c412fde34ab6, 0xd97aaa9727a78f99,
+                                0x6acb0a172f380dff};
+  Target& cpu = find_target("cpu");
+  for (size_t d = 0; d < std::size(kGradientDTypes); ++d) {
+    uint64_t hash = kHashOfNothing;
+    for (const auto& [rows, hidden] : std::initializer_list<std::pair<int64_t, int64_t>>{
+             {1, 1}, {3, 31}, {7, 64}, {40, 100}, {300, 576}, {100, 4097}, {2, 20000}})
+      for (const Values values : {Values::kNormal, Values::kSubnormal, Values::kHuge, Values::kSpecialWeight}) {
+        Case c = simple_gradient_case(kGradientDTypes[d][0], kGradientDTypes[d][1], rows, hidden);
+        c.values = values;
+        c.seed = 3;
+        c.gemma = c.dsum = hidden % 2;
+        std::string error;
+        const Tensors outputs = run_case(cpu, c, make_inputs(c), &error);
+        ASSERT_EQ("", error);
+        add_to_hash(c.dtype, outputs[kDX], &hash);
+        add_to_hash(c.weight_dtype, outputs[kDWeight], &hash);
+      }
+    EXPECT_EQ(kWant[d], hash) << "0x" << std::hex << hash << ": x " << dtype_name(kGradientDTypes[d][0]) << ", dout "
+                              << dtype_name(kGradientDTypes[d][1]);
+  }
 }
 
 // Both compute as IEEE 754 says, and neither the number of chunks nor the order of a sum depends on the GPU.
