@@ -1,0 +1,159 @@
+// The rows of a block in the backward pass: which they are, what their elements are multiplied by, and where their sums
+// go.
+#pragma once
+
+#include "row.cuh"
+
+namespace gemma_norm::gpu {
+
+// The partial sums of dweight: a row of `columns` floats for each chunk.
+struct Partials {
+  float* sums;  // null: no dweight is wanted
+  int64_t columns;
+  int64_t first_chunk;  // of this launch, in `sums`
+  int64_t chunks;       // of this launch: the number of its blocks
+
+  GEMMA_NORM_DEVICE float* row(int64_t chunk) const { return sums + (first_chunk + chunk) * columns; }
+};
+
+// The weights of a block's rows. If the rows are groups, all of these are the same group of their rows, because the
+// number of groups divides the number of chunks.
+GEMMA_NORM_DEVICE const char* weights_of(const RowParams& p, int64_t chunk) {
+  const int64_t bytes = p.dtypes[kWeight] == DType::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(p.data[kWeight]) + chunk % p.sizes[1] * p.strides[kWeight][1] * bytes;
+}
+
+// The factors of n: weight, 1 + weight, or 1 if there is no weight. The dtype of the weight is known at run time only,
+// since a block loads its weights once for all its rows.
+template <class X, bool kAligned, class Index>
+GEMMA_NORM_DEVICE void load_factors(const RowParams& p, const char* weights, Index first, int step, Index end,
+                                    float (&w)[kItems<X>]) {
+  const auto load = [&](auto item) {
+    using W = decltype(item);
+    constexpr int kLoads = kItems<X> > kItems<W> ? kItems<X> / kItems<W> : 1, kEach = kItems<X> / kLoads;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const Index at = first + static_cast<Index>(i) * kEach * step;
+      const Vector16 v = load_items<kAligned, Reuse::kSome, kEach>(reinterpret_cast<const W*>(weights), at, step, end);
+      unpack_items<W>(v, reinterpret_cast<float(&)[kEach]>(w[i * kEach]));
+    }
+    // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
+    if constexpr (sizeof(W) > sizeof(X))
+      for (float& f : w) f = device::keep_nan(f);
+#pragma unroll
+    for (float& f : w) f += p.weight_offset;
+  };
+  switch (p.dtypes[kWeight]) {
+    case DType::kFloat32: return load(float());
+    case DType::kFloat16: return load(float16());
+    case DType::kBFloat16: return load(bfloat16());
+    case DType::kOther:
+#pragma unroll
+      for (float& f : w) f = 1.0f;
+  }
+}
+
+// Rows that are `step` apart, of which there are less than 2^31. The coordinates of the first are found by division,
+// and those of the others by addition, without branches, so that the next loads start at once. Rows have two dimensions
+// here; see two_dimensions() in backward_launch.cuh.
+struct ShortRowSteps {
+  int outer, inner, row;
+
+  ShortRowSteps() = default;
+  GEMMA_NORM_DEVICE ShortRowSteps(const RowParams& p, int row) : row(row) {
+    const uint32_t size = static_cast<uint32_t>(p.sizes[1]);
+    outer = static_cast<uint32_t>(row) / size;
+    inner = row - outer * static_cast<int>(size);
+  }
+  GEMMA_NORM_DEVICE void move(const RowParams& p, const ShortRowSteps& step) {
+    row += step.row;
+    inner += step.inner;
+    outer += step.outer;
+    const int size = static_cast<int>(p.sizes[1]), over = inner >= size;
+    inner -= over ? size : 0;
+    outer += over;
+  }
+  template <class T>
+  GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand) const {
+    return static_cast<T*>(p.data[operand]) + outer * p.strides[operand][0] + inner * p.strides[operand][1];
+  }
+};
+
+// The rows `start`, `start + step`, ... Their coordinates are found by division once, and then by addition: a division
+// in 64 bits is a call, around which a thread would spill its registers.
+class LongRowSteps {
+ public:
+  GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, int64_t start, int64_t step)
+      : p_(p), at_(p, start), step_(p, step), index_(start), rows_step_(step) {}
+
+  GEMMA_NORM_DEVICE bool has_row() const { return index_ < p_.rows; }
+  GEMMA_NORM_DEVICE void next() {
+    index_ += rows_step_;
+    at_.inner += step_.inner;
+    at_.outer += step_.outer;
+    if (p_.row_dims > 1 && at_.inner >= p_.sizes[1]) {
+      at_.inner -= p_.sizes[1];
+      ++at_.outer;
+    }
+  }
+  // Points to the row, or to the first one if there is no such row.
+  template <class T>
+  GEMMA_NORM_DEVICE T* pointer(const RowParams&, Operand operand) const {
+    const auto& strides = p_.strides[operand];
+    const int64_t offset = p_.row_dims == 1 ? at_.inner * strides[0] : at_.outer * strides[0] + at_.inner * strides[1];
+    return static_cast<T*>(p_.data[operand]) + (has_row() ? offset : 0);
+  }
+
+ private:
+  const RowParams& p_;
+  RowIndex at_, step_;
+  int64_t index_, rows_step_;
+};
+
+// The factors of a thread's vectors, for all rows of its block. They are in shared memory, since a thread has no
+// registers for them (T103), each where only its own thread reads it. Long rows read the weights from the caches for
+// each row.
+template <class X, int kVectors, int kThreads, bool kAligned, class First>
+class HeldFactors {
+  static constexpr int kCount = kItems<X>;
+  static constexpr bool kShared = kVectors * kCount * kThreads * sizeof(float) <= 32 * 1024;
+  struct Factors {
+    Vector16 vectors[kShared ? kVectors * kCount / kItems<float> : 1][kShared ? kThreads : 1];
+  };
+
+ public:
+  GEMMA_NORM_DEVICE HeldFactors(const RowParams& p, const char* weights, const First& first, int step, int end)
+      : p_(p), weights_(weights), first_(first), step_(step), end_(end) {
+    if constexpr (kShared) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        float w[kCount];
+        load_factors<X, kAligned>(p, weights, first(k), step, end, w);
+#pragma unroll
+        for (int i = 0; i < kCount; i += kItems<float>)
+          place(k, i) = pack_items<float>(reinterpret_cast<float(&)[kItems<float>]>(w[i]));
+      }
+    }
+  }
+  GEMMA_NORM_DEVICE void load(int k, float (&w)[kCount]) const {
+    if constexpr (!kShared) {
+      load_factors<X, kAligned>(p_, weights_, first_(k), step_, end_, w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i += kItems<float>)
+        unpack_items<float>(place(k, i), reinterpret_cast<float(&)[kItems<float>]>(w[i]));
+    }
+  }
+
+ private:
+  GEMMA_NORM_DEVICE static Vector16& place(int k, int i) {
+    return device::shared_memory<Factors>().vectors[(k * kCount + i) / kItems<float>][device::thread_index()];
+  }
+
+  const RowParams& p_;
+  const char* const weights_;
+  const First& first_;
+  const int step_, end_;
+};
+
+}  // namespace gemma_norm::gpu
