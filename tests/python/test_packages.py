@@ -12,25 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import gemma_norm
-from support import randn
-
-HIDDEN = 32
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = gemma_norm.GemmaRMSNorm(HIDDEN)
-        self.linear = nn.Linear(HIDDEN, HIDDEN)
-        self.second = gemma_norm.RMSNorm(HIDDEN)
-        self.gated = gemma_norm.GatedRMSNorm(HIDDEN)
-        for seed, parameter in enumerate(self.parameters()):
-            parameter.data = randn(*parameter.shape, seed=seed) / 4
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        y, s = self.first(x, residual)
-        return self.gated(self.second(self.linear(y)), s), s
+from block_of_norms import Block, inputs
 
 
 class Model(nn.Module):
@@ -40,10 +22,6 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.upper(*self.lower(x, residual))[0]
-
-
-def inputs(rows: int, device: str) -> tuple[Tensor, Tensor]:
-    return randn(rows, HIDDEN, device=device), randn(rows, HIDDEN, device=device, seed=1)
 
 
 RUN = """

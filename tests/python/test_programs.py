@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import gemma_norm
+from block_of_norms import HIDDEN, Block, inputs
 from support import assert_same_bits, randn
 
 OPS = torch.ops.gemma_norm
-HIDDEN = 32
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 PUBLIC = {"add_rms_norm", "gated_rms_norm", "rms_norm"}
 
@@ -38,23 +38,6 @@ def mode(request: pytest.FixtureRequest) -> Callable[[], Any]:
     return request.param
 
 
-class Block(nn.Module):
-    """Each functional operator once, through the modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = gemma_norm.GemmaRMSNorm(HIDDEN)
-        self.linear = nn.Linear(HIDDEN, HIDDEN)
-        self.second = gemma_norm.RMSNorm(HIDDEN)
-        self.gated = gemma_norm.GatedRMSNorm(HIDDEN)
-        for seed, parameter in enumerate(self.parameters()):
-            parameter.data = randn(*parameter.shape, seed=seed) / 4
-
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        y, s = self.first(x, residual)
-        return self.gated(self.second(self.linear(y)), s), s
-
-
 def block(x: Tensor, residual: Tensor, first: Tensor, a: Tensor, b: Tensor, second: Tensor, gated: Tensor) -> Any:
     """The same through torch.ops, of its parameters."""
     y, s = OPS.add_rms_norm(x, residual, first, 1e-6, True)
@@ -67,10 +50,6 @@ def exact(x: Tensor, residual: Tensor, first: Tensor, a: Tensor, b: Tensor, seco
 
     s = x + residual
     return norm(norm(F.linear(norm(s, 1 + first), a, b), second), gated) * F.silu(s), s
-
-
-def inputs(rows: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    return randn(rows, HIDDEN, device=device), randn(rows, HIDDEN, device=device, seed=1)
 
 
 def parameters(device: str) -> list[Tensor]:
