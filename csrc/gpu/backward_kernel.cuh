@@ -1,17 +1,16 @@
-// The kernels of the backward pass; ops/rms_norm_backward.h has the formulas.
+// The kernels that compute dx; ops/rms_norm_backward.h has the formulas.
 //
-// The first kernel computes dx. Its block number c has the rows c, c + chunks, c + 2 chunks, ..., so blocks that run at
+// Block number c of a launch has the rows c, c + chunks, c + 2 chunks, ..., so blocks that run at
 // the same time work on rows that are neighbours in memory. Each thread keeps the sum of dout * n over its rows in
-// registers, and writes it to row c of `partials` at the end. The second kernel adds up the rows of `partials`. Both
-// add in a fixed order and without atomic operations, so dweight has the same bits each time.
+// registers; backward_sums.cuh adds them up.
 //
 // A row needs one exchange between its threads, of two sums: of x^2, and of g * x. mean(g * n) is the latter times
 // rstd / hidden.
 #pragma once
 
 #include "backward_rows.cuh"
+#include "backward_sums.cuh"
 #include "backward_terms.cuh"
-#include "backward_tuning.h"
 #include "reduce.cuh"
 
 namespace gemma_norm::gpu {
@@ -155,40 +154,39 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
       });
   }
 
-  if (!partials.sums) return;
-  float* const to = partials.row(chunk);
-  if constexpr (kScope == Scope::kWave) {
-    // Adds up the groups of the block, in order.
-    struct Sums {
-      float of_groups[kThreads * kVectors * kCount];
-    };
-    float* const all = device::shared_memory<Sums>().of_groups;
-    const int lanes = 1 << launch.log2_slots, count = kVectors * lanes * kCount;
+  struct Sums {
+    float of_groups[kThreads * kVectors * kCount];
+  };
+  put_sums<kAligned>(p, partials, chunk, decltype(factors)::memory(), [&](const auto& put) {
+    if constexpr (kScope == Scope::kWave) {
+      // Adds up the groups of the block, in order.
+      float* const all = device::shared_memory<Sums>().of_groups;
+      const int lanes = 1 << launch.log2_slots, count = kVectors * lanes * kCount;
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k)
+      for (int k = 0; k < kVectors; ++k)
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) all[group * count + (i * kVectors + k) * lanes + slot] = dweight[k][i];
-    device::block_barrier();
-    for (int column = thread; column < hidden; column += threads) {
-      // Where in a group's sums the column is: its item i of vector k of its slot.
-      const int vector = column / kCount;
-      const int k = launch.whole_vectors ? vector / launch.slots : column / (launch.slots * kCount);
-      const int i = launch.whole_vectors ? column % kCount : column % (launch.slots * kCount) / launch.slots;
-      const int of = launch.whole_vectors ? vector % launch.slots : column % launch.slots;
-      float sum = 0.0f;
-      for (int g = 0; g < groups; ++g) sum += all[g * count + (i * kVectors + k) * lanes + of];
-      to[column] = sum;
+        for (int i = 0; i < kCount; ++i) all[group * count + (i * kVectors + k) * lanes + slot] = dweight[k][i];
+      device::block_barrier();
+      for (int column = thread; column < hidden; column += threads) {
+        // Where in a group's sums the column is: its item i of vector k of its slot.
+        const int vector = column / kCount;
+        const int k = launch.whole_vectors ? vector / launch.slots : column / (launch.slots * kCount);
+        const int i = launch.whole_vectors ? column % kCount : column % (launch.slots * kCount) / launch.slots;
+        const int of = launch.whole_vectors ? vector % launch.slots : column % launch.slots;
+        float sum = 0.0f;
+        for (int g = 0; g < groups; ++g) sum += all[g * count + (i * kVectors + k) * lanes + of];
+        const float one[1] = {sum};
+        put(column, 1, hidden, one);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+#pragma unroll
+        for (int i = 0; i < kCount; i += kItems<float>)
+          put(first(k) + i * step, step, end_of_slot, reinterpret_cast<const float(&)[kItems<float>]>(dweight[k][i]));
+      }
     }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-#pragma unroll
-      for (int i = 0; i < kCount; i += kItems<float>)
-        store_items<kAligned, kItems<float>>(
-            to, first(k) + i * step, step, end_of_slot,
-            pack_items<float>(reinterpret_cast<float(&)[kItems<float>]>(dweight[k][i])));
-    }
-  }
+  });
 }
 
 // The same for rows that are too large for the registers of a block, and for unaligned rows of more than a wave. Each
@@ -238,7 +236,7 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
         ds[i] = statistics.ds(s[i], u[i] * w[i]);
       }
       Terms::template store<kAligned>(p, row, first, step, end, loaded, held, s, w, ds);
-      if (!partials.sums) return;
+      if (partials.to == SumsTo::kNowhere) return;
       float* const to = partials.row(chunk);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -249,46 +247,4 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
   }
 }
 
-namespace {  // unnamed, since several operators have a copy
-
-// Adds up the partial sums of `chunks` chunks. A block has kSumColumns columns and `parts` threads for each, a power of
-// two from kMinSumParts to kMaxSumParts. Thread i of a column adds up chunks i, i + parts, ...; the sums of these
-// threads are then added as a tree.
-GEMMA_NORM_KERNEL(kSumColumns* kMaxSumParts, 1)
-sum_chunks(RowParams p, Partials partials, int64_t chunks, int32_t parts) {
-  struct Sums {
-    float of_columns[kSumColumns][kMaxSumParts + 1];  // one more, so that a wave's accesses go to different banks
-  };
-  auto& sums = device::shared_memory<Sums>().of_columns;
-  const int thread = device::thread_index();
-  const int64_t first = device::block_index() * kSumColumns, column = first + thread / parts;
-  device::wait_for_previous_kernel(partials.sums, p.data[kDWeight]);
-  device::allow_next_kernel();
-  const int64_t own = first + thread % kSumColumns;
-  float sum = 0.0f;
-  if (own < partials.columns) {
-#pragma unroll 8
-    for (int64_t chunk = thread / kSumColumns; chunk < chunks; chunk += parts)
-      sum += partials.sums[chunk * partials.columns + own];
-  }
-  sums[thread % kSumColumns][thread / kSumColumns] = sum;
-  device::block_barrier();
-  sum = device::sum_over_lanes(sums[thread / parts][thread % parts], parts);
-  if (thread % parts > 0 || column >= partials.columns) return;
-  const auto store = [&](auto item) {
-    using W = decltype(item);
-    const float f[2] = {sizeof(W) < sizeof(float) ? device::keep_nan(sum) : sum, 0.0f};
-    if constexpr (sizeof(W) == 4)
-      static_cast<float*>(p.data[kDWeight])[column] = f[0];
-    else
-      static_cast<W*>(p.data[kDWeight])[column].bits = static_cast<uint16_t>(device::pack<W>(f));
-  };
-  switch (p.dtypes[kDWeight]) {
-    case DType::kFloat32: return store(float());
-    case DType::kFloat16: return store(float16());
-    default: return store(bfloat16());
-  }
-}
-
-}  // namespace
 }  // namespace gemma_norm::gpu

@@ -1,20 +1,10 @@
-// The rows of a block in the backward pass: which they are, what their elements are multiplied by, and where their sums
-// go.
+// The rows of a block in the backward pass: which they are, and what their elements are multiplied by.
 #pragma once
 
+#include "backward_tuning.h"
 #include "row.cuh"
 
 namespace gemma_norm::gpu {
-
-// The partial sums of dweight: a row of `columns` floats for each chunk.
-struct Partials {
-  float* sums;  // null: no dweight is wanted
-  int64_t columns;
-  int64_t first_chunk;  // of this launch, in `sums`
-  int64_t chunks;       // of this launch: the number of its blocks
-
-  GEMMA_NORM_DEVICE float* row(int64_t chunk) const { return sums + (first_chunk + chunk) * columns; }
-};
 
 // The weights of a block's rows. If the rows are groups, all of these are the same group of their rows, because the
 // number of groups divides the number of chunks.
@@ -91,7 +81,7 @@ class LongRowSteps {
     index_ += rows_step_;
     at_.inner += step_.inner;
     at_.outer += step_.outer;
-    if (p_.row_dims > 1 && at_.inner >= p_.sizes[1]) {
+    if (at_.inner >= p_.sizes[1]) {
       at_.inner -= p_.sizes[1];
       ++at_.outer;
     }
@@ -100,7 +90,7 @@ class LongRowSteps {
   template <class T>
   GEMMA_NORM_DEVICE T* pointer(const RowParams&, Operand operand) const {
     const auto& strides = p_.strides[operand];
-    const int64_t offset = p_.row_dims == 1 ? at_.inner * strides[0] : at_.outer * strides[0] + at_.inner * strides[1];
+    const int64_t offset = at_.outer * strides[0] + at_.inner * strides[1];
     return static_cast<T*>(p_.data[operand]) + (has_row() ? offset : 0);
   }
 
@@ -116,12 +106,17 @@ class LongRowSteps {
 template <class X, int kVectors, int kThreads, bool kAligned, class First>
 class HeldFactors {
   static constexpr int kCount = kItems<X>;
-  static constexpr bool kShared = kVectors * kCount * kThreads * sizeof(float) <= 32 * 1024;
+  static constexpr bool kShared = holds_factors(kVectors, kThreads, sizeof(X));
   struct Factors {
     Vector16 vectors[kShared ? kVectors * kCount / kItems<float> : 1][kShared ? kThreads : 1];
   };
 
  public:
+  // The memory of the factors, a float for each column of a row, once no thread of the cluster needs them; else null.
+  static GEMMA_NORM_DEVICE float* memory() {
+    return kShared ? reinterpret_cast<float*>(device::shared_memory<Factors>().vectors) : nullptr;
+  }
+
   GEMMA_NORM_DEVICE HeldFactors(const RowParams& p, const char* weights, const First& first, int step, int end)
       : p_(p), weights_(weights), first_(first), step_(step), end_(end) {
     if constexpr (kShared) {

@@ -227,18 +227,23 @@ def refusal(kernel: Callable[..., Any], arguments: dict[str, Any]) -> str:
     return str(caught.value).partition("\n")[0]
 
 
+def on(device: str, value: Tensor) -> Tensor:
+    """The tensor on the device, with its strides: Tensor.to() would make a tensor with gaps dense."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+
+
 @pytest.mark.parametrize(("op", "case"), [(op, case) for op in BACKWARD for case in bad() if takes(op, bad()[case][0])])
 def test_a_bad_argument_is_named_alike_by_every_implementation(device, op, case):
     name, value, says = bad()[case]
-    value = value.to(device) if isinstance(value, Tensor) else value
+    value = on(device, value) if isinstance(value, Tensor) else value
     arguments = good(op, device) | {name: value}
     native = refusal(getattr(OPS, op).default, arguments)
     assert native.startswith(f"{op}: {name} {says}")
     assert says == "" or native == f"{op}: {name} {says}"
     assert refusal(_registry.OPERATORS[op].plain, arguments) == native
     on_meta = {k: t.to("meta") if isinstance(t, Tensor) else t for k, t in arguments.items()}
-    if isinstance(value, Tensor):  # .to() would make a tensor with gaps dense
-        on_meta[name] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, Tensor):
+        on_meta[name] = on("meta", value)
     assert refusal(getattr(OPS, op).default, on_meta) == native
 
 
