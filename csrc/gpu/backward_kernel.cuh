@@ -1,8 +1,8 @@
 // The kernels that compute dx; ops/rms_norm_backward.h has the formulas.
 //
-// Block number c of a launch has the rows c, c + chunks, c + 2 chunks, ..., so blocks that run at
-// the same time work on rows that are neighbours in memory. Each thread keeps the sum of dout * n over its rows in
-// registers; backward_sums.cuh adds them up.
+// Block number c of a launch has the rows c, c + chunks, c + 2 chunks, ..., so blocks that run at the same time work on
+// rows that are neighbours in memory. Each thread keeps the sum of dout * n over its rows in registers;
+// backward_sums.cuh makes dweight of them.
 //
 // A row needs one exchange between its threads, of two sums: of x^2, and of g * x. mean(g * n) is the latter times
 // rstd / hidden.
@@ -157,7 +157,7 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   struct Sums {
     float of_groups[kThreads * kVectors * kCount];
   };
-  put_sums<kAligned>(p, partials, chunk, decltype(factors)::memory(), [&](const auto& put) {
+  put_sums<kAligned>(p, partials, chunk, [&](const auto& put) {
     if constexpr (kScope == Scope::kWave) {
       // Adds up the groups of the block, in order.
       float* const all = device::shared_memory<Sums>().of_groups;

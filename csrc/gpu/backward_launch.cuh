@@ -1,5 +1,5 @@
-// Checks a call of a backward operator, and launches the kernel that computes its gradients by rows, then, if there are
-// many, the one that adds up dweight.
+// Checks a call of a backward operator, and launches the kernel that computes its gradients by rows, then, unless
+// each block has all rows, the one that adds up dweight.
 #pragma once
 
 #include <cstdio>
@@ -68,12 +68,6 @@ RowParams two_dimensions(RowParams p) {
   return p;
 }
 
-// Where the sums of a launch of all rows go.
-SumsTo sums_to(const BackwardPlan& plan, const RowParams& params, const DeviceFacts& facts) {
-  if (plan.chunks == groups_of(params) && plan.scope != Scope::kTwoPasses) return SumsTo::kDWeight;
-  return plan.one_cluster && plan.chunks <= facts.max_cluster ? SumsTo::kCluster : SumsTo::kMemory;
-}
-
 device::Error sum_partials(const RowParams& params, Partials partials, int64_t chunks, const DeviceFacts& facts,
                            device::Stream stream) {
   // The chunks of the groups of a row lie one after another, and are one row of dweight's columns.
@@ -107,18 +101,20 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   int64_t chunks = 0;
   for (int64_t i = 0; i < slices.count; ++i) chunks += plan_of(slice(i)).chunks;
   Partials partials{nullptr, params.hidden, 0, 0, SumsTo::kNowhere};
-  if (params.data[kDWeight])
-    partials.to = slices.count == 1 ? sums_to(plan_of(params), params, facts) : SumsTo::kMemory;
+  if (params.data[kDWeight]) {
+    const BackwardPlan plan = plan_of(params);
+    const bool alone = slices.count == 1 && plan.chunks == groups_of(params) && plan.scope != Scope::kTwoPasses;
+    partials.to = alone ? SumsTo::kDWeight : SumsTo::kMemory;
+  }
   if (partials.to == SumsTo::kMemory)
     partials.sums = static_cast<float*>(call.scratch(call.context, chunks * params.hidden * int64_t{sizeof(float)}));
   for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i) {
     const RowParams p = slice(i);
     const BackwardPlan plan = plan_of(p);
     const Launch launch{plan.slots, plan.log2_slots, plan.vectors, plan.whole_vectors};
-    const auto cluster = static_cast<int32_t>(partials.to == SumsTo::kCluster ? plan.chunks : 1);
     partials.chunks = plan.chunks;
-    error = device::launch(find_backward_kernel<Op>(p, plan.kernel, aligned(p)),
-                           {plan.chunks / cluster, plan.block_threads, cluster}, stream, facts, p, launch, partials);
+    error = device::launch(find_backward_kernel<Op>(p, plan.kernel, aligned(p)), {plan.chunks, plan.block_threads, 1},
+                           stream, facts, p, launch, partials);
     partials.first_chunk += plan.chunks;
   }
   if (partials.to == SumsTo::kMemory && error == device::kSuccess)

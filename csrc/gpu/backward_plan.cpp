@@ -40,15 +40,8 @@ BackwardPlan make_backward_plan(const RowParams& params, bool aligned, int32_t w
   }
   // The rows of a chunk are the same group of their rows, so the number of groups divides that of the chunks.
   const int64_t groups = groups_of(params);
-  const int64_t steps = divide_up(params.rows, plan.groups());
-  plan.chunks = std::min<int64_t>(kernel->chunks, steps);
+  plan.chunks = std::min<int64_t>(kernel->chunks, divide_up(params.rows, plan.groups()));
   plan.chunks = std::max(plan.chunks / groups * groups, std::min(groups, params.rows));
-  const bool can_exchange = plan.scope != Scope::kTwoPasses &&
-                            holds_factors(plan.vectors, kernel->max_block_threads, size_of(params.dtypes[kX]));
-  if (can_exchange && groups == 1 && steps <= kMaxCluster * kRowsOfFewChunks)
-    for (plan.chunks = kMaxCluster; plan.chunks > steps; plan.chunks /= 2) {
-    }
-  plan.one_cluster = can_exchange && groups == 1 && plan.chunks <= kMaxCluster;
   return plan;
 }
 

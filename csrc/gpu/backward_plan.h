@@ -15,7 +15,6 @@ struct BackwardPlan {
   int32_t block_threads;  // threads of a block
   bool whole_vectors;     // hidden is a multiple of the number of elements in a vector
   int64_t chunks;         // of the rows: one for each block of the launch
-  bool one_cluster;       // the blocks of all chunks may be one cluster, which adds up dweight
 
   // Rows that a block works on at a time.
   int32_t groups() const { return scope == Scope::kWave ? block_threads >> log2_slots : 1; }

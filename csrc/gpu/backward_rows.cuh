@@ -1,7 +1,6 @@
 // The rows of a block in the backward pass: which they are, and what their elements are multiplied by.
 #pragma once
 
-#include "backward_tuning.h"
 #include "row.cuh"
 
 namespace gemma_norm::gpu {
@@ -106,17 +105,12 @@ class LongRowSteps {
 template <class X, int kVectors, int kThreads, bool kAligned, class First>
 class HeldFactors {
   static constexpr int kCount = kItems<X>;
-  static constexpr bool kShared = holds_factors(kVectors, kThreads, sizeof(X));
+  static constexpr bool kShared = kVectors * kCount * kThreads * sizeof(float) <= 32 * 1024;
   struct Factors {
     Vector16 vectors[kShared ? kVectors * kCount / kItems<float> : 1][kShared ? kThreads : 1];
   };
 
  public:
-  // The memory of the factors, a float for each column of a row, once no thread of the cluster needs them; else null.
-  static GEMMA_NORM_DEVICE float* memory() {
-    return kShared ? reinterpret_cast<float*>(device::shared_memory<Factors>().vectors) : nullptr;
-  }
-
   GEMMA_NORM_DEVICE HeldFactors(const RowParams& p, const char* weights, const First& first, int step, int end)
       : p_(p), weights_(weights), first_(first), step_(step), end_(end) {
     if constexpr (kShared) {

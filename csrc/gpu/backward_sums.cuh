@@ -1,6 +1,6 @@
-// The sums that make up dweight. Each block has a sum for each column over its chunk of rows; the sums of all chunks
-// are then added up, in the same order in each of three ways: by the block itself if it has all rows, by the blocks of
-// a cluster, or by a second kernel. None has an atomic operation, so dweight has the same bits each time.
+// The sums that make up dweight. Each block has a sum for each column over its chunk of rows. If the block has all
+// rows, that is dweight; else it is a partial sum, and a second kernel adds up those of all chunks, in a fixed order
+// and without atomic operations. So dweight has the same bits each time.
 #pragma once
 
 #include "../device/platform.h"
@@ -13,7 +13,6 @@ namespace gemma_norm::gpu {
 enum class SumsTo : int32_t {
   kNowhere,  // no dweight is wanted
   kDWeight,  // the block's rows are all rows, or all rows of their group
-  kCluster,  // the blocks of the launch are one cluster
   kMemory,   // for sum_chunks()
 };
 
@@ -45,72 +44,17 @@ GEMMA_NORM_DEVICE void store_dweight(const RowParams& p, int64_t column, float s
   }
 }
 
-// The blocks of a cluster add up dweight. Each has an equal share of the columns, and receives the sums of its columns
-// from all blocks. `received` has room for a float for each column of the row.
-class ClusterColumns {
-  struct Arrivals {
-    device::Inbox inbox;
-  };
-
- public:
-  GEMMA_NORM_DEVICE ClusterColumns(int hidden, float* received)
-      : received_(received),
-        share_((hidden + device::cluster_blocks() - 1) / device::cluster_blocks()),
-        first_(device::cluster_rank() * share_),
-        own_(hidden > first_ + share_ ? share_
-             : hidden > first_        ? hidden - first_
-                                      : 0) {
-    device::open_inbox(inbox(), own_);
-    device::wait_for_inboxes();
-  }
-  GEMMA_NORM_DEVICE void send(int column, float sum) const {
-    const int rank = column / share_;
-    device::send(&received_[device::cluster_rank() * share_ + column - rank * share_], inbox(), rank, sum);
-  }
-  // Once the thread has sent all that it has to send. Adds as sum_chunks() does with its least number of parts.
-  GEMMA_NORM_DEVICE void store(const RowParams& p) const {
-    device::wait_for_numbers(inbox(), 0);
-    const int blocks = device::cluster_blocks();
-    for (int i = device::thread_index(); i < own_; i += device::block_threads()) {
-      float sums[kMinSumParts] = {};
-#pragma unroll
-      for (int block = 0; block < kMaxCluster; ++block)
-        if (block < blocks) sums[block % kMinSumParts] += received_[block * share_ + i];
-      store_dweight(p, first_ + i, sums[0] + sums[1]);
-    }
-  }
-
- private:
-  static GEMMA_NORM_DEVICE device::Inbox* inbox() { return &device::shared_memory<Arrivals>().inbox; }
-
-  float* const received_;
-  const int share_, first_, own_;  // columns
-};
-static_assert(kMinSumParts == 2);
-
 // Hands over the sums of a block: calls visit(put), which calls put(column, step, sums) for the columns that this
-// thread has: `column` and those at multiples of `step` from it. There are none from `end` on. `memory` is for
-// SumsTo::kCluster, a float for each column.
+// thread has: `column` and those at multiples of `step` from it. There are none from `end` on.
 template <bool kAligned, class Visit>
-GEMMA_NORM_DEVICE void put_sums(const RowParams& p, const Partials& partials, int chunk, float* memory,
-                                const Visit& visit) {
-  const auto visit_each = [&](const auto& put_one) {
-    visit([&](int column, int step, int end, const auto& sums) {
-      for (int i = 0; i < static_cast<int>(sizeof sums / sizeof(float)); ++i)
-        if (column + i * step < end) put_one(column + i * step, sums[i]);
-    });
-  };
+GEMMA_NORM_DEVICE void put_sums(const RowParams& p, const Partials& partials, int chunk, const Visit& visit) {
   switch (partials.to) {
     case SumsTo::kNowhere: return;
     case SumsTo::kDWeight:
-      return visit_each([&](int column, float sum) { store_dweight(p, chunk * p.hidden + column, sum); });
-    case SumsTo::kCluster:
-      if constexpr (device::kTargetHasClusters) {
-        const ClusterColumns columns(static_cast<int>(p.hidden), memory);
-        visit_each([&](int column, float sum) { columns.send(column, sum); });
-        columns.store(p);
-      }
-      return;
+      return visit([&](int column, int step, int end, const auto& sums) {
+        for (int i = 0; i < static_cast<int>(sizeof sums / sizeof(float)); ++i)
+          if (column + i * step < end) store_dweight(p, chunk * p.hidden + column + i * step, sums[i]);
+      });
     case SumsTo::kMemory:
       float* const row = partials.row(chunk);
       return visit([&](int column, int step, int end, const auto& sums) {

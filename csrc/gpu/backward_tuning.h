@@ -40,15 +40,6 @@ constexpr BackwardTuning kBackwardKernels[] = {
 };
 constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
 
-// Whether a block's shared memory has room for the weights' factors, a float for each column of a row.
-constexpr bool holds_factors(int vectors, int threads, int item_bytes) {
-  return int64_t{4} * vectors * threads * (kVectorBytes / item_bytes) <= 32 * 1024;
-}
-
-// With at most so many rows for each of kMaxCluster blocks, they are the only blocks: they form a cluster and add up
-// dweight at once, without the second kernel, which takes 2 to 3 us (T110).
-constexpr int32_t kRowsOfFewChunks = 8;
-
 // The columns of dweight that a block of sum_chunks() has, and the threads of a column: at least one for so many
 // chunks (T108). With the least number, a block has 64 threads, so that it has whole waves on every GPU.
 constexpr int32_t kSumColumns = 32, kMinSumParts = 2, kMaxSumParts = 32, kChunksOfPart = 8;

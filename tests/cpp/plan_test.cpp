@@ -419,13 +419,8 @@ TEST_F(BackwardPlans, AreAlikeOnEveryGpu) {
       EXPECT_LE(1, plan.chunks);
       EXPECT_LE(plan.chunks, kBackwardKernels[plan.kernel].chunks);
       EXPECT_LT((plan.chunks - 1) * plan.groups(), rows) << "a block with nothing to do";
-      EXPECT_TRUE(plan.one_cluster || plan.chunks == kBackwardKernels[plan.kernel].chunks ||
-                  plan.chunks * plan.groups() >= rows)
+      EXPECT_TRUE(plan.chunks == kBackwardKernels[plan.kernel].chunks || plan.chunks * plan.groups() >= rows)
           << "a block has two rows, though there could be more blocks";
-      if (plan.one_cluster) {
-        EXPECT_LE(plan.chunks, kMaxCluster);
-        EXPECT_LE(rows, 2 * plan.chunks * plan.groups() * kRowsOfFewChunks) << "few blocks for many rows";
-      }
     }
     const DType twin = dtype == DType::kFloat16 ? DType::kBFloat16 : dtype;
     EXPECT_EQ(plan_of(hidden, dtype, 4096, aligned).chunks, plan_of(hidden, twin, 4096, aligned).chunks);
