@@ -22,7 +22,7 @@ from gemma_norm._screen import Parser, columns, end_cleanly
 
 from . import environment
 from .model_run import Measured, Setting, measure, settings
-from .model_shapes import SHAPES, VARIANTS, absent, variant_of
+from .model_shapes import NOT_BY_DEFAULT, SHAPES, VARIANTS, absent, variant_of
 from .report import align, number
 from .results import describe
 
@@ -211,7 +211,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--variant",
         type=some(VARIANTS),
-        default=[name for name in VARIANTS if name != "ours+native"],
+        default=[name for name in VARIANTS if name not in NOT_BY_DEFAULT],
         help=", ".join(VARIANTS),
     )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")

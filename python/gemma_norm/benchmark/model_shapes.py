@@ -105,6 +105,12 @@ def _liger(model: nn.Module) -> None:
             patch(module, offset=1.0, casting_mode="gemma", in_place=False)
 
 
+def _identity(model: nn.Module) -> None:
+    """Each norm returns what it is given. So long would a step take if norms cost nothing; its logits mean nothing."""
+    for name in norms(model):
+        model.get_submodule(name).forward = lambda x, *_: x
+
+
 VARIANTS: dict[str, Variant] = {
     "original": _original,
     "liger": _liger,
@@ -112,8 +118,10 @@ VARIANTS: dict[str, Variant] = {
     "ours+gated": lambda model: integration.patch(model),
     "ours+residual": lambda model: integration.patch(model, fuse_residual=True),
     "ours+native": lambda model: integration.patch(model, compiled="native"),
+    "identity": _identity,
 }
-"""The last differs from "ours+gated" in compiled code alone."""
+"""The native one differs from "ours+gated" in compiled code alone."""
+NOT_BY_DEFAULT = ("ours+native", "identity")
 
 
 def absent(variant: str) -> str:
