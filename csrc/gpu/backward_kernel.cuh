@@ -59,6 +59,9 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   using X = typename Terms::X;
   constexpr int kCount = Terms::kCount, kUses = 2;
   using Loaded = typename Terms::Loaded[kVectors];
+  // The next rows are loaded into registers if those are at most a sixth of a thread's. Otherwise they would be
+  // spilled, and the rows are only brought closer (T112).
+  constexpr bool kAhead = 6 * kRows * sizeof(Loaded) <= kRegisterBytes / kResident || !kAligned;
   const int thread = device::thread_index(), threads = device::block_threads();
   const int group = kScope == Scope::kWave ? thread >> launch.log2_slots : 0;
   const int groups = kScope == Scope::kWave ? threads >> launch.log2_slots : 1;
@@ -72,18 +75,18 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
 
   device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
   device::allow_next_kernel();
-  Loaded next[kRows];
+  Loaded next[kAhead ? kRows : 1];
   const ShortRowSteps row_step(p, stride);
   ShortRowSteps row(p, chunk + static_cast<int>(partials.chunks) * group);  // the first of `next`
-  const auto load_next = [&] {
+  const auto load = [&](Loaded(&rows)[kRows]) {
     ShortRowSteps at = row;
 #pragma unroll
     for (int r = 0; r < kRows; ++r, at.move(p, row_step))
 #pragma unroll
       for (int k = 0; k < kVectors; ++k)
-        Terms::template load<kAligned, Reuse::kNone>(p, at, first(k), step, end_of(at), next[r][k]);
+        Terms::template load<kAligned, Reuse::kNone>(p, at, first(k), step, end_of(at), rows[r][k]);
   };
-  load_next();
+  if constexpr (kAhead) load(next);
   float dweight[kVectors][kCount] = {};
   const HeldFactors<X, kVectors, kThreads, kAligned, decltype(first)> factors(p, weights_of(p, chunk), first, step,
                                                                               end_of_slot);
@@ -95,13 +98,25 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
     Loaded now[kRows];
     typename Terms::Held held[kRows][kVectors];
     ShortRowSteps at[kRows];
+    if constexpr (!kAhead) load(now);
 #pragma unroll
     for (int r = 0; r < kRows; ++r, row.move(p, row_step)) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) now[r][k] = next[r][k];
       at[r] = row;
+      if constexpr (kAhead) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) now[r][k] = next[r][k];
+      }
     }
-    load_next();
+    if constexpr (kAhead) {
+      load(next);
+    } else {
+      ShortRowSteps ahead = row;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, ahead.move(p, row_step))
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k)
+          if (first(k) < end_of(ahead)) Terms::prefetch(p, ahead, first(k));
+    }
     const auto each_vector = [&](int r, const auto& visit) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {

@@ -1,6 +1,7 @@
 // What differs between the backward operators, for one vector of a row:
 //
-//   load()    starts the loads that are made a row ahead
+//   load()    starts the loads that may be made a row ahead
+//   prefetch() has them brought closer instead
 //   hold()    what is needed of the row besides, once it is its turn
 //   values()  s, which was normalised, and u, the gradient of n * w, where n = s * rstd and w is the weight's factor
 //   store()   dx, and dgate if there is a gate, from ds, the gradient of s
@@ -8,8 +9,8 @@
 // The kernels compute the rest from s and u: ds = rstd * (u * w - n * mean(u * w * n)), and dweight, the sum of u * n.
 #pragma once
 
+#include "backward_rows.cuh"
 #include "policies.cuh"
-#include "row.cuh"
 
 namespace gemma_norm::gpu {
 
@@ -30,6 +31,10 @@ struct PlainTerms {
   static GEMMA_NORM_DEVICE void load(const RowParams& p, const At& at, Index first, int step, Index end, Loaded& v) {
     v.x = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kX), first, step, end);
     v.dout = load_items<kAligned, kReuse, kCount>(at.template pointer<Y>(p, kDOut), first, step, end);
+  }
+  static GEMMA_NORM_DEVICE void prefetch(const RowParams& p, const ShortRowSteps& at, int first) {
+    device::prefetch(at.template pointer<X>(p, kX) + first);
+    device::prefetch(at.template pointer<Y>(p, kDOut) + first);
   }
   template <bool kAligned, class At, class Index>
   static GEMMA_NORM_DEVICE void hold(const RowParams& p, const At& at, Index first, int step, Index end, const Loaded&,
@@ -76,6 +81,9 @@ struct GatedTerms {
     v.x = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kX), first, step, end);
     v.dout = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kDOut), first, step, end);
     v.gate = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kGate), first, step, end);
+  }
+  static GEMMA_NORM_DEVICE void prefetch(const RowParams& p, const ShortRowSteps& at, int first) {
+    for (const Operand operand : {kX, kDOut, kGate}) device::prefetch(at.template pointer<X>(p, operand) + first);
   }
   template <bool kAligned, class At, class Index>
   static GEMMA_NORM_DEVICE void hold(const RowParams&, const At&, Index, int, Index, const Loaded& v, Held& held) {

@@ -11,6 +11,8 @@
 
 namespace gemma_norm {
 
+constexpr int32_t kRegisterBytes = 256 * 1024;  // of a multiprocessor, on NVIDIA GPUs
+
 struct BackwardThreads {
   int32_t rows;      // that a thread has at a time
   int32_t resident;  // threads of a multiprocessor; see KernelTuning
