@@ -71,7 +71,7 @@ from torch.utils import cpp_extension  # noqa: E402
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
 CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp"]
-CPU = ["csrc/torch/schema.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+CPU = ["csrc/torch/schema.cpp"]
 GPU = ["csrc/gpu/backward_plan.cpp", "csrc/gpu/plan.cpp"]
 # Error messages contain the paths of source files. Without the folders of this build in them, libraries are the same
 # wherever they are built.
@@ -177,6 +177,18 @@ class Toolkit:
 
     def named(self) -> list[str]:
         return [v for v in self.variables if os.environ.get(v)]
+
+
+class Host:
+    """The C++ compiler, for the kernels of CPUs."""
+
+    sources, tool = sorted(ROOT.glob("csrc/cpu/*.cpp")), "c++"
+    environment: dict[str, str] = {}  # noqa: RUF012
+
+    def command(self) -> list[str]:
+        """CMake compiles csrc/cpu with the same flags in the same order, so that ccache compiles it once for both."""
+        flags = ["-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
+        return [*CXX, *flags, "-std=c++17"]
 
 
 class Cuda(Toolkit):
@@ -301,7 +313,7 @@ def extension(name: str) -> cpp_extension.CppExtension:
     sources = CPU if name == "cpu" else GPU
     return cpp_extension.CppExtension(
         f"{PACKAGE}.lib.libgemma_norm_{name}", [*sources, *CORE, f"csrc/torch/bind_{name}.cpp"],
-        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h")],
+        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")],
         extra_compile_args=FLAGS, extra_link_args=[*LINK, "-Wl,-s"], py_limited_api=True,
     )  # fmt: skip
 
@@ -318,13 +330,14 @@ class BuildLibraries(cpp_extension.BuildExtension):
                 f"{CXX[0]} was not found: install a C++17 compiler (on Debian: apt-get install g++), or set CXX to one"
             )
         info = {"cpu": {"compiler": output(*CXX, "--version").splitlines()[0]}}
-        for ext in self.extensions:
-            name = ext.name.rsplit("_", 1)[1]
-            if toolkit := TOOLKITS.get(name):
-                compiler, architectures = toolkit.describe()
-                info[name] = {"compiler": compiler, "architectures": architectures}
-                ext.extra_objects = self.compile_kernels(toolkit, architectures)
-                ext.extra_link_args += toolkit.link()
+        extensions = {ext.name.rsplit("_", 1)[1]: ext for ext in self.extensions}
+        for name in [name for name in extensions if name in TOOLKITS]:
+            compiler, architectures = TOOLKITS[name].describe()
+            info[name] = {"compiler": compiler, "architectures": architectures}
+        objects = self.compile_kernels({name: TOOLKITS.get(name) or Host() for name in extensions}, info)
+        for name, ext in extensions.items():
+            ext.extra_objects = objects[name]
+            ext.extra_link_args += TOOLKITS[name].link() if name in TOOLKITS else []
         super().build_extensions()
         version = self.distribution.get_version()
         text = '"""Written by setup.py."""\n\n'
@@ -347,31 +360,36 @@ class BuildLibraries(cpp_extension.BuildExtension):
             if library.stem.rsplit("_", 1)[1] not in BACKENDS:
                 library.unlink()
 
-    def compile_kernels(self, toolkit: Toolkit, architectures: list[str]) -> list[str]:
-        """Compile the kernels with ninja, MAX_JOBS sources at a time.
+    def compile_kernels(self, compilers: dict[str, Host | Toolkit], info: dict) -> dict[str, list[str]]:
+        """Compile the kernels of all devices with one ninja, MAX_JOBS sources at a time. Returns each device's objects.
 
         A source is compiled again only if it, a header or the command has changed.
         """
         folder = ROOT / "build" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-        targets = {folder / f"{toolkit.tool}_{source.stem}.o": source for source in toolkit.sources}
-        environment = "".join(f"{k}={v} " for k, v in toolkit.environment.items())
-        launcher = "ccache " if shutil.which("ccache") else ""
-        command = shlex.join(toolkit.command()).replace("$", "$$")
         escaped = lambda p: str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
-        (folder / f"{toolkit.tool}.ninja").write_text(
-            f"rule compile\n  command = {environment}{launcher}{command} -MD -MF $out.d -c $in -o $out\n"
-            f"  description = {toolkit.tool} $name for {', '.join(architectures)}\n"
-            "  depfile = $out.d\n  deps = gcc\n"
-            + "".join(
-                f"build {escaped(target)}: compile {escaped(source)}\n  name = {source.relative_to(ROOT)}\n"
-                for target, source in targets.items()
+        text, objects = "", {}
+        for name, compiler in compilers.items():
+            targets = {folder / f"{name}_{source.stem}.o": source for source in compiler.sources}
+            objects[name] = [str(target) for target in targets]
+            words = compiler.command()
+            environment = "".join(f"{k}={v} " for k, v in compiler.environment.items())
+            launcher = "ccache " if shutil.which("ccache") and Path(words[0]).name != "ccache" else ""
+            architectures = ", ".join(info[name].get("architectures", []))
+            text += (
+                f"rule {name}\n  command = {environment}{launcher}{shlex.join(words).replace('$', '$$')}"
+                f" -MD -MT $out -MF $out.d -c $in -o $out\n"
+                f"  description = {compiler.tool} $name{architectures and f' for {architectures}'}\n"
+                "  depfile = $out.d\n  deps = gcc\n"
+                + "".join(
+                    f"build {escaped(target)}: {name} {escaped(source)}\n  name = {source.relative_to(ROOT)}\n"
+                    for target, source in targets.items()
+                )
             )
-        )
-        ninja = ["ninja", "-j", MAX_JOBS, "-C", str(folder), "-f", f"{toolkit.tool}.ninja"]
-        if subprocess.run(ninja, check=False).returncode:
-            stop(f"{toolkit.compiler} did not compile {toolkit.sources[0].parent}; what it said is above")
-        return [str(target) for target in targets]
+        (folder / "build.ninja").write_text(text)
+        if subprocess.run(["ninja", "-j", MAX_JOBS, "-C", str(folder)], check=False).returncode:
+            stop("the kernels were not compiled; what the compiler said is above")
+        return objects
 
 
 class BuildModules(build_py):

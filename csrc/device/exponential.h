@@ -46,14 +46,20 @@ GEMMA_NORM_ANYWHERE Exponential<V> exponential(const V& g) {
 
 enum class Activation { kSigmoid, kSilu };
 
-// sigmoid(g) = 1 / (1 + exp(-g)), with an error of at most 2.5 units in the last place, or silu(g) = g * sigmoid(g),
-// with at most 3. Below -87.3 the sigmoid is subnormal; its error is then at most 1.5 * 2^-149, and that of silu |g|
-// times as large.
-template <class M, Activation kActivation, class V>
-GEMMA_NORM_ANYWHERE V activation(const V& g) {
+// sigmoid(g) = 1 / (1 + exp(-g)), with an error of at most 2.5 units in the last place. Below -87.3 it is subnormal;
+// the error is then at most 1.5 * 2^-149. For a NaN, the sigmoid of either bound of the clamp.
+template <class M, class V>
+GEMMA_NORM_ANYWHERE V sigmoid_unless_nan(const V& g) {
   // The clamp changes no result: above 43, 1 + exp(-g) rounds to 1, and below -125, its reciprocal rounds to 0.
   const Exponential<V> e = exponential<M>(M::clamp(g, -125, 43));
-  const V sigmoid = M::reciprocal(M::fma(e.fraction, e.power, M::all(0x1p-64f))) * M::all(0x1p-64f);
+  return M::reciprocal(M::fma(e.fraction, e.power, M::all(0x1p-64f))) * M::all(0x1p-64f);
+}
+
+// sigmoid(g), or silu(g) = g * sigmoid(g), whose error is at most 3 units in the last place and, below -87.3, |g| times
+// that of the sigmoid.
+template <class M, Activation kActivation, class V>
+GEMMA_NORM_ANYWHERE V activation(const V& g) {
+  const V sigmoid = sigmoid_unless_nan<M>(g);
   return sigmoid * (kActivation == Activation::kSilu ? g : M::one_unless_nan(g));
 }
 
