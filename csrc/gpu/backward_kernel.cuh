@@ -59,9 +59,11 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   using X = typename Terms::X;
   constexpr int kCount = Terms::kCount, kUses = 2;
   using Loaded = typename Terms::Loaded[kVectors];
-  // The next rows are loaded into registers if those are at most a sixth of a thread's. Otherwise they would be
-  // spilled, and the rows are only brought closer (T112).
-  constexpr bool kAhead = 6 * kRows * sizeof(Loaded) <= kRegisterBytes / kResident || !kAligned;
+  // The next rows are loaded into registers if these, what is held of the present rows and the sums take at most half
+  // of a thread's. Otherwise registers would be spilled, and the next rows are only brought closer (T112).
+  constexpr int kHeldBytes =
+      kRows * (2 * sizeof(Loaded) + kVectors * sizeof(typename Terms::Held)) + kVectors * kCount * sizeof(float);
+  constexpr bool kAhead = !kAligned || 2 * kHeldBytes <= kRegisterBytes / kResident;
   const int thread = device::thread_index(), threads = device::block_threads();
   const int group = kScope == Scope::kWave ? thread >> launch.log2_slots : 0;
   const int groups = kScope == Scope::kWave ? threads >> launch.log2_slots : 1;
