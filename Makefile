@@ -18,8 +18,8 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-install benchmark report docs lint format
-.PHONY: clean system
+.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu test-install benchmark
+.PHONY: report docs lint format clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -42,6 +42,15 @@ test-python: $(VENV)/test-installed  ## the operators against the float64 oracle
 
 test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu
+
+test-hip7: $(VENV)/test-installed build/hip7/triton  ## machine code of every AMD GPU, compiled with today's HIP
+	HIP_7=build/hip7 TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu
+
+build/hip7/triton:  # PyPI's triton holds HIP 7.1's headers and the device libraries of ROCm 7
+	$(PIP) --no-deps --target build/hip7 triton==3.9.0
+
+compare-amdgpu: $(VENV)/test-installed  ## ours beside the peers' AMD machine code: make compare-amdgpu TINYGRAD=<checkout>
+	TINYGRAD=$(TINYGRAD) $(BIN)/python tests/amdgpu/compare.py $(COMPARE)
 
 test-install: build/cpp/build.ninja $(VENV)/test-installed  ## everything that make test installs, without the tests
 

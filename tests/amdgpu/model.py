@@ -30,7 +30,10 @@ class Gpu:
 
 
 GPUS = {  # of each target; table() is of the first
-    "gfx90a": [Gpu("MI210", 104, 4, 1.7, 1.6, 4, 16)],
+    "gfx90a": [
+        Gpu("MI210", 104, 4, 1.7, 1.6, 4, 16),
+        Gpu("MI250X", 110, 4, 1.7, 1.6, 4, 16),  # one of its two dies, each of which is a GPU to HIP
+    ],
     "gfx942": [
         Gpu("MI300X", 304, 4, 2.1, 5.3, 4, 16),
         Gpu("MI325X", 304, 4, 2.1, 6.0, 4, 16),

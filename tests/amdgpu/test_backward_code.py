@@ -36,7 +36,9 @@ def is_short_of_registers(k: BackwardKernel, target: Target) -> bool:
     """
     gated, half = k.terms == "GatedTerms", k.x != "float"
     if target.wave == 64:
-        return k.vectors == 4 and gated and half
+        # clang 22 spills float32 with a gate as well, on gfx942. It does not on gfx950.
+        newer = target.compiler == "zig, HIP 7" and target.arch != "gfx950"
+        return k.vectors == 4 and gated and (half or newer)
     if target.registers == 1024 and (k.vectors == 4 or (k.threads == 640 and half)):
         return True
     return (k.vectors == 4 and (gated or half)) or (k.vectors == 2 and gated and half)

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(
 IN_LIBRARY = {"hipcc": ["gfx90a"], "clang": ["gfx90a", "gfx942", "gfx1100", "gfx1151", "gfx1201"]}
 RUNS = [(compiler, arch) for compiler, arches in IN_LIBRARY.items() for arch in arches]
 RUNS += [("clang", "gfx1102"), ("zig", "gfx950")]  # the launch code is the same for every GPU
+if toolchain.HIP_7:
+    RUNS = [("zig, HIP 7", arch) for arch in dict.fromkeys(arch for _, arch in RUNS)]
 STRIDE = 5  # of the cases, one in so many is run
 
 

@@ -3,6 +3,9 @@
 Debian's hipcc 5.2.3 stops at gfx90a. Its headers and device libraries serve clang-19 and ziglang's clang 22 for newer
 GPUs: all that the libraries lack for those is one constant, the ISA version, generated here. Outputs stay in
 build/amdgpu, by a hash of the sources and the command.
+
+With HIP_7=<a folder into which pip has put triton 3.9.0>, every target is compiled by clang 22 with the headers of HIP
+7.1 and the device libraries of ROCm 7, which that package holds.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +28,7 @@ BUILD = ROOT / "build/amdgpu"
 BITCODE = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")  # Debian's rocm-device-libs
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-mcumode"]  # setup.py's
 HOST = [p for folder in ("core", "ops", "gpu") for p in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
+HIP_7 = Path(os.environ["HIP_7"]).resolve() if os.environ.get("HIP_7") else None
 HIP_5 = ["--rocm-path=/usr", "--hip-version=5.2.3", "-mcode-object-version=5", "-D__HIP_PLATFORM_AMD__"]
 
 
@@ -54,7 +58,7 @@ class Target:
 
 
 TARGETS = {
-    t.arch: t
+    t.arch: replace(t, compiler="zig, HIP 7") if HIP_7 else t
     for t in (
         Target("gfx90a", 9010, "hipcc", 64, 512, 8, 8),
         Target("gfx942", 9402, "clang", 64, 512, 8, 8),
@@ -76,12 +80,13 @@ def need(*tools: str, install: str) -> None:
         raise Missing(f"{', '.join(missing)}: {install}")
 
 
-def device_libraries() -> Path:
-    """ROCm's device libraries for every target."""
+def device_libraries(packages: Path | None = None) -> Path:
+    """ROCm's device libraries for every target: Debian's, or those that triton brings where pip has put it."""
     need("llvm-as-15", install="apt-get install llvm-15")
-    folder = BUILD / "devlib"
+    folder = BUILD / ("devlib-7" if packages else "devlib")
     folder.mkdir(parents=True, exist_ok=True)
-    for library in BITCODE.glob("*.bc"):
+    newer = list((packages / "triton/backends/amd/lib").glob("oc*.bc")) if packages else []
+    for library in [*newer, *BITCODE.glob("*.bc")]:  # Debian's have the constants, which the newer ones need too.
         if not (folder / library.name).exists():
             (folder / library.name).symlink_to(library)
     for target in TARGETS.values():
@@ -106,19 +111,35 @@ def clang() -> list[str]:
 
 
 def zig() -> list[str]:
+    macros = "-D__AMDGCN_WAVEFRONT_SIZE=64"  # HIP 5's headers want it, clang 22 has dropped it
+    return [*zig_clang(), *HIP_5, f"--rocm-device-lib-path={device_libraries()}", macros]
+
+
+def zig_clang() -> list[str]:
     if not importlib.util.find_spec("ziglang"):
         raise Missing("ziglang: pip install ziglang")
     resources = next((p.parents[1] for p in Path("/usr/lib").glob("**/include/__clang_hip_runtime_wrapper.h")), None)
     if not resources:  # ziglang leaves HIP's wrapper headers out
         raise Missing("__clang_hip_runtime_wrapper.h: apt-get install hipcc libamdhip64-dev")
-    libraries = f"--rocm-device-lib-path={device_libraries()}"
-    macros = "-D__AMDGCN_WAVEFRONT_SIZE=64"  # HIP 5's headers want it, clang 22 has dropped it
-    resources_flags = ["-resource-dir", str(resources), macros]
-    return [sys.executable, "-m", "ziglang", "clang", "-x", "hip", *FLAGS, *HIP_5, libraries, *resources_flags,
-            "-Wno-linker-warnings"]  # fmt: skip
+    resources_flags = ["-resource-dir", str(resources), "-Wno-linker-warnings"]
+    return [sys.executable, "-m", "ziglang", "clang", "-x", "hip", *FLAGS, *resources_flags]
 
 
-COMPILERS = {"hipcc": hipcc, "clang": clang, "zig": zig}
+def zig_7() -> list[str]:
+    assert HIP_7
+    # The last version that is named is the one that counts.
+    headers = [*HIP_5, "--hip-version=7.1", f"-I{hip_7_headers(HIP_7)}"]
+    return [*zig_clang(), *headers, f"--rocm-device-lib-path={device_libraries(HIP_7)}"]
+
+
+def hip_7_headers(packages: Path) -> Path:
+    """HIP 7.1's headers, in the folder into which pip has put triton 3.9.0."""
+    headers = packages / "triton/backends/amd/include"
+    need(str(headers / "hip/hip_runtime.h"), install="pip install --no-deps --target <folder> triton==3.9.0")
+    return headers
+
+
+COMPILERS = {"hipcc": hipcc, "clang": clang, "zig": zig, "zig, HIP 7": zig_7}
 
 
 @cache

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 from . import code_object as _code_object
-from .machine import Machine, emu
+from .machine import Machine, Tracer, emu
 
 from tinygrad.runtime.autogen import amdgpu_kd  # isort: skip
 from tinygrad.runtime.support.elf import elf_loader  # isort: skip
@@ -39,6 +39,9 @@ launches: list[dict] = []  # a record of each launch, newest last
 # Kernels that were launched and need scratch memory, because they spill. The emulator has one scratch memory for all
 # waves, and stores no 64 bits in it: so these launches fail.
 refused: list[str] = []
+
+
+tracer: Tracer | None = None  # of the launches from now on
 
 
 def backwards() -> bool:
@@ -83,18 +86,26 @@ class CodeObject:
         user_sgprs = self._user_sgprs(
             descriptor.kernel_code_properties, ctypes.addressof(packet), ctypes.addressof(kernarg)
         )
+        entry = self.base + at + descriptor.kernel_code_entry_byte_offset
+        # Arguments that arrive in registers. The first 256 bytes of such a kernel load them, where firmware does not.
+        preload = int.from_bytes(self.image[at + 58 : at + 60], "little")
+        if length := preload & 127:
+            words = struct.unpack_from(f"<{length}I", kernarg, 4 * (preload >> 7))
+            user_sgprs += words
+            entry += 256
         # By itself, the emulator flushes float32 subnormals. The kernel's descriptor says whether it is to.
         keeps_subnormals = (descriptor.compute_pgm_rsrc1 >> 16) & 3 == 3
         emu._get_ftz_lib = (lambda: (None, 0)) if keeps_subnormals else _flushing
         lds, scratch = descriptor.group_segment_fixed_size + dynamic_lds, descriptor.private_segment_fixed_size
         with emu._MXCSRContext():
             counts = self.machine.run(
-                self.base + at + descriptor.kernel_code_entry_byte_offset, grid, block, lds, scratch,
-                descriptor.compute_pgm_rsrc2, user_sgprs, backwards(),
+                entry, grid, block, lds, scratch,
+                descriptor.compute_pgm_rsrc2, user_sgprs, backwards(), tracer,
             )  # fmt: skip
         launches.append(
             dict(kernel=name, grid=tuple(grid), block=tuple(block), lds=lds, scratch=scratch,
-                 instructions=dict(counts), perturbed=self.machine.perturbed)
+                 instructions=dict(counts), perturbed=self.machine.perturbed, meta=meta,
+                 blocks=tracer.take() if tracer else [])
         )  # fmt: skip
 
     @staticmethod

@@ -9,31 +9,18 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import inspect
 import itertools
 import math
-import os
-import re
 import struct
-import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-sys.path.insert(0, os.environ["TINYGRAD"])
-os.environ.setdefault("DEV", "CPU")
-os.environ["CC"] = "clang-19"  # which the tests need anyway; the emulator's own choice is "clang"
+from .corrections import SHADOW, emu, exchanges_lanes
 
-from test.mockgpu.amd import emu
-from tinygrad.device import Buffer, BufferSpec
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.device import Buffer, BufferSpec  # isort: skip
 
 VGPRS = 256  # an operand's number: SGPRs below, VGPRs from here on
 GARBAGE = 0x7FC0_DEAD  # a NaN, and a wild index
-SHADOW = (
-    5  # the slot of a kernel's buffers in which an exchange between lanes finds the registers as they were before it
-)
-
-
 INEXACT = {  # the instructions that are; those that integer division takes are too
     "V_RCP_F32_E32": lambda x: 1 / x,
     "V_RCP_IFLAG_F32_E32": lambda x: 1 / x,
@@ -41,68 +28,31 @@ INEXACT = {  # the instructions that are; those that integer division takes are 
 }
 
 
-def exchanges_lanes(inst) -> bool:
-    return hasattr(type(inst), "dpp") or "PERMLANE" in emu._op_name(inst)
-
-
-def _read_from_shadow(handler):
-    """The emulator does one lane after another, so `v_add_f32_dpp v0, v0, v0` would read what it has just written."""
-
-    def compile_instruction(inst, ctx):
-        sink = handler(inst, ctx)
-        if not exchanges_lanes(inst):
-            return sink
-        shadow = UOp.param(SHADOW, ctx.vgpr.dtype, (256 * ctx.wave_size,))
-        reads = {
-            u: u.replace(src=(u.src[0].replace(src=(shadow, *u.src[0].src[1:])), *u.src[1:]))
-            for u in sink.toposort()
-            if u.op is Ops.LOAD and u.src[0].op is Ops.INDEX and u.src[0].src[0] is ctx.vgpr
-        }
-        return sink.substitute(reads)
-
-    return compile_instruction
-
-
-def _rewritten(function, *changes: tuple[str, str]):
-    """The emulator's function with these patterns replaced in its source."""
-    source = inspect.getsource(function)
-    for pattern, replacement in changes:
-        source, replaced = re.subn(pattern, replacement, source)
-        if not replaced:
-            raise NotImplementedError("another version of tinygrad")
-    exec(compile(source, emu.__file__, "exec"), emu.__dict__)
-    return emu.__dict__[function.__name__]
-
-
-# On RDNA, v128 to v255 of a 16-bit operand name upper halves of v0 to v127. The emulator thinks so of CDNA too.
-_HALVES = (r"bits\['\w+'\] == 16", r"(ctx.wave_size == 32 and \g<0>)")
-# The emulator reads LDS in the lanes that are not active as well, wherever their addresses point.
-_ACTIVE_READS = (r"'_lds': mem, ", r"\g<0>'_active': _lane_active(exec_mask, lane), ")
-_ACTIVE_WRITES = (r"mem\.index\(addr >> addr_shift\)", r"mem.index((addr >> addr_shift).valid(active))")
-_rewritten(emu._load_vsrc0, _HALVES)
-_corrected = {
-    emu._compile_vop12: _rewritten(emu._compile_vop12, _HALVES),
-    emu._compile_mem_op: _rewritten(emu._compile_mem_op, _ACTIVE_READS, _ACTIVE_WRITES),
+# RDNA's instructions that drop or write back what a cache holds: the first word's operation, bytes, name. The
+# emulator has no caches, nor these.
+INVALIDATES = {
+    "rdna3": [(0xE0AC0000, 8, "BUFFER_GL0_INV"), (0xE0B00000, 8, "BUFFER_GL1_INV")],
+    "rdna4": [(0xEE0AC000, 12, "GLOBAL_INV"), (0xEE0B0000, 12, "GLOBAL_WB")],
 }
-for _kind, _handler in list(emu._INST_HANDLERS.items()):
-    emu._INST_HANDLERS[_kind] = _read_from_shadow(_corrected.get(_handler, _handler))
 
 
-def _keeping_nan(to_bfloat16):
-    """The emulator's v_cvt_pk_bf16_f32 adds to the bits without a look, and makes zero of 0x7fffffff."""
+class Trace(Protocol):
+    """What a wave does, instruction by instruction."""
 
-    def convert(value):
-        number = value if value.dtype == emu.dtypes.float32 else value.bitcast(emu.dtypes.float32)
-        return emu._FUNCS["isNAN"](number).where(UOp.const(0x7FC0, emu.dtypes.uint16), to_bfloat16(value))
-
-    return convert
+    def record(self, wave, name: str, inst) -> None:
+        """Takes down an instruction that is about to be executed."""
 
 
-emu._FUNCS["f32_to_bf16"] = _keeping_nan(emu._FUNCS["f32_to_bf16"])
+class Tracer(Protocol):
+    def wants(self, index: int, blocks: int) -> bool:
+        """Whether this one of the grid's blocks is run. The others are not."""
+
+    def start_block(self, isa: str, waves: int) -> list[Trace]:
+        """A trace for each wave."""
 
 
 class _Step(NamedTuple):
-    execute: Callable[..., object]
+    execute: Callable[..., object] | None  # none: nothing to do
     buffers: list[int]
     is_barrier: bool
     exchanges: bool
@@ -110,15 +60,18 @@ class _Step(NamedTuple):
         tuple | None
     )  # a function, its operand's and its result's register: good to one unit in the last place only
     kind: str
+    name: str
+    inst: object
+    size: int = 0  # bytes, of an instruction with nothing to do
 
 
 def classify(name: str) -> str:
     """The unit that an instruction occupies, for the instruction counts."""
     if name.startswith("V_"):
         return "transcendental" if any(s in name for s in ("_RCP_", "_RSQ_", "_SQRT_")) else "vector"
-    if name.startswith(("GLOBAL_LOAD", "FLAT_LOAD")):
+    if name.startswith(("GLOBAL_LOAD", "FLAT_LOAD", "BUFFER_LOAD")):
         return "load"
-    if name.startswith(("GLOBAL_STORE", "FLAT_STORE")):
+    if name.startswith(("GLOBAL_STORE", "FLAT_STORE", "BUFFER_STORE")):
         return "store"
     if name.startswith("DS_"):
         return "lds"
@@ -135,13 +88,19 @@ class Machine:
         self.perturbed = 0  # results in the latest run
 
     def _step(self, pc: int) -> _Step:
+        operation = ctypes.c_uint32.from_address(pc).value & 0xFFFFC000 if pc not in self.steps else 0
+        for bits, size, name in INVALIDATES.get(self.isa, []):
+            if operation == bits:
+                self.steps[pc] = _Step(None, [], False, False, None, "wait", name, None, size)
         if pc not in self.steps:
             (program, runtime), inst = emu._decode_at(pc, self.isa)
             is_barrier = getattr(inst, "op", None) in emu._BARRIER_OPS | emu._BARRIER_SOP1_OPS
             name = emu._op_name(inst)
             kind = classify(name) + (" dpp" if exchanges_lanes(inst) else "")
             inexact = INEXACT.get(name) and (INEXACT[name], inst.src0.offset, inst.vdst.offset - VGPRS)
-            self.steps[pc] = _Step(runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind)
+            self.steps[pc] = _Step(
+                runtime.fxn, program.arg.globals, is_barrier, exchanges_lanes(inst), inexact, kind, name, inst
+            )
         return self.steps[pc]
 
     def run(
@@ -154,8 +113,11 @@ class Machine:
         rsrc2: int,
         user_sgprs: list[int],
         backwards: bool,
+        tracer: Tracer | None = None,
     ):
-        """Runs every block of the grid and returns the wave instructions executed, by kind."""
+        """Runs every block of the grid, or those that the tracer wants, and returns the wave instructions executed, by
+        kind.
+        """
         counts: collections.Counter = collections.Counter()
         self.perturbed = 0
         lds = (ctypes.c_uint32 * max(lds_bytes // 4, 1))()
@@ -164,7 +126,10 @@ class Machine:
         garbage = (ctypes.c_uint32 * (255 * self.wave))(*[GARBAGE] * (255 * self.wave))
         threads = block[0] * block[1] * block[2]
         starts = range(0, threads, self.wave)
-        for z, y, x in itertools.product(range(grid[2]), range(grid[1]), range(grid[0])):
+        blocks = itertools.product(range(grid[2]), range(grid[1]), range(grid[0]))
+        for index, (z, y, x) in enumerate(blocks):
+            if tracer and not tracer.wants(index, math.prod(grid)):
+                continue
             ctypes.memmove(lds, garbage, min(ctypes.sizeof(lds), ctypes.sizeof(garbage)))
             waves = [
                 emu._init_wave(
@@ -172,13 +137,18 @@ class Machine:
                 )
                 for start in (reversed(starts) if backwards else starts)
             ]
+            if self.isa == "rdna4":  # A wave finds its number in the block here. The emulator leaves it zero.
+                for start, wave in zip(reversed(starts) if backwards else starts, waves, strict=True):
+                    wave._write_sgpr(emu.ttmp[8].offset, start // self.wave << 25)
             for wave in waves:
                 ctypes.memmove(wave.vgpr_buf._buf.va_addr + self.wave * 4, garbage, ctypes.sizeof(garbage))  # v1 and up
-            while waves:  # each round takes every wave to its next barrier or its end
-                waves = [w for w in waves if self._to_barrier(w, lds, scratch, shadow, counts)]
+            traces = tracer.start_block(self.isa, len(waves)) if tracer else [None] * len(waves)
+            running = list(zip(waves, traces, strict=True))
+            while running:  # each round takes every wave to its next barrier or its end
+                running = [(w, t) for w, t in running if self._to_barrier(w, t, lds, scratch, shadow, counts)]
         return counts
 
-    def _to_barrier(self, wave, lds, scratch, shadow, counts) -> bool:
+    def _to_barrier(self, wave, trace, lds, scratch, shadow, counts) -> bool:
         registers = wave.vgpr_buf._buf.va_addr
         buffers = [
             wave.sgpr_buf._buf.va_addr,
@@ -194,8 +164,14 @@ class Machine:
             if pc == emu.ENDPGM_PC:
                 return False
             step = self._step(pc)
+            if trace:
+                trace.record(wave, step.name, step.inst)
             if step.exchanges:
                 ctypes.memmove(shadow, registers, ctypes.sizeof(shadow))
+            if step.execute is None:
+                wave.pc = pc + step.size
+                counts[step.kind] += 1
+                continue
             operands = self._operands(wave, step.inexact) if step.inexact else []
             step.execute(*[(with_shadow if step.exchanges else plain)[b] for b in step.buffers])
             for lane, operand in operands:

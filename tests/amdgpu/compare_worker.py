@@ -1,0 +1,167 @@
+"""Runs norms of this library and of peers on one emulated GPU, and prints a line of JSON for each.
+
+python compare_worker.py ARCH LIBRARY CODE_OBJECT|- PEERS COMPOSABLE_KERNEL|- CASES
+
+CASES is JSON, a list of {op, dtype, hidden, rows, implementations}. See compare.py for what comes back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import emulated_triton
+import hipemu
+import oracle
+import peers
+import torch
+from hipemu.tracer import BlockTracer
+from probe import OPERANDS, WHOLE_ROW, Call, Options, Tensor
+from wave_trace import count
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+UNITS = 2  # that the GPU has for peers who ask: blocks that stay, one a unit, soon have several rows
+LOOP_ROWS = (1, 4)  # of each block that stays, in two calls
+LOOP_HEADS = (64, 256)  # the same where a block has many short rows at once
+BLOCKS_STAY = ("aiter Triton", "rms_norm_backward", "gated_rms_norm_backward")  # implementations, operators
+Tensors = dict[str, torch.Tensor]
+
+
+def operand(t: torch.Tensor) -> Tensor:
+    sizes, strides = (ctypes.c_int64 * t.dim())(*t.shape), (ctypes.c_int64 * t.dim())(*t.stride())
+    name = str(t.dtype).removeprefix("torch.").encode()
+    address = ctypes.addressof
+    result = Tensor(t.data_ptr(), address(sizes), address(strides), t.dim(), CODES[t.dtype], name)
+    result.alive = (t, sizes, strides)
+    return result
+
+
+def ours(hip: ctypes.CDLL, op: str) -> Callable[[Tensors], Tensors]:
+    kept: list[torch.Tensor] = []
+    allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+    @allocate
+    def scratch(_, size: int) -> int:
+        kept.append(torch.empty(size + 64, dtype=torch.uint8))
+        return kept[-1].data_ptr() + -kept[-1].data_ptr() % 64
+
+    def run(t: Tensors) -> Tensors:
+        x = t["x"]
+        given = {name: value for name, value in t.items() if name in OPERANDS}
+        results = {"rms_norm": ["out"], "add_rms_norm": ["out", "residual_out"], "gated_rms_norm": ["out"],
+                   "rms_norm_backward": ["dx", "dweight"],
+                   "gated_rms_norm_backward": ["dx", "dgate", "dweight"]}[op]  # fmt: skip
+        made = {name: torch.empty_like(t["weight"] if name == "dweight" else x) for name in results}
+        options = Options(eps=oracle.EPS, gemma="gated" not in op, norm_before_gate=True, group_size=WHOLE_ROW)
+        hip.gemma_norm_op.restype = ctypes.c_void_p
+        call = Call(op=hip.gemma_norm_op(op.encode()), options=options)
+        call.scratch = ctypes.cast(scratch, ctypes.c_void_p)
+        for name, tensor in (given | made).items():
+            call.tensors[OPERANDS.index(name)] = ctypes.pointer(operand(tensor))
+        message = ctypes.create_string_buffer(512)
+        if hip.gemma_norm_hip(ctypes.byref(call), None, message):
+            raise RuntimeError(message.value.decode() or ", ".join(hipemu.refused))
+        return made
+
+    return run
+
+
+def traced(run: Callable[[Tensors], Tensors], t: Tensors, wants: Callable[[int, int], bool]) -> tuple[Tensors, list]:
+    """Results, and a record of each launch."""
+    hipemu.launches.clear()
+    hipemu.tracer = BlockTracer(wants)
+    out = run(t)
+    hipemu.tracer = None
+    return out, list(hipemu.launches)
+
+
+def judge(op: str, t: Tensors, gemma: bool, got: Tensors) -> tuple[dict[str, float], str]:
+    """The largest error of each result in units of the last place, and what the operator rounds. An error of a gradient
+    is measured in units of the largest element's last place of its row, as its terms cancel.
+    """
+    errors = {}
+    for name, want in oracle.expected(op, t, gemma).items():
+        if name.startswith("d"):
+            scale = want.abs().amax(-1, keepdim=True).expand_as(want)
+            error = (got[name].double() - want).abs() / (scale * torch.finfo(got[name].dtype).eps)
+        else:
+            error = oracle.ulps(got[name], want).abs()
+        errors[name] = round(float(error.max()), 2) if error.isfinite().all() else float("inf")
+    return errors, "" if "backward" in op else oracle.rounding(got["out"], t, gemma)
+
+
+def record(launch: dict, rows: int, isa: str) -> dict:
+    """Of the last block that ran."""
+    meta, waves = launch["meta"], launch["blocks"][-1]
+    blocks = launch["grid"][0] * launch["grid"][1]
+    return {
+        "kernel": launch["kernel"], "threads": launch["block"][0], "blocks": blocks, "rows": rows / blocks,
+        "registers": meta[".vgpr_count"], "lds": launch["lds"], "counts": count(waves, isa), "isa": isa,
+        "waves": [[[op.unit, op.width, op.waits, size, fresh] for op, size, fresh in wave] for wave in waves],
+    }  # fmt: skip
+
+
+def is_last_two(index: int, blocks: int) -> bool:
+    """The first of them brings to the cache what all blocks read, the weight."""
+    return index >= blocks - 2
+
+
+def measure(arch: str, run: Callable[[Tensors], Tensors], implementation: str, case: dict) -> dict:
+    op, dtype, hidden, rows = case["op"], DTYPES[case["dtype"]], case["hidden"], case["rows"]
+    isa = hipemu.ARCHES[arch][0]
+    gemma = "gated" not in op and implementation not in peers.PLAIN_WEIGHT
+    if implementation not in BLOCKS_STAY and op not in BLOCKS_STAY:
+        t = oracle.make(op, dtype, rows, hidden)
+        got, launches = traced(run, t, lambda *_: True)
+        errors, rounds = judge(op, t, gemma, got)
+        return {"errors": errors, "rounds": rounds, "launches": [record(x, rows, isa) for x in launches]}
+    # A peer's blocks are as many as units, ours a number of their own. Not all of ours are run, but in the call of few
+    # rows that is only checked.
+    own = implementation == "ours"
+    blocks, wants = (ours_blocks(run, op, dtype, hidden), is_last_two) if own else (UNITS, lambda *_: True)
+    loops = []
+    for rows in LOOP_ROWS if hidden > 1024 else LOOP_HEADS:
+        t = oracle.make(op, dtype, rows * blocks, hidden)
+        got, launches = traced(run, t, wants)
+        loops.append([record(x, rows * blocks, isa) for x in launches])
+    if own:
+        t = oracle.make(op, dtype, 3, hidden)
+        got = run(t)
+    errors, rounds = judge(op, t, gemma, got)
+    return {"errors": errors, "rounds": rounds, "launches": loops[0], "looping": loops[1],
+            "loop_blocks": blocks if own else "units"}  # fmt: skip
+
+
+def ours_blocks(run: Callable[[Tensors], Tensors], op: str, dtype: torch.dtype, hidden: int) -> int:
+    """How many blocks a backward operator has at most."""
+    return traced(run, oracle.make(op, dtype, 4096, hidden), lambda index, _: not index)[1][0]["grid"][0]
+
+
+def main(arch: str, library: str, code_object: str, folder: str, composable: str, cases: str) -> None:
+    hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
+    peers.find_in(Path(folder))
+    emulated_triton.pretend(arch, UNITS)
+    for case in json.loads(cases):
+        functions = {"ours": ours(hip, case["op"])} | peers.RUN[case["op"]]
+        if composable != "-":
+            import composable_kernel
+
+            functions |= composable_kernel.functions(composable, case["op"], case["dtype"], case["hidden"])
+        for name, run in functions.items():
+            if name not in case["implementations"]:
+                continue
+            try:
+                result = measure(arch, run, name, case)
+            except Exception as error:
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps({"arch": arch, **case, "implementation": name, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

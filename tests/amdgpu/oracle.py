@@ -1,0 +1,92 @@
+"""The operators in float64, and what a result rounds: which of several ways to compute it gives the same numbers."""
+
+from __future__ import annotations
+
+import torch
+
+EPS = 1e-6
+Tensors = dict[str, torch.Tensor]
+
+
+def make(op: str, dtype: torch.dtype, rows: int, hidden: int) -> Tensors:
+    """Numbers with a few large ones, as activations have; weights around zero."""
+    random = torch.Generator().manual_seed(hidden + rows)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    t = {"x": normal(rows, hidden) * torch.exp(normal(rows, 1)), "weight": 0.3 * normal(hidden)}
+    if op == "add_rms_norm":
+        t["residual"] = normal(rows, hidden)
+    if "gated" in op:
+        t["gate"] = normal(rows, hidden)
+    if "backward" in op:
+        t["dout"] = normal(rows, hidden)
+    t = {name: value.to(dtype) for name, value in t.items()}
+    if "backward" in op:
+        t["rstd"] = torch.rsqrt(t["x"].double().square().mean(-1) + EPS).float()
+    return t
+
+
+def expected(op: str, t: Tensors, gemma: bool) -> Tensors:
+    """In float64, rounded nowhere but the sum of x and residual, which is an output too."""
+    d = {name: value.double() for name, value in t.items()}
+    scale = d["weight"] + 1 if gemma else d["weight"]
+    s = d["x"]
+    result = {}
+    if op == "add_rms_norm":
+        result["residual_out"] = s + d["residual"]
+        s = result["residual_out"].to(t["x"].dtype).double()
+    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)
+    if "backward" not in op:
+        out = s * rstd * scale
+        result["out"] = out * torch.nn.functional.silu(d["gate"]) if "gated" in op else out
+        return result
+    dout = d["dout"]
+    normalised = s * rstd
+    if "gated" in op:
+        logistic = torch.sigmoid(d["gate"])
+        result["dgate"] = dout * normalised * scale * logistic * (1 + d["gate"] * (1 - logistic))
+        dout = dout * d["gate"] * logistic
+    result["dweight"] = (dout * normalised).sum(0)
+    g = dout * scale
+    result["dx"] = rstd * (g - normalised * (g * normalised).mean(-1, keepdim=True))
+    return result
+
+
+def ulps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """How far a result is from the exact one, in units of the last place of its dtype, with sign: positive is further
+    from zero.
+    """
+    info = torch.finfo(got.dtype)
+    exponent = torch.floor(torch.log2(want.abs().clamp(min=info.tiny)))
+    return (got.double() - want) * torch.sign(want) / (torch.exp2(exponent) * info.eps)
+
+
+def truncated(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The lower bits cut off, where the dtype is the upper half of float32."""
+    if dtype != torch.bfloat16:
+        return value.to(dtype)
+    return (value.float().view(torch.int32) & -65536).view(torch.float32).to(dtype)
+
+
+def ways(t: Tensors, gemma: bool) -> dict[str, torch.Tensor]:
+    """Results of a forward norm that rounds more, or otherwise, than once at the end."""
+    x, weight = t["x"], t["weight"]
+    scale = weight.double() + 1 if gemma else weight.double()
+    exact = x.double() + t["residual"].double() if "residual" in t else x.double()
+    found = {}
+    for name, s in {"": exact.to(x.dtype).double(), ", of the sum before it is rounded": exact}.items():
+        rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)
+        last = torch.nn.functional.silu(t["gate"].double()) if "gate" in t else 1.0
+        found["once" + name] = (s * rstd * scale * last).to(x.dtype)
+        found["truncates" + name] = truncated(s * rstd * scale * last, x.dtype)
+        found["the normalised x too" + name] = ((s * rstd).to(x.dtype).double() * scale * last).to(x.dtype)
+    return found
+
+
+def rounding(got: torch.Tensor, t: Tensors, gemma: bool) -> str:
+    """Which way fits best, and how many results of a thousand are other numbers than its."""
+    other = {name: float((got != result).double().mean()) for name, result in ways(t, gemma).items()}
+    best = min(other, key=lambda name: other[name])
+    return f"{best} ({1000 * other[best]:.0f} ‰ differ)" if other[best] > 0.0005 else best
