@@ -37,6 +37,7 @@ enum Operand : int32_t {
   kResidual,     // [..., hidden]
   kPost,         // [..., hidden]; post_residual_addition in Python
   kGate,         // [..., hidden]
+  kPostWeight,   // [hidden]; the weight of x's own norm, which comes before the addition
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
   // Gradients. d<operand> is the gradient of <operand>.
@@ -48,9 +49,9 @@ enum Operand : int32_t {
   kOperands,
   kNoOperand = -1
 };
-constexpr const char* kOperandNames[kOperands] = {"x",    "weight", "residual",     "post_residual_addition",
-                                                  "gate", "out",    "residual_out", "dout",
-                                                  "dsum", "dx",     "dgate",        "dweight"};
+constexpr const char* kOperandNames[kOperands] = {
+    "x",  "weight", "residual", "post_residual_addition", "gate", "post_weight", "out", "residual_out", "dout", "dsum",
+    "dx", "dgate",  "dweight"};
 
 constexpr int64_t kWholeRow = INT64_MAX;
 

@@ -23,9 +23,24 @@ HEAD = """# API
 Made from the docstrings by `make docs`; change those. [usage.md](usage.md) introduces, [contract.md](contract.md) says
 what is computed. `gemma_norm.__version__` is the version.
 """
-FUNCTIONS = ("rms_norm", "add_rms_norm", "fused_add_rms_norm", "gated_rms_norm")
+FUNCTIONS = (
+    "rms_norm",
+    "add_rms_norm",
+    "fused_add_rms_norm",
+    "gated_rms_norm",
+    "rms_norm_add_rms_norm",
+    "fused_rms_norm_add_rms_norm",
+)
 CLASSES = ("RMSNorm", "GemmaRMSNorm", "GatedRMSNorm")
-DEFINITIONS = ("rms_norm", "add_rms_norm", "gated_rms_norm", "oracle", "ulp_error", "max_ulp_error")
+DEFINITIONS = (
+    "rms_norm",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "rms_norm_add_rms_norm",
+    "oracle",
+    "ulp_error",
+    "max_ulp_error",
+)
 
 
 def page() -> str:

@@ -52,6 +52,7 @@ constexpr OperandRule like_x(Operand operand, DTypes dtypes = DTypes::kLikeX) {
 constexpr OperandRule output(Operand operand, Use use, Operand in_place_of, DTypes dtypes = DTypes::kLikeX) {
   return {operand, Extent::kLikeX, dtypes, use, in_place_of};
 }
+constexpr OperandRule like_weight(Operand operand) { return {operand, Extent::kHidden, DTypes::kLikeWeight}; }
 constexpr OperandRule new_like_weight(Operand operand) {
   return {operand, Extent::kHidden, DTypes::kLikeWeight, Use::kNew};
 }

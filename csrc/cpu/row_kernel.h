@@ -4,6 +4,7 @@
 // There are two passes over each row. The second finds the row in the cache.
 //
 //   statistics  computes s, stores it unless it is x itself, and computes rstd = 1 / sqrt(mean(s^2) + eps)
+//               (if x itself is normalised first, once before that for x)
 //   normalize   computes y, the operator's formula of s, rstd and weight + offset
 //
 // A thread with many rows interleaves the second pass over a row with the first pass over the next row. Memory is then
@@ -128,9 +129,9 @@ class Normalizer {
 
 // --- Both passes
 
-template <class C>
+template <class C, bool kOfX = C::kIsX>
 float statistics(const RowParams& p, const RowPointers<C>& row, bool nontemporal) {
-  Squares<C> squares(p, row, nontemporal);
+  Squares<C, kOfX> squares(p, row, nontemporal);
   const int64_t i = each_step(p.hidden, [&](int64_t i) { squares.add_step(i); }, [&] { squares.end_chunk(); });
   if (i < p.hidden) squares.add_rest(i, p.hidden - i);
   return squares.rstd();
@@ -178,6 +179,7 @@ void run_few(const RowParams& p, Factors factors, typename C::S* sum, bool nonte
     RowPointers<C> row = cursor.next();
     row.sum = row.residual_out;
     if constexpr (C::kGatesX) row.sum = sum;
+    if constexpr (C::kNormsX) row.x_rstd = statistics<C, true>(p, row, false);
     normalize<C>(p, factors, row, statistics<C>(p, row, false), nontemporal);
   }
 }
@@ -195,8 +197,10 @@ void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool n
     return row;
   };
   RowPointers<C> row = take(begin), next = take(begin + 1);
+  if constexpr (C::kNormsX) row.x_rstd = statistics<C, true>(p, row, nontemporal);
   float rstd = statistics<C>(p, row, nontemporal);
   for (; begin + 1 < end; ++begin) {
+    if constexpr (C::kNormsX) next.x_rstd = statistics<C, true>(p, next, nontemporal);
     const RowPointers<C> after = take(begin + 2);  // may be another thread's row; it is then only prefetched
     RowPointers<C> ahead = after;
     ahead.out = next.out;

@@ -39,7 +39,8 @@ struct Choice {
   static constexpr bool kRoundEachStep = Variant::kRoundEachStep, kHasWeight = Variant::kHasWeight;
   using Source = typename Form::Source;
   static constexpr bool kIsX = std::is_same_v<Source, InputSource>;  // s is x itself, so nothing need store it
-  static constexpr bool kHasResidual = std::is_same_v<Source, ResidualSource>;
+  static constexpr bool kNormsX = Form::kNormsX;                     // before the residual is added
+  static constexpr bool kHasResidual = std::is_same_v<Source, ResidualSource> || kNormsX;
   static constexpr bool kGatesX = std::is_same_v<Source, GatedSource>;
 };
 
@@ -50,7 +51,9 @@ struct RowPointers {
   using S = typename C::S;
   X *x = nullptr, *gate = nullptr, *out = nullptr;
   S *residual = nullptr, *post = nullptr, *residual_out = nullptr;
+  typename C::W* post_weight = nullptr;
   S* sum = nullptr;    // the first pass stores s here for the second: residual_out or a buffer; null: it does not
+  float x_rstd = 0;    // the rstd of x, if x is normalised before the residual is added
   int64_t weight = 0;  // the index of the row's first weight: 0, but for a group that of the group's first element
 
   // Calls visit(operand, pointer) for the operator's operands with rows, and visit(kWeight, weight) if it has groups.
@@ -62,6 +65,7 @@ struct RowPointers {
     visit_if<kResidual>(visit, residual);
     visit_if<kPost>(visit, post);
     visit_if<kResidualOut>(visit, residual_out);
+    visit_if<kPostWeight>(visit, post_weight);
     if constexpr (C::Form::kGroups) visit(kWeight, weight);
   }
 

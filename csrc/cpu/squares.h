@@ -6,6 +6,7 @@
 #include "../core/row_params.h"
 #include "../device/exponential.h"
 #include "rows.h"
+#include "weights.h"
 
 namespace gemma_norm {
 namespace {
@@ -43,6 +44,20 @@ template <class C>
   return formulas::sigmoid_unless_nan<V>(g) * (p.sigmoid ? V::one_unless_nan(g) : g);
 }
 
+// The norm of x that comes before the addition, for kLanes elements from i on. It has the bits of rms_norm.
+template <class C>
+[[gnu::always_inline]] inline typename C::V normed_x(const RowParams& p, const RowPointers<C>& row, int64_t i) {
+  using V = typename C::V;
+  using X = typename C::X;
+  const StoredWeights<X, typename C::W> weights{row.post_weight, p.weight_offset};
+  const auto round = [](const V& v) {
+    if constexpr (C::kRoundEachStep) return rounded<V, X>(v);
+    return v;
+  };
+  const V factor = weights.template at<V>(i);
+  return rounded<V, X>(C::Form::Formula::apply(V::load(row.x + i), V::broadcast(row.x_rstd), factor, round));
+}
+
 // Computes s for kLanes elements from i on and stores it in `sum`; with `nontemporal` also in residual_out, around the
 // caches.
 template <class C>
@@ -50,12 +65,16 @@ template <class C>
                                              typename C::S* sum, bool nontemporal) {
   using V = typename C::V;
   using S = typename C::S;
-  const V x = V::load(row.x + i);
   if constexpr (C::kGatesX) {
+    const V x = V::load(row.x + i);
     (row.gate ? x * activation<C>(p, row.gate + i) : x).store(sum);
   } else {
-    V r = V::load(row.residual + i);
+    V r = V::load(row.residual + i), x;
     if (row.post) r = rounded<V, S>(r + V::load(row.post + i));
+    if constexpr (C::kNormsX)
+      x = normed_x<C>(p, row, i);
+    else
+      x = V::load(row.x + i);
     const V s = x + r;
     s.store(sum);
     if (C::V::kHasNontemporalStores && nontemporal) s.store_nontemporal(row.residual_out + i);
@@ -73,6 +92,7 @@ template <class C>
   } else {
     X x[kStep] = {}, gate[kStep] = {};
     S residual[kStep] = {}, post[kStep] = {};
+    typename C::W post_weight[kStep] = {};
     RowPointers<C> padded;
     padded.x = x;
     copy(x, row.x + i, rest);
@@ -88,8 +108,16 @@ template <class C>
         copy(post, row.post + i, rest);
         padded.post = post;
       }
+      if constexpr (C::kNormsX) {
+        copy(post_weight, row.post_weight + i, rest);
+        padded.post_weight = post_weight;
+        padded.x_rstd = row.x_rstd;
+      }
     }
     for (int k = 0; k < kStep; k += kLanes) store_sum<C>(p, padded, k, sum + k, false);
+    // Where x_rstd is infinite, the norm of the zeros behind the row is NaN.
+    if constexpr (C::kNormsX)
+      for (int64_t k = rest; k < kStep; ++k) sum[k] = S{};
     if (row.sum) copy(row.sum + i, sum, rest);
     if constexpr (C::kHasResidual) copy(row.residual_out + i, sum, rest);
   }
@@ -127,12 +155,12 @@ struct LaneSum<BFloat16> {
   }
 };
 
-// Adds up the squares of a row: first in chunks, then the sums of the chunks, because the rounding errors of one long
-// chain of additions would be larger.
-template <class C>
+// Adds up the squares of a row of s, or with kOfX of x: first in chunks, then the sums of the chunks, because the
+// rounding errors of one long chain of additions would be larger.
+template <class C, bool kOfX = C::kIsX>
 class Squares {
   using V = typename C::V;
-  using S = typename C::S;
+  using S = std::conditional_t<kOfX, typename C::X, typename C::S>;
   using Sums = LaneSum<S>;
 
  public:
@@ -145,7 +173,7 @@ class Squares {
   }
 
   [[gnu::always_inline]] void add_step(int64_t i) {
-    if constexpr (C::kIsX) {
+    if constexpr (kOfX) {
       add(row_.x + i);
     } else {
       S local[kStep];
@@ -162,7 +190,10 @@ class Squares {
   }
   [[gnu::always_inline]] void add_rest(int64_t i, int64_t rest) {
     S sum[kStep] = {};
-    rest_of_sum<C>(p_, row_, i, rest, sum);
+    if constexpr (kOfX)
+      copy(sum, row_.x + i, rest);
+    else
+      rest_of_sum<C>(p_, row_, i, rest, sum);
     add(sum);
     end_chunk();
   }

@@ -20,18 +20,24 @@ struct Kernel {
 
 // The kernel of entry `kRow` of kKernels (tuning.h), or none if no plan can choose that entry. Accessing single
 // elements takes registers, and a kernel that holds many vectors as well would spill some. Unaligned rows that need
-// more than a wave are therefore read in two passes, in the same shape and hence with the same result.
+// more than a wave are therefore read in two passes, in the same shape and hence with the same result. Where x has a
+// norm of its own, so are those that need four vectors of a wave, and the longest rows, for which a thread has only 64
+// registers.
 template <class V, bool kAligned, size_t kRow>
 constexpr Kernel make_kernel() {
   constexpr KernelTuning kTuning = kKernels[kRow];
   constexpr Scope kScope = kTuning.scope;
   constexpr int kVectors = kTuning.vectors, kThreads = kTuning.max_block_threads;
   constexpr bool kSpreadOnly = kTuning.row_vectors == 0;  // only aligned rows are spread
+  constexpr bool kHolds = kAligned ? kScope != Scope::kTwoPasses && !(V::Form::kNormsX && kThreads == kMaxBlockThreads)
+                                   : kScope == Scope::kWave && !(V::Form::kNormsX && kVectors > 2);
   if constexpr (((kScope == Scope::kCluster || kSpreadOnly) && !device::kHasClusters) ||
                 kResidentThreads<V, kRow> == 0 || (kSpreadOnly && !kAligned)) {
     return {};
-  } else if constexpr (kScope == Scope::kWave || (kAligned && kScope != Scope::kTwoPasses)) {
+  } else if constexpr (kHolds) {
     return {&normalize_rows<V, kScope, kVectors, kThreads, kAligned>, kAligned ? kResidentThreads<V, kRow> : kThreads};
+  } else if constexpr (kScope == Scope::kWave) {
+    return {&normalize_in_two_passes<V, kScope, kThreads, kAligned>, kThreads};
   } else {
     constexpr Scope kTwoPassScope = kScope == Scope::kCluster ? kScope : Scope::kTwoPasses;
     constexpr int kTwoPassThreads = kScope == Scope::kCluster || kThreads > 512 ? 1024 : 512;

@@ -62,8 +62,8 @@ struct SourceOf<InputSource, V, kVectors, Order, kReuse> {
   }
 };
 
-template <class V, int kVectors, class Order, Reuse kReuse>
-struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
+template <class V, int kVectors, class Order, bool kTakesPost>
+struct SumSource {
   using X = typename V::X;
   using S = typename V::S;
   static constexpr int kCount = kItems<S>;
@@ -73,7 +73,7 @@ struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
   const RowParams& p;
   using Second = Vector16;
 
-  GEMMA_NORM_DEVICE SourceOf(const RowParams& p, const RowIndex& row, int start)
+  GEMMA_NORM_DEVICE SumSource(const RowParams& p, const RowIndex& row, int start)
       : x(row.pointer<X>(p, kX, start)),
         residual(row.pointer<S>(p, kResidual, start)),
         post(row.pointer<S>(p, kPost, start)),
@@ -99,7 +99,7 @@ struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
   GEMMA_NORM_DEVICE void sum(Vector16 (&s)[kVectors], Second (&r)[kVectors], const First& first, int step, End end,
                              const BeforeStores& before_stores) const {
     if constexpr (Order::kWholeRows) {
-      if (p.data[kPost]) {
+      if (kTakesPost && p.data[kPost]) {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k)
           r[k] = add_rounded<S, S>(r[k], load_items<kAligned, Reuse::kNone, kCount>(post, first(k), step, end));
@@ -118,7 +118,7 @@ struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
         if (k % kBatch == 0) {
           for (int i = k; i < k + kBatch; ++i) {
             r[i] = load_items<kAligned, Reuse::kNone, kCount>(residual, first(i), step, end);
-            if (p.data[kPost])
+            if (kTakesPost && p.data[kPost])
               r[i] = add_rounded<S, S>(r[i], load_items<kAligned, Reuse::kNone, kCount>(post, first(i), step, end));
           }
           for (int i = k; i < k + kBatch; ++i) {
@@ -137,6 +137,17 @@ struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> {
   GEMMA_NORM_DEVICE Vector16 read_again(Index first, int step, End end) const {  // the thread wrote these itself
     return load_items<kAligned, Reuse::kNone, kCount>(residual_out, first, step, end);
   }
+};
+
+template <class V, int kVectors, class Order, Reuse kReuse>
+struct SourceOf<ResidualSource, V, kVectors, Order, kReuse> : SumSource<V, kVectors, Order, true> {
+  using SumSource<V, kVectors, Order, true>::SumSource;
+};
+
+// Between load() and sum(), the kernel replaces the vectors of x by those of its norm.
+template <class V, int kVectors, class Order, Reuse kReuse>
+struct SourceOf<NormedResidualSource, V, kVectors, Order, kReuse> : SumSource<V, kVectors, Order, false> {
+  using SumSource<V, kVectors, Order, false>::SumSource;
 };
 
 template <class V, int kVectors, class Order, Reuse kReuse>
@@ -239,7 +250,7 @@ GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
 
 // --- Finishes
 
-// out = round(Formula(s, rstd, weight + offset)).
+// out = round(Formula(s, rstd, weight + offset)). The norm that x may have of its own is the same with post_weight.
 template <class V>
 struct FinishOf {
   using Formula = typename V::Form::Formula;
@@ -254,6 +265,7 @@ struct FinishOf {
 
   X* out;
   const W* weight;
+  const W* post_weight = nullptr;
   const X* gate = nullptr;
   const RowParams& p;
   struct WeightVectors {
@@ -271,6 +283,7 @@ struct FinishOf {
   GEMMA_NORM_DEVICE FinishOf(const RowParams& p, const RowIndex& row, int start)
       : out(row.pointer<X>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {
     if constexpr (V::Form::kGroups) weight = row.pointer<W>(p, kWeight, start);
+    if constexpr (V::Form::kNormsX) post_weight = static_cast<const W*>(p.data[kPostWeight]) + start;
     if constexpr (Formula::kGated) gate = row.pointer<X>(p, kGate, start);
   }
 
@@ -291,7 +304,7 @@ struct FinishOf {
   }
 
   template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void load(HeldWeights& w, Index first, int step, End end) const {
+  GEMMA_NORM_DEVICE static void load(HeldWeights& w, const W* weight, Index first, int step, End end) {
     if constexpr (V::kHasWeight) {
 #pragma unroll
       for (int i = 0; i < kWeightVectors; ++i)
@@ -308,9 +321,7 @@ struct FinishOf {
     }
   }
 
-  template <bool kAligned, class Index, class End>
-  GEMMA_NORM_DEVICE void store(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd, Index first, int step,
-                               End end) const {
+  GEMMA_NORM_DEVICE Vector16 norm(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd) const {
     float y[kCount], f[kCount];
     unpack_items<S>(s, y);
     if constexpr (V::kHasWeight) {
@@ -336,7 +347,12 @@ struct FinishOf {
       else
         y[i] = Formula::apply(y[i], rstd, f[i], round);
     }
-    store_items<kAligned, kCount>(out, first, step, end, pack_items<X>(y));
+    return pack_items<X>(y);
+  }
+  template <bool kAligned, class Index, class End>
+  GEMMA_NORM_DEVICE void store(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd, Index first, int step,
+                               End end) const {
+    store_items<kAligned, kCount>(out, first, step, end, norm(s, w, gate, rstd));
   }
 };
 

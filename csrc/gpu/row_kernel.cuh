@@ -1,6 +1,7 @@
 // The kernels. Each puts the parts of an operator (policies.cuh) one after the other:
 //
 //   source      s, such as round(x + residual), which is also stored
+//               (where x has a norm of its own, that comes first, with a statistic of its own)
 //   statistic   rstd = 1 / sqrt(mean(s^2) + eps)
 //   finish      y, from s, rstd, the weight and the gate
 //
@@ -19,9 +20,13 @@ template <class V>
 constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
 constexpr Held kHeld = V::Form::kGated     ? Held::kRowAndGates
+                       : V::Form::kNormsX  ? Held::kTwoRowsTwoWeights
                        : V::Form::kTwoRows ? Held::kTwoRows
                        : kWideWeights<V>   ? Held::kRowWideWeights
                                            : Held::kRow;
+// Of the numbers that the threads of a row exchange: those of x, if it has a norm of its own, and those of s.
+template <class V>
+constexpr int kExchanges = V::Form::kNormsX ? 2 : 1;
 template <class V, int kRow>
 constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<V>)];
 
@@ -64,7 +69,7 @@ normalize_rows(RowParams p, Launch launch) {
   using Source = SourceOf<typename V::Form::Source, V, kVectors, Order, Reuse::kNone>;
   using Finish = FinishOf<V>;
 
-  open_exchanges<kScope, SquareSum<S>::kNumbers>();
+  open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
   const Place<kScope, kPairs> place(p, launch);
   // A thread that owns no part of a row still takes part in the exchanges.
   const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
@@ -80,10 +85,10 @@ normalize_rows(RowParams p, Launch launch) {
   Vector16 s[kVectors];
   typename Source::Second second[kVectors];
   typename Finish::Gate gate[kVectors];
-  typename Finish::HeldWeights w[kVectors];
+  typename Finish::HeldWeights w[kVectors], post_w[kVectors];
   const auto load_weights = [&](auto end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) finish.template load<kAligned>(w[k], first(k), step, end);
+    for (int k = 0; k < kVectors; ++k) finish.template load<kAligned>(w[k], finish.weight, first(k), step, end);
   };
   const auto load = [&](auto end) {
     source.template load<kAligned>(s, second, first, step, end);
@@ -91,11 +96,16 @@ normalize_rows(RowParams p, Launch launch) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) finish.template load_gate<kAligned>(gate[k], first(k), step, end);
     }
+    if constexpr (V::Form::kNormsX && Order::kEarlyPostWeights) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k)
+        finish.template load<kAligned>(post_w[k], finish.post_weight, first(k), step, end);
+    }
     if constexpr (Order::kEarlyWeights && !Order::kWeightsAfterRows) load_weights(end);
   };
 
   // Nothing above reads memory that the previous kernel may have written.
-  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.gate);
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.post_weight, finish.gate);
   // Overlapped launches: from here on the blocks of the next kernel may start; they stop at their own
   // wait_for_previous_kernel(). They are allowed this early only if a second grid of this size fits on the GPU as well.
   // Otherwise its first blocks would crowd some multiprocessors, so they are allowed after the exchange.
@@ -104,6 +114,29 @@ normalize_rows(RowParams p, Launch launch) {
     load(NoEnd{});  // without conditions, so that the loads go out back to back
   } else {
     load(end);
+  }
+  if constexpr (V::Form::kNormsX) {
+    SquareSum<S> squares;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      squares.add(s[k]);
+      if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
+    }
+    float sums[SquareSum<S>::kNumbers];
+    squares.total(sums);
+    sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, 0);
+    const float rstd = reciprocal_std<Order::kQuickRoot>(sums[0], p);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (Order::kNormOneByOne && !Source::kSumsBeforeStores && !(first(k) < end)) break;
+      if constexpr (!Order::kEarlyPostWeights) {
+        if (k % Order::kPostBatch == 0)
+          for (int i = k; i < k + Order::kPostBatch; ++i)
+            finish.template load<kAligned>(post_w[i], finish.post_weight, first(i), step, end);
+      }
+      s[k] = finish.norm(s[k], post_w[k], gate[k], rstd);
+      if constexpr (Order::kKeepPacked) device::keep_packed(&s[k]);
+    }
   }
   source.template sum<kAligned>(s, second, first, step, end, [&] {
     if constexpr (Order::kEarlyWeights) {
@@ -130,7 +163,7 @@ normalize_rows(RowParams p, Launch launch) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) finish.activate_gate(gate[k]);
   }
-  sum_over_row<kScope, kThreads>(sums, launch);
+  sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, kExchanges<V> - 1);
   device::allow_next_kernel();
   const float rstd = reciprocal_std<Order::kQuickRoot>(sums[0], p);
 
@@ -140,7 +173,7 @@ normalize_rows(RowParams p, Launch launch) {
     if constexpr (!Order::kEarlyWeights) {
       if (k % Order::kBatch == 0)  // in batches, since the compiler moves no load up past a store
         for (int i = k; i < k + Order::kBatch; ++i) {
-          finish.template load<kAligned>(w[i], first(i), step, end);
+          finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
           if constexpr (!Order::kWholeRows) finish.template load_gate<kAligned>(gate[i], first(i), step, end);
         }
     }
@@ -150,23 +183,38 @@ normalize_rows(RowParams p, Launch launch) {
 }
 
 // Normalises rows in two passes: the first reads a row for the sum of squares, the second reads it again for the
-// output, from the cache if it is still there. For rows that are too large for the registers of a block, and for
-// unaligned ones. A row has a block, or a cluster of blocks if kScope is kCluster.
+// output, from the cache if it is still there. Where x has a norm of its own, a pass over x comes before. For rows that
+// are too large for the registers of a block, and for unaligned ones. A row has a block, or what kScope says: a cluster
+// of blocks, or a power of two of lanes of a wave.
 template <class V, Scope kScope, int kThreads, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, 1)
 normalize_in_two_passes(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;
   using S = typename V::S;
-  open_exchanges<kScope, SquareSum<S>::kNumbers>();
+  open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
   const Place<kScope> place(p, launch);
   const int step = item_step(launch);
-  const int64_t end = place.slot < launch.slots ? p.hidden : 0;
-  const RowIndex row(p, place.row);
+  const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
+  const int64_t end = active ? p.hidden : 0;
+  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);
   using Source = SourceOf<typename V::Form::Source, V, 1, TwoPassOrder, Reuse::kSome>;
   using Finish = FinishOf<V>;
   const Source source(p, row, 0);
   const Finish finish(p, row, 0);
-  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.gate);
+  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.post_weight, finish.gate);
+
+  float x_rstd = 1.0f;
+  if constexpr (V::Form::kNormsX) {
+    SquareSum<S> squares;
+    for (int k = 0; k < launch.vectors; ++k) {
+      const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);
+      squares.add(load_items<kAligned, Reuse::kSome, kItems<S>>(source.x, first, step, end));
+    }
+    float sums[SquareSum<S>::kNumbers];
+    squares.total(sums);
+    sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, 0);
+    x_rstd = reciprocal_std<false>(sums[0], p);
+  }
 
   SquareSum<S> squares;
   for (int k = 0; k < launch.vectors; ++k) {
@@ -174,12 +222,17 @@ normalize_in_two_passes(RowParams p, Launch launch) {
     Vector16 s[1];
     typename Source::Second second[1];
     source.template load<kAligned>(s, second, first, step, end);
+    if constexpr (V::Form::kNormsX) {
+      typename Finish::HeldWeights w;
+      finish.template load<kAligned>(w, finish.post_weight, first(0), step, end);
+      s[0] = finish.norm(s[0], w, {}, x_rstd);
+    }
     source.template sum<kAligned>(s, second, first, step, end, [] {});
     squares.add(s[0]);
   }
   float sums[SquareSum<S>::kNumbers];
   squares.total(sums);
-  sum_over_row<kScope, kThreads>(sums, launch);
+  sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, kExchanges<V> - 1);
   device::allow_next_kernel();
   const float rstd = reciprocal_std<false>(sums[0], p);
 
@@ -188,7 +241,7 @@ normalize_in_two_passes(RowParams p, Launch launch) {
     typename Finish::Gate gate;
     typename Finish::HeldWeights w;
     finish.template load_gate<kAligned>(gate, first, step, end);
-    finish.template load<kAligned>(w, first, step, end);
+    finish.template load<kAligned>(w, finish.weight, first, step, end);
     finish.activate_gate(gate);
     const Vector16 s = source.template read_again<kAligned>(first, step, end);
     finish.template store<kAligned>(s, w, gate, rstd, first, step, end);

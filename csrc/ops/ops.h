@@ -4,6 +4,7 @@
 #include "gated_rms_norm.h"
 #include "gated_rms_norm_backward.h"
 #include "rms_norm.h"
+#include "rms_norm_add_rms_norm.h"
 #include "rms_norm_backward.h"
 
 namespace gemma_norm {
@@ -49,8 +50,8 @@ struct OpList {
   }
 };
 
-using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm>;
-using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormBackward, GatedRmsNormBackward>;
+using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm>;
+using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormBackward, GatedRmsNormBackward>;
 
 // Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);

@@ -9,17 +9,23 @@ namespace gemma_norm {
 
 // s = x.
 struct InputSource {
-  static constexpr bool kTwoRows = false;
+  static constexpr bool kTwoRows = false, kNormsX = false;
 };
 
 // s = round(x + residual), or round(x + round(residual + post)) if the call has a post. It is stored in residual_out.
 struct ResidualSource {
-  static constexpr bool kTwoRows = true;
+  static constexpr bool kTwoRows = true, kNormsX = false;
+};
+
+// s = round(n + residual), where n = round(Formula(x, rstd(x), post_weight)), the norm of x. It is stored in
+// residual_out. A row has two exchanges: the squares of x, then those of s. s has x's dtype.
+struct NormedResidualSource {
+  static constexpr bool kTwoRows = true, kNormsX = true;
 };
 
 // s = x * activation(gate) in float32, or x if the call has no gate. It is not stored.
 struct GatedSource {
-  static constexpr bool kTwoRows = true;
+  static constexpr bool kTwoRows = true, kNormsX = false;
 };
 
 // V is a float (an element in a GPU's lane) or a vector of floats (on a CPU). Each operation is rounded as IEEE 754

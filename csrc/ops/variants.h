@@ -15,6 +15,7 @@ struct Form {
   using Source = Source_;
   using Formula = Formula_;
   static constexpr bool kTwoRows = Source::kTwoRows;
+  static constexpr bool kNormsX = Source::kNormsX;  // x has a norm of its own, with a weight of its own
   static constexpr bool kGated = Formula::kGated || std::is_same_v<Source, GatedSource>;
   static constexpr bool kFloat32Rows = false;  // s is float32 even if x is not
   static constexpr bool kTakesFloat32 = true;  // x may be float32

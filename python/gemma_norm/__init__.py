@@ -15,6 +15,7 @@ from ._build_info import VERSION as __version__  # noqa: E402
 from ._library import Library, libraries  # noqa: E402
 from ._ops.gated_rms_norm import gated_rms_norm  # noqa: E402
 from ._ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
+from ._ops.rms_norm_add_rms_norm import fused_rms_norm_add_rms_norm, rms_norm_add_rms_norm  # noqa: E402
 from .gated_module import GatedRMSNorm  # noqa: E402
 from .module import GemmaRMSNorm, RMSNorm  # noqa: E402
 
@@ -26,8 +27,10 @@ __all__ = [
     "__version__",
     "add_rms_norm",
     "fused_add_rms_norm",
+    "fused_rms_norm_add_rms_norm",
     "gated_rms_norm",
     "libraries",
     "reference",
     "rms_norm",
+    "rms_norm_add_rms_norm",
 ]

@@ -34,6 +34,7 @@ class DTypes(Enum):
     X_OR_FLOAT32 = "x's or float32"
     WEIGHT = "x's or float32; if x is float32, any of FLOAT"
     LIKE_RESIDUAL = "residual's"
+    LIKE_WEIGHT = "weight's"
     X_OR_NARROWER = "x's; if x is float32, any of FLOAT"
 
 
@@ -51,6 +52,7 @@ RESIDUAL = Rule(Extent.LIKE_X, DTypes.X_OR_FLOAT32)
 OPTIONAL_LIKE_RESIDUAL = Rule(Extent.LIKE_X, DTypes.LIKE_RESIDUAL, optional=True)
 WEIGHT = Rule(Extent.HIDDEN, DTypes.WEIGHT)
 OPTIONAL_WEIGHT = WEIGHT._replace(optional=True)
+LIKE_WEIGHT = Rule(Extent.HIDDEN, DTypes.LIKE_WEIGHT)
 
 
 class Described(Protocol):
@@ -225,6 +227,9 @@ def _check_dtype(op: str, name: str, t: Tensor, dtypes: DTypes, tensors: Mapping
     elif dtypes is DTypes.LIKE_RESIDUAL:
         residual = tensors["residual"].dtype
         _require(t.dtype == residual, f"{op}: {name} must have residual's dtype {dtype_name(residual)}, got {got}")
+    elif dtypes is DTypes.LIKE_WEIGHT:
+        weight = tensors["weight"].dtype
+        _require(t.dtype == weight, f"{op}: {name} must have weight's dtype {dtype_name(weight)}, got {got}")
     else:
         legal = own if x.dtype == torch.float32 else f"{own} (x's) or float32"
         _require(t.dtype in (x.dtype, torch.float32), f"{op}: {name} must have dtype {legal}, got {got}")

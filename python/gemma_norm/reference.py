@@ -1,8 +1,8 @@
 """The numerical contract in plain PyTorch, the exact answer, and the distance of a result from it.
 
-``rms_norm``, ``add_rms_norm`` and ``gated_rms_norm`` are the operators' definitions. They also run on devices without a
-native kernel. ``oracle`` computes the exact answer in float64. ``ulp_error`` says how far a result is from it, and
-``max_ulp_error`` how far it may be. The tests and ``python -m gemma_norm`` use these.
+``rms_norm``, ``add_rms_norm``, ``gated_rms_norm`` and ``rms_norm_add_rms_norm`` are the operators' definitions. They
+also run on devices without a native kernel. ``oracle`` computes the exact answer in float64. ``ulp_error`` says how far
+a result is from it, and ``max_ulp_error`` how far it may be. The tests and ``python -m gemma_norm`` use these.
 """
 
 from __future__ import annotations
@@ -55,6 +55,20 @@ def add_rms_norm(
         residual = residual + post_residual_addition
     s = (x + residual).to(residual.dtype)
     return _norm(s.float(), x.dtype, weight, eps, gemma, round_each_step), s
+
+
+def rms_norm_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    round_each_step: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(s, weight), s)`` with ``s = residual + rms_norm(x, post_weight)``."""
+    n = rms_norm(x, post_weight, eps, gemma, round_each_step)
+    return add_rms_norm(n, residual, weight, eps, gemma, None, round_each_step)
 
 
 def gated_rms_norm(

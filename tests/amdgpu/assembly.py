@@ -24,9 +24,9 @@ class Code:
         return [found[0] for found in re.finditer(f"^(?:{pattern}).*$", self.code, re.M)]
 
     def before(self, pattern: str) -> list[str]:
-        """The instructions up to the first whose name matches."""
-        found = re.search(f"^(?:{pattern})", self.code, re.M)
-        return self.code[: found.start() if found else None].splitlines()
+        """The instructions up to the last whose name matches."""
+        found = [match.start() for match in re.finditer(f"^(?:{pattern})", self.code, re.M)]
+        return self.code[: found[-1] if found else None].splitlines()
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Kernel(KernelName, Code):
 
     @property
     def add(self) -> bool:
-        return self.form in ("AddRmsNorm", "AddToFloat32RmsNorm")
+        return self.form in ("AddRmsNorm", "AddToFloat32RmsNorm", "RmsNormAddRmsNorm")
+
+    @property
+    def norms(self) -> int:
+        """Of a row: x may have a norm of its own before the addition."""
+        return 2 if self.form == "RmsNormAddRmsNorm" else 1
 
     @property
     def gated(self) -> bool:

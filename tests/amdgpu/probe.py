@@ -32,7 +32,7 @@ class Tensor(ctypes.Structure):
         return result
 
 
-OPERANDS = ["x", "weight", "residual", "post", "gate", "out", "residual_out"]  # gemma_norm::Operand
+OPERANDS = ["x", "weight", "residual", "post", "gate", "post_weight", "out", "residual_out"]  # gemma_norm::Operand
 OPERANDS += ["dout", "dsum", "dx", "dgate", "dweight"]
 
 

@@ -64,7 +64,7 @@ bool is_allowed(const Case& c) {
 bool is_in_first_part(const Case& c) {
   for (const auto& [x, weight] : kDTypePairs)
     if (c.dtype == x && c.weight_dtype == weight)
-      return !c.round_each_step && !c.float32_residual && !is_gated(c.operands);
+      return !c.round_each_step && !c.float32_residual && !is_gated(c.operands) && !norms_x(c.operands);
   return false;
 }
 
@@ -148,7 +148,8 @@ class VariantCases {
   // Few enough rows, of enough bytes each, that a GPU with many processors spreads them.
   void add_spread(int64_t vectors) {
     Case c = draw((vectors - between(0, vectors / 16)) * items_);
-    if (has_residual(c.operands)) c.operands = random_() % 2 ? Operands::kAddPost : Operands::kFusedPost;
+    if (has_residual(c.operands) && !norms_x(c.operands))
+      c.operands = random_() % 2 ? Operands::kAddPost : Operands::kFusedPost;
     c.gate = is_gated(c.operands);
     c.rows = kRows[1];
     c.alignment = Alignment::kWhole;
@@ -171,10 +172,13 @@ class VariantCases {
       c.operands = static_cast<Operands>(static_cast<int>(Operands::kGated) + random_() % (c.gate ? 3 : 2));
     } else {
       c.gemma = c.weight_dtype != DType::kOther && !c.round_each_step && random_() % 2;
-      const int count = !adds                ? 2
+      const bool norm_adds = norms_x(c.operands);
+      const int count = !adds || norm_adds   ? 2
                         : c.float32_residual ? 4
                                              : 5,
-                first = static_cast<int>(adds ? Operands::kAdd : Operands::kPlain);
+                first = static_cast<int>(norm_adds ? Operands::kNormAdd
+                                         : adds    ? Operands::kAdd
+                                                   : Operands::kPlain);
       c.operands = static_cast<Operands>(first + random_() % count);
     }
     // Where squares underflow to 0 in float32, eps = 0 makes rstd infinite, and there is nothing to compare with.
@@ -255,7 +259,7 @@ std::vector<Case> all_cases() {
 std::vector<Case> all_variants() {
   constexpr DType kFloats[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
   std::vector<Case> variants;
-  for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kGated})
+  for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kGated, Operands::kNormAdd})
     for (const DType dtype : kFloats)
       for (const DType weight_dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kOther})
         for (const bool norm_before_gate : {true, false})
@@ -263,7 +267,8 @@ std::vector<Case> all_variants() {
             for (const bool round_each_step : {false, true}) {
               // Options that change nothing make no variant.
               if (round_each_step && (dtype == DType::kFloat32 || weight_dtype == DType::kOther)) continue;
-              if (float32_residual && (!has_residual(operands) || dtype == DType::kFloat32)) continue;
+              if (float32_residual && (!has_residual(operands) || norms_x(operands) || dtype == DType::kFloat32))
+                continue;
               if (!norm_before_gate && !is_gated(operands)) continue;
               Case c{};
               c.dtype = dtype;

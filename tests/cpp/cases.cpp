@@ -4,8 +4,8 @@ namespace gemma_norm {
 
 const OperandsInfo& info(Operands operands) {
   constexpr const OpInfo *kPlain = &RmsNorm::kInfos[0], *kAdd = &AddRmsNorm::kInfos[0],
-                         *kGated = &GatedRmsNorm::kInfos[0], *kGradients = &RmsNormBackward::kInfos[0],
-                         *kInputGradients = &RmsNormBackward::kInfos[1],
+                         *kGated = &GatedRmsNorm::kInfos[0], *kNormAdd = &RmsNormAddRmsNorm::kInfos[0],
+                         *kGradients = &RmsNormBackward::kInfos[0], *kInputGradients = &RmsNormBackward::kInfos[1],
                          *kGatedGradients = &GatedRmsNormBackward::kInfos[0],
                          *kGatedInputGradients = &GatedRmsNormBackward::kInfos[1];
   static constexpr OperandsInfo kInfos[] = {
@@ -19,6 +19,8 @@ const OperandsInfo& info(Operands operands) {
       {"gated", kGated, false, false, kOut, kNoOperand},
       {"gated in place of x", kGated, false, false, kX, kNoOperand},
       {"gated in place of the gate", kGated, false, false, kGate, kNoOperand},
+      {"norm and add", kNormAdd, true, false, kOut, kResidualOut},
+      {"fused norm and add", kNormAdd, true, false, kX, kResidual},
       {"gradients", kGradients, false, false, kNoOperand, kNoOperand},
       {"gradient of x", kInputGradients, false, false, kNoOperand, kNoOperand},
       {"gradients of the gated norm", kGatedGradients, false, false, kNoOperand, kNoOperand},
@@ -40,6 +42,7 @@ bool Case::has(Operand operand) const {
     case kResidualOut: return info(operands).residual;
     case kPost: return info(operands).post;
     case kGate: return gate;
+    case kPostWeight: return norms_x(operands);
     case kDSum: return dsum;
     default: return true;
   }
@@ -48,6 +51,7 @@ bool Case::has(Operand operand) const {
 DType Case::dtype_of(Operand operand) const {
   switch (operand) {
     case kWeight:
+    case kPostWeight:
     case kDWeight: return weight_dtype;
     case kDOut: return dout_dtype;
     case kResidual:
@@ -61,6 +65,7 @@ DType Case::row_dtype() const { return float32_residual || !norm_before_gate ? D
 
 Held Case::held() const {
   if (is_gated(operands)) return Held::kRowAndGates;
+  if (norms_x(operands)) return Held::kTwoRowsTwoWeights;
   if (has_residual(operands)) return Held::kTwoRows;
   return weight_dtype != DType::kOther && size_of(weight_dtype) > size_of(row_dtype()) ? Held::kRowWideWeights
                                                                                        : Held::kRow;

@@ -21,6 +21,8 @@ enum class Operands {
   kGated,           // out = the norm of x, gated
   kGatedIntoX,      // the same, out being x's memory
   kGatedIntoGate,   // the same, out being the gate's memory
+  kNormAdd,         // residual_out = norm(x) + residual, out = norm(residual_out)
+  kFusedNormAdd,    // the same, the sum going to residual's memory and its norm to x's
   kGradients,       // of the norm of x: dx and dweight
   kInputGradients,  // dx alone
   kGatedGradients,  // of the gated norm: dx, dgate and dweight
@@ -38,6 +40,7 @@ const OperandsInfo& info(Operands operands);
 
 inline bool has_residual(Operands o) { return info(o).residual; }
 inline bool is_gated(Operands o) { return info(o).op == &GatedRmsNorm::kInfos[0]; }
+inline bool norms_x(Operands o) { return info(o).op == &RmsNormAddRmsNorm::kInfos[0]; }
 inline bool has_dweight(Operands o) { return o == Operands::kGradients || o == Operands::kGatedGradients; }
 inline bool is_backward(Operands o) { return o >= Operands::kGradients; }
 
@@ -142,7 +145,8 @@ std::vector<Case> all_cases();
 
 // So many rows of `c` as one contiguous, aligned block, with nothing in place. The result must equal that of `c` bit
 // for bit. The operator is the same if it is gated. Else it is the plain norm, given the sum for x; or, where the sum
-// is float32 and x is not, the norm of the sum plus an x of -0.
+// is float32 and x is not, the norm of the sum plus an x of -0. With post_weight for the weight and x for x, the plain
+// norm also is the one that x has of its own.
 Case plain_case(const Case& c, int64_t rows);
 
 // One case for each variant, that is each kind of call that has kernels of its own. The dtypes, operands and options

@@ -38,6 +38,7 @@ TEST(Check, LetsRightCallsThrough) {
   EXPECT_EQ("", answer(TestCall()));
   EXPECT_EQ("", answer(TestCall().add()));
   EXPECT_EQ("", answer(TestCall().add_post()));
+  EXPECT_EQ("", answer(TestCall().norm_add()));
   TestCall float_weight;
   float_weight.weight->dtype = DType::kFloat32;
   EXPECT_EQ("", answer(float_weight));
@@ -70,6 +71,9 @@ TEST(Check, RefusesShapesAndStrides) {
       {[](TestCall& c) { c.add().sum->sizes = {3, 8}; }, "op: residual_out must have x's shape [4, 8], got [3, 8]"},
       {[](TestCall& c) { c.add_post().post->sizes = {1, 8}; },
        "op: post_residual_addition must have x's shape [4, 8], got [1, 8]"},
+      {[](TestCall& c) { c.norm_add().post_weight->sizes = {7}; }, "op: post_weight must have shape [8], got [7]"},
+      {[](TestCall& c) { c.norm_add().post_weight->strides = {2}; },
+       "op: post_weight must be contiguous (stride 1), got stride 2"},
   });
 }
 
@@ -89,6 +93,10 @@ TEST(Check, RefusesDtypes) {
        "op: residual_out must have residual's dtype bfloat16, got float16"},
       {[&](TestCall& c) { float16(*c.add_post().post); },
        "op: post_residual_addition must have residual's dtype bfloat16, got float16"},
+      {[&](TestCall& c) { float16(*c.norm_add().post_weight); },
+       "op: post_weight must have weight's dtype bfloat16, got float16"},
+      {[&](TestCall& c) { c.norm_add().residual->dtype = DType::kFloat32, c.residual->dtype_name = "float32"; },
+       "op: residual must have x's dtype bfloat16, got float32"},
   });
 }
 
@@ -100,6 +108,9 @@ TEST(Check, RefusesEpsAndWrongNumbersOfOperands) {
       {[](TestCall& c) { c.options.eps = 1e39; }, "op: eps must be finite in float32 and at least 0, got 1e+39"},
       {[](TestCall& c) { c.add().residual.reset(); }, "op: residual is needed, got none"},
       {[](TestCall& c) { c.add().sum.reset(); }, "op: residual_out is needed, got none"},
+      {[](TestCall& c) { c.norm_add().post_weight.reset(); }, "op: post_weight is needed, got none"},
+      {[](TestCall& c) { c.norm_add().weight.reset(); }, "op: weight is needed, got none"},
+      {[](TestCall& c) { c.add().post_weight = c.weight; }, "op: there is no operand post_weight, got a tensor"},
       {[](TestCall& c) { c.residual = c.x; }, "op: there is no operand residual, got a tensor"},
   });
 }
@@ -264,6 +275,8 @@ TEST(Check, RefusesOverlapOfWhatIsWritten) {
        "op: out must be residual's memory exactly or not overlap it, got a partial overlap"},
       {[](TestCall& c) { c.add_post(), c.out.first = c.post->first + 8; },
        "op: out must be post_residual_addition's memory exactly or not overlap it, got a partial overlap"},
+      {[](TestCall& c) { c.norm_add(), c.sum->first = c.post_weight->first - 31; },
+       "op: residual_out is written and must not overlap post_weight, got overlapping memory"},
       {[](TestCall& c) { c.add().sum->first = c.x.first - 8; },
        "op: residual_out must be x's memory exactly or not overlap it, got a partial overlap"},
       {[](TestCall& c) { c.add().sum->first = c.out.first + 31; },

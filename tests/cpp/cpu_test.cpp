@@ -206,6 +206,8 @@ TEST(CpuKernels, HaveTheBitsOfEveryOtherProcessorInEveryMode) {
       {0x8f437c9a4897ca3e, Operands::kGated, false, false, true},
       {0xc1592d63ea39f212, Operands::kGated, true, false, true},
       {0x63349ec2c772299b, Operands::kGated, false, false, false},
+      {0x6cbbbc04ec3ff601, Operands::kNormAdd, false, false, true},
+      {0x2bc72985856e87ff, Operands::kNormAdd, true, false, true},
   };
   const std::vector<Target*> all = cpu_targets();
   for (const Mode& mode : kModes) {

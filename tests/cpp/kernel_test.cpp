@@ -79,6 +79,9 @@ TEST_P(Kernels, DoNothingWithNoRows) {
            make_call(AddRmsNorm::kInfos,
                      {{kX, &x}, {kWeight, &weight}, {kResidual, &x}, {kPost, &x}, {kOut, &x}, {kResidualOut, &x}}),
            make_call(GatedRmsNorm::kInfos, {{kX, &x}, {kWeight, &weight}, {kGate, &x}, {kOut, &x}}),
+           make_call(
+               RmsNormAddRmsNorm::kInfos,
+               {{kX, &x}, {kWeight, &weight}, {kResidual, &x}, {kPostWeight, &weight}, {kOut, &x}, {kResidualOut, &x}}),
        })
     EXPECT_EQ(Status::kOk, target().run(call, {}, &message)) << call.op->name << ": " << message.text;
 }
@@ -117,8 +120,8 @@ TEST(EmulatedKernels, AreAllReachedByTheCases) {
   });
   device::run_kernels(true);
   const std::set<const void*> reachable = reachable_kernels(600000), &launched = device::launched_kernels();
-  EXPECT_LE((12u + 20 + 18) * 2 * 4, reachable.size())
-      << "at least four scopes, for aligned rows and for others, of each operator's 12, 20 and 18 variants";
+  EXPECT_LE((12u + 20 + 18 + 9) * 2 * 4, reachable.size())
+      << "at least four scopes, for aligned rows and for others, of each operator's 12, 20, 18 and 9 variants";
   EXPECT_EQ(0u, reachable.count(nullptr)) << "a plan without a kernel";
   EXPECT_EQ(reachable.size(), launched.size());
   EXPECT_EQ(reachable, launched);
@@ -150,7 +153,7 @@ constexpr int64_t kRowsOfOneCall = 64, kTimesOfManyRows = 80, kHiddenOfManyRows 
 
 TEST(CpuKernels, TreatManyRowsLikeFew) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
-    for (const Operands operands : {Operands::kPlain, Operands::kAddPost}) {
+    for (const Operands operands : {Operands::kPlain, Operands::kAddPost, Operands::kNormAdd}) {
       Case c = simple_case(dtype, dtype, operands, kRowsOfOneCall, kHiddenOfManyRows);
       c.gemma = true;
       EXPECT_EQ("", check_repeated(find_target("cpu"), c, kTimesOfManyRows)) << describe(c);
@@ -223,7 +226,8 @@ class Spreading : public Kernels {};
 
 TEST_P(Spreading, TreatsManyRowsLikeFew) {
   for (const auto& [dtype, weight_dtype] : kDTypePairs)
-    for (const Operands operands : {Operands::kPlain, Operands::kAdd, Operands::kFusedPost})
+    for (const Operands operands :
+         {Operands::kPlain, Operands::kAdd, Operands::kFusedPost, Operands::kNormAdd, Operands::kFusedNormAdd})
       for (const int64_t hidden : {2560, 4096, 5120, 8192, 12288, 16384, 32768}) {
         Case c = simple_case(dtype, weight_dtype, operands, 2, hidden);
         c.gemma = true;

@@ -14,7 +14,7 @@ TestTensor::TestTensor(const Case& c, Operand operand, bool written) {
   dtype_ = c.dtype_of(operand);
   const int64_t item = size_of(dtype_), line = kLine / item;
   std::vector<int> order;
-  if (operand != kWeight && operand != kDWeight) {
+  if (operand != kWeight && operand != kPostWeight && operand != kDWeight) {
     sizes_ = c.rows.sizes;
     if (operand != kDOut || !c.expanded_dout) order = c.rows.order;
     for (int d = 0; written && d < static_cast<int>(sizes_.size()); ++d)

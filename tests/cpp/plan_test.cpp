@@ -290,7 +290,8 @@ TEST(Plan, IsPrintedOnceWhereAskedFor) {
 TEST(Kernels, AreAllOfSomePlan) {
   std::set<int32_t> kernels;
   for (const int32_t max_cluster : {1, 8})
-    for (const Held held : {Held::kRow, Held::kRowWideWeights, Held::kTwoRows, Held::kRowAndGates})
+    for (const Held held :
+         {Held::kRow, Held::kRowWideWeights, Held::kTwoRows, Held::kRowAndGates, Held::kTwoRowsTwoWeights})
       for (const int64_t hidden : hidden_sizes()) {
         const DeviceFacts device{32, kNoLimit, true, max_cluster, 132};
         const LaunchPlan plan = make_plan(hidden, DType::kFloat32, device, held);

@@ -24,7 +24,7 @@ struct Place {
 // Nothing is read or written at the addresses.
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
-  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, sum, dout, dsum, dx, dweight;
+  std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, post_weight, sum, dout, dsum, dx, dweight;
   Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
@@ -43,6 +43,13 @@ struct TestCall {
     gate = Place{70000, {4, 8}, {8, 1}};
     return *this;
   }
+  TestCall& norm_add() {
+    op = OpInfo("op", "op", "", "", RmsNormAddRmsNorm::kRules);
+    residual = Place{40000, {4, 8}, {8, 1}};
+    post_weight = Place{90000, {8}, {1}};
+    sum = Place{60000, {4, 8}, {8, 1}};
+    return *this;
+  }
 
   // Of the gradients. `out` is no operand then.
   TestCall& backward() {
@@ -59,7 +66,7 @@ struct TestCall {
 
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
     const std::optional<Place> places[kOperands] = {
-        x,   weight, residual, post, gate,         op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
+        x,   weight, residual, post, gate,         post_weight, op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
         sum, dout,   dsum,     dx,   std::nullopt, dweight};
     Tensor tensors[kOperands];
     Call call{&op, {}, options};

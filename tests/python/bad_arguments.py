@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, ones
 
-from operators import OPERATORS, RMS_NORM, RMS_NORM_OUT, SHAPE, Arguments, Operator, that_write, with_tensor
+from operators import (
+    FUSED_ADD_RMS_NORM,
+    OPERATORS,
+    RMS_NORM,
+    RMS_NORM_OUT,
+    SHAPE,
+    Arguments,
+    Operator,
+    that_write,
+    with_tensor,
+)
 
 
 @dataclass(frozen=True)
@@ -20,9 +30,11 @@ class Bad:
     ops: tuple[Operator, ...] = OPERATORS  # for which that is an error
 
 
-def like_x(name: str, dtype: str = "must have x's dtype float32, got") -> list[Bad]:
+def like_x(
+    name: str, dtype: str = "must have x's dtype float32, got", ops: tuple[Operator, ...] | None = None
+) -> list[Bad]:
     """What is wrong with a tensor that must have x's shape."""
-    ops = with_tensor(name)
+    ops = with_tensor(name) if ops is None else ops
     shape = f"{name} must have x's shape [4, 6, 16], got"
     strided = f"{name} must have a contiguous last dimension (stride 1), got stride 24"
     dtype = f"{name} {dtype}"
@@ -51,7 +63,9 @@ def none(name: str) -> Bad:
 
 
 WITH_GEMMA = tuple(op for op in OPERATORS if op.gemma)
-WITHOUT_GEMMA = tuple(op for op in OPERATORS if not op.gemma)
+NEED_WEIGHT = tuple(op for op in OPERATORS if op.needs_weight)
+NORM_X = with_tensor("post_weight")
+ADD_ALONE = tuple(op for op in with_tensor("residual") if op not in NORM_X)
 ROWS = "must have a contiguous last dimension (stride 1), got stride"
 CONTIGUOUS = "weight must be contiguous (stride 1), got stride"
 WEIGHT = "weight must have shape [16], got"
@@ -82,9 +96,19 @@ BAD = [
         "gemma without a weight",
         "gemma must be False without a weight, got True",
         lambda: {"weight": None, "gemma": True},
-        WITH_GEMMA,
+        tuple(op for op in WITH_GEMMA if not op.needs_weight),
     ),
-    Bad("no weight", "weight must be a tensor, got None", lambda: {"weight": None}, WITHOUT_GEMMA),
+    Bad("no weight", "weight must be a tensor, got None", lambda: {"weight": None}, NEED_WEIGHT),
+    none("post_weight"),
+    Bad("post_weight: long", f"post_{WEIGHT} [17]", lambda: {"post_weight": ones(17)}, NORM_X),
+    Bad("post_weight: 2-D", f"post_{WEIGHT} [1, 16]", lambda: {"post_weight": ones(1, 16)}, NORM_X),
+    Bad("post_weight: strided", f"post_{CONTIGUOUS} 2", lambda: {"post_weight": ones(32)[::2]}, NORM_X),
+    Bad(
+        "post_weight: not the weight's dtype",
+        "post_weight must have weight's dtype float32, got bfloat16",
+        lambda: {"post_weight": ones(16).bfloat16()},
+        NORM_X,
+    ),
     Bad(
         "gemma with each step rounded",
         "round_each_step must be False with gemma=True, got True",
@@ -104,7 +128,8 @@ BAD = [
         (RMS_NORM,),
     ),
     *map(eps, (-1e-6, -math.inf, math.nan, math.inf, 1e300)),
-    *like_x("residual", "must have dtype float32, got"),
+    *like_x("residual", "must have dtype float32, got", ADD_ALONE),
+    *like_x("residual", ops=NORM_X),
     *like_x("post_residual_addition", "must have residual's dtype float32, got"),
     *like_x("gate"),
     *like_x("out"),
@@ -126,10 +151,10 @@ def transposed() -> Arguments:
     return {"x": x, "out": x.transpose(0, 1)}
 
 
-def weight_within(name: str) -> Callable[[], Arguments]:
+def weight_within(name: str, weight: str = "weight") -> Callable[[], Arguments]:
     def replace() -> Arguments:
         t = ones(SHAPE)
-        return {name: t, "weight": t[2, 3]}
+        return {name: t, weight: t[2, 3]}
 
     return replace
 
@@ -151,16 +176,22 @@ BAD_MEMORY = [
         "post is residual + 96",
         f"residual must be post_residual_addition's {EXACTLY}",
         shifted("residual", "post_residual_addition", 96),
-        IN_PLACE,
+        (FUSED_ADD_RMS_NORM,),
     ),
     Bad(
         "post is x + 16",
         f"x must be post_residual_addition's {EXACTLY}",
         shifted("x", "post_residual_addition", 16),
-        IN_PLACE,
+        (FUSED_ADD_RMS_NORM,),
     ),
     Bad("out is x transposed", f"out must be x's {EXACTLY}", transposed, (RMS_NORM_OUT,)),
     Bad("weight within x", f"x {IN_WEIGHT}", weight_within("x"), IN_PLACE),
+    Bad(
+        "post_weight within residual",
+        "residual is written and must not overlap post_weight, got overlapping memory",
+        weight_within("residual", "post_weight"),
+        tuple(op for op in NORM_X if op.written),
+    ),
     Bad("weight within out", f"out {IN_WEIGHT}", weight_within("out"), OUT),
     Bad("x expanded", f"x {ITSELF}", lambda: {"x": ones(4, 1, 16).expand(SHAPE)}, IN_PLACE),
     Bad("residual expanded", f"residual {ITSELF}", lambda: {"residual": ones(16).expand(SHAPE)}, IN_PLACE),

@@ -9,7 +9,7 @@ import torch
 
 from gemma_norm import reference
 from gemma_norm.benchmark import providers, results
-from gemma_norm.benchmark.cases import EPS, RMS_NORM, Point
+from gemma_norm.benchmark.cases import EPS, NORM_ADD_NORM, RMS_NORM, Point, post_weight
 from gemma_norm.benchmark.providers import Provider
 from gemma_norm.benchmark.results import Result
 from gemma_norm.benchmark.run import run
@@ -32,6 +32,9 @@ def measure(at: Point, *measured: Provider) -> dict[str, Result]:
 def correct(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
     if op == RMS_NORM:
         return lambda x: reference.rms_norm(x, weight, EPS, gemma)
+    if op == NORM_ADD_NORM:
+        post = post_weight(weight)
+        return lambda x, residual: reference.rms_norm_add_rms_norm(x, residual, post, weight, EPS, gemma)
     return lambda x, residual: reference.add_rms_norm(x, residual, weight, EPS, gemma)
 
 

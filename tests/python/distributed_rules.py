@@ -40,8 +40,13 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         ("x", "gate", "weight"),
     ),
     "gated_rms_norm, no gate": (lambda x, weight: gemma_norm.gated_rms_norm(x, None, weight), ("x", "weight")),
+    "rms_norm_add_rms_norm": (
+        gemma_norm.rms_norm_add_rms_norm,
+        ("x", "residual", "post_weight", "weight"),
+    ),
     "torch.ops rms_norm": (lambda x, weight: OPS.rms_norm(x, weight=weight), ("x", "weight")),
     "torch.ops add_rms_norm": (OPS.add_rms_norm, ("x", "residual", "weight")),
+    "torch.ops rms_norm_add_rms_norm": (OPS.rms_norm_add_rms_norm, ("x", "residual", "post_weight", "weight")),
     "torch.ops gated_rms_norm": (lambda x, gate, weight: OPS.gated_rms_norm(x, gate, weight), ("x", "gate", "weight")),
 }
 

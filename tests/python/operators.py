@@ -18,7 +18,7 @@ from gemma_norm import _registry
 Arguments = dict[str, Any]
 
 SHAPE = (4, 6, 16)
-POSITIONAL = ("x", "residual", "gate", "weight")  # in this order, those that an operator has
+POSITIONAL = ("x", "residual", "gate", "post_weight", "weight")  # in this order, those that an operator has
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Operator:
     call_instead: str  # what is recommended where a gradient is expected
     like_x: tuple[str, ...]  # the tensors of x's shape beside x
     written: tuple[str, ...] = ()  # of the arguments
-    gemma: bool = True  # it has that option, and may do without a weight
+    like_weight: tuple[str, ...] = ()  # the tensors of the weight's shape beside the weight
+    gemma: bool = True  # it has that option
+    needs_weight: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -39,7 +41,7 @@ class Operator:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return ("x", "weight", *self.like_x)
+        return ("x", "weight", *self.like_x, *self.like_weight)
 
     @property
     def native(self) -> Callable[..., Any]:
@@ -58,7 +60,8 @@ class Operator:
 
     def good(self) -> Arguments:
         """Arguments that are right. Tensors are made on torch's default device."""
-        return {"x": ones(SHAPE), "weight": 2 * ones(16), "eps": 1e-6} | {name: ones(SHAPE) for name in self.like_x}
+        shapes = dict.fromkeys(self.like_x, SHAPE) | dict.fromkeys(self.like_weight, SHAPE[-1:])
+        return {"x": ones(SHAPE), "weight": 2 * ones(16), "eps": 1e-6} | {name: ones(s) for name, s in shapes.items()}
 
 
 def call(kernel: Callable[..., Any], arguments: Arguments) -> Any:
@@ -73,11 +76,36 @@ ADD_RMS_NORM = Operator("add_rms_norm", "add_rms_norm", ("residual", "post_resid
 FUSED_ADD_RMS_NORM = Operator(
     "fused_add_rms_norm", "add_rms_norm", ("residual", "post_residual_addition"), written=("x", "residual")
 )
-GATED_RMS_NORM = Operator("gated_rms_norm", "gated_rms_norm", ("gate",), gemma=False)
+GATED_RMS_NORM = Operator("gated_rms_norm", "gated_rms_norm", ("gate",), gemma=False, needs_weight=True)
 GATED_RMS_NORM_OUT = Operator(
-    "gated_rms_norm.out", "gated_rms_norm without out", ("gate", "out"), written=("out",), gemma=False
+    "gated_rms_norm.out",
+    "gated_rms_norm without out",
+    ("gate", "out"),
+    written=("out",),
+    gemma=False,
+    needs_weight=True,
 )
-OPERATORS = (RMS_NORM, RMS_NORM_OUT, ADD_RMS_NORM, FUSED_ADD_RMS_NORM, GATED_RMS_NORM, GATED_RMS_NORM_OUT)
+RMS_NORM_ADD_RMS_NORM = Operator(
+    "rms_norm_add_rms_norm", "rms_norm_add_rms_norm", ("residual",), like_weight=("post_weight",), needs_weight=True
+)
+FUSED_RMS_NORM_ADD_RMS_NORM = Operator(
+    "fused_rms_norm_add_rms_norm",
+    "rms_norm_add_rms_norm",
+    ("residual",),
+    written=("x", "residual"),
+    like_weight=("post_weight",),
+    needs_weight=True,
+)
+OPERATORS = (
+    RMS_NORM,
+    RMS_NORM_OUT,
+    ADD_RMS_NORM,
+    FUSED_ADD_RMS_NORM,
+    GATED_RMS_NORM,
+    GATED_RMS_NORM_OUT,
+    RMS_NORM_ADD_RMS_NORM,
+    FUSED_RMS_NORM_ADD_RMS_NORM,
+)
 
 
 def with_tensor(*names: str) -> tuple[Operator, ...]:

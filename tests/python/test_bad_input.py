@@ -20,9 +20,11 @@ from gemma_norm import reference
 from operators import (
     ADD_RMS_NORM,
     FUSED_ADD_RMS_NORM,
+    FUSED_RMS_NORM_ADD_RMS_NORM,
     GATED_RMS_NORM,
     OPERATORS,
     RMS_NORM,
+    RMS_NORM_ADD_RMS_NORM,
     SHAPE,
     Arguments,
     Operator,
@@ -79,7 +81,9 @@ def test_memory_that_must_not_overlap_is_named_alike_by_every_implementation(dev
 
 
 @pytest.mark.parametrize("what", not_dense())
-@pytest.mark.parametrize("argument", ["x", "weight", "residual", "post_residual_addition", "gate", "out"])
+@pytest.mark.parametrize(
+    "argument", ["x", "weight", "residual", "post_residual_addition", "gate", "post_weight", "out"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_not_dense(what, argument):
     """They reach dispatch keys of their own (SparseCPU, QuantizedCPU, ...), for none of which there is a kernel."""
@@ -124,7 +128,7 @@ def test_gradients_are_not_lost_in_silence(op, where):
                 call(kernel, arguments)
 
 
-@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM], ids=str)
+@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM, RMS_NORM_ADD_RMS_NORM], ids=str)
 @pytest.mark.parametrize("where", ["native", "plain", "meta"])
 def test_functional_operators_record_gradients(op, where):
     """Of each argument by itself, beside the formula in float64; on devices without a native kernel, too."""
@@ -133,7 +137,8 @@ def test_functional_operators_record_gradients(op, where):
         wanted = arguments[name].requires_grad_()
         exact = {k: t.detach().double() for k, t in arguments.items() if isinstance(t, Tensor)}
         wanted64 = exact[name].requires_grad_()
-        s = sum(exact[k] for k in ("x", "residual", "post_residual_addition") if k in exact)
+        x = reference.oracle(exact["x"], exact["post_weight"]) if "post_weight" in exact else exact["x"]
+        s = x + sum(exact[k] for k in ("residual", "post_residual_addition") if k in exact)
         y64 = reference.oracle(s, exact["weight"])
         y64 = y64 * torch.nn.functional.silu(exact["gate"]) if op is GATED_RMS_NORM else y64
         want = torch.autograd.grad(y64.sin().sum(), wanted64)[0]
@@ -142,7 +147,7 @@ def test_functional_operators_record_gradients(op, where):
             wanted = arguments[name].requires_grad_()
         with plain_kernels(op) if where == "plain" else nullcontext():
             y = call(op.native, arguments)
-            y = y[0] if op is ADD_RMS_NORM else y
+            y = y[0] if isinstance(y, tuple) else y
             (got,) = torch.autograd.grad(y.sin().sum(), wanted)
         assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.device == wanted.device
         if where != "meta":
@@ -158,11 +163,11 @@ def plain_kernels(op: Operator) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM], ids=str)
+@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM, RMS_NORM_ADD_RMS_NORM], ids=str)
 def test_memory_that_is_short_is_reported_in_pytorchs_words(device, op):
     """Programs that try again with a smaller batch look for these words."""
     x, weight = ones(1, 16, device=device).expand(2**44, 16), ones(16, device=device)
-    arguments = (x, weight) if op is RMS_NORM else (x, x, weight)
+    arguments = (x, *[x] * len(op.like_x[:1]), *[weight] * len(op.like_weight), weight)
     with pytest.raises(RuntimeError) as mine:
         op.native(*arguments)
     with pytest.raises(RuntimeError) as torchs:
@@ -204,12 +209,16 @@ def test_lazily_negated_tensors_that_are_read_count_as_negated(op):
         lazy, negated = op.good(), op.good()
         lazy[name], negated[name] = lazy[name]._neg_view(), -negated[name]
         got, want = call(op.native, lazy), call(op.native, negated)
-        if op is FUSED_ADD_RMS_NORM:
+        if op in (FUSED_ADD_RMS_NORM, FUSED_RMS_NORM_ADD_RMS_NORM):
             got, want = (lazy["x"], lazy["residual"]), (negated["x"], negated["residual"])
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", [RMS_NORM, ADD_RMS_NORM, FUSED_ADD_RMS_NORM], ids=str)
+@pytest.mark.parametrize(
+    "op",
+    [RMS_NORM, ADD_RMS_NORM, FUSED_ADD_RMS_NORM, RMS_NORM_ADD_RMS_NORM, FUSED_RMS_NORM_ADD_RMS_NORM],
+    ids=str,
+)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
@@ -223,6 +232,7 @@ def test_lazily_negated_tensors_that_are_read_count_as_negated(op):
         ("weight", 2.0, "weight must be a tensor, got 2.0"),
         ("residual", 0, "residual must be a tensor, got 0"),
         ("post_residual_addition", 0, "post_residual_addition must be a tensor, got 0"),
+        ("post_weight", 0, "post_weight must be a tensor, got 0"),
     ],
 )
 def test_what_is_of_the_wrong_type_is_named(op, context, argument, value, message):

@@ -17,7 +17,16 @@ from benchmark_support import BRIEF, HERE, TINY, correct, measure, point
 from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
 from gemma_norm.benchmark import providers, report, results, timing
-from gemma_norm.benchmark.cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, OPS, RMS_NORM, Inputs
+from gemma_norm.benchmark.cases import (
+    ADD_RMS_NORM,
+    EPS,
+    GATED_RMS_NORM,
+    NORM_ADD_NORM,
+    OPS,
+    RMS_NORM,
+    Inputs,
+    post_weight,
+)
 from gemma_norm.benchmark.providers import PROVIDERS, Provider
 from gemma_norm.benchmark.results import Result
 from gemma_norm.benchmark.suites import FORWARD_HIDDEN, SUITES, Choice
@@ -48,10 +57,11 @@ def test_a_run_from_the_command_line(suite: str, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, NORM_ADD_NORM])
 def test_every_provider_here_is_right(op: str, dtype: torch.dtype) -> None:
-    names = ("ours", "copy_", "eager", "F.rms_norm")
-    found = measure(point(op, 33, 576, dtype), *(PROVIDERS[n] for n in names))
+    names = ("ours", "copy_", "eager", "F.rms_norm", *(["ours:two calls"] if op == NORM_ADD_NORM else []))
+    suite = "norm-add" if op == NORM_ADD_NORM else "cpu"
+    found = measure(replace(point(op, 33, 576, dtype), suite=suite), *(PROVIDERS[n] for n in names))
     assert {n: r.note for n, r in found.items()} == dict.fromkeys(names, "")
 
 
@@ -107,6 +117,19 @@ WRONG = [
     Wrong("transposed", lambda x, w: reference.rms_norm(x, w, EPS, True).T, "[256, 16]"),
     Wrong("old residual", lambda x, r, w: (reference.add_rms_norm(x, r, w, EPS, True)[0], r), "the sum", ADD_RMS_NORM),
     Wrong("no addition", lambda x, r, w: (reference.rms_norm(x, w, EPS, True), x + r), "the result", ADD_RMS_NORM),
+    Wrong("x not normalised", lambda x, r, w: reference.add_rms_norm(x, r, w, EPS, True), "the sum is", NORM_ADD_NORM),
+    Wrong(
+        "one weight for both norms",
+        lambda x, r, w: reference.rms_norm_add_rms_norm(x, r, w, w, EPS, True),
+        "the sum is",
+        NORM_ADD_NORM,
+    ),
+    Wrong(
+        "the sum not normalised",
+        lambda x, r, w: (reference.rms_norm_add_rms_norm(x, r, post_weight(w), w, EPS, True)[1],) * 2,
+        "the result is",
+        NORM_ADD_NORM,
+    ),
     Wrong("fails", lambda x, w: x @ w[1:], "RuntimeError"),
     Wrong("too large", lambda x, w: x.new_empty(2**55), "out of memory"),
 ]
@@ -114,8 +137,10 @@ WRONG = [
 
 @pytest.mark.parametrize("case", WRONG, ids=str)
 def test_a_wrong_provider_is_noted_and_not_timed(case: Wrong) -> None:
-    wrong = Provider("wrong", lambda op, weight, gemma: lambda *tensors: case.function(*tensors, weight), exact=True)
-    found = measure(point(case.op, 16, 256), wrong, Provider("right", correct), PROVIDERS["copy_"])
+    wrong = Provider(
+        "wrong", lambda op, weight, gemma: lambda *tensors: case.function(*tensors, weight), providers.ALL, exact=True
+    )
+    found = measure(point(case.op, 16, 256), wrong, Provider("right", correct, providers.ALL), PROVIDERS["copy_"])
     assert found["wrong"].p50_us == 0 and case.note in found["wrong"].note, found["wrong"]
     assert found["right"].p50_us > 0 and found["right"].of_copy > 0 and not found["right"].note
     table = report.table("cpu", list(found.values()))
@@ -243,7 +268,7 @@ def test_cold_sets_outgrow_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("suite", ["forward", "decode", "qk", "host"])
+@pytest.mark.parametrize("suite", ["forward", "decode", "qk", "norm-add", "host"])
 def test_on_a_gpu(suite: str, tmp_path: Path) -> None:
     csv = tmp_path / "gpu.csv"
     assert command.main(["--suite", suite, "--quick", "--hidden", "64", *HERE, "--csv", str(csv)]) == 0

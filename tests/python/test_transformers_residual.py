@@ -50,6 +50,7 @@ def test_a_family(family, fuse, dtype, calls):
     assert not calls and same(states(fused), want)
     in_float32 = family == "Mamba2" and dtype != torch.float32  # its residual is, so the addition stays apart
     assert len(calls) == (0 if in_float32 else inside + across)
+    assert sum("rms_norm_add_rms_norm" in call for call in calls) == sum(row.before != "" for row in report.fused)
     unpatch(fused)
     assert not any("_gemma_norm" in m.__dict__ for m in fused.modules()) and same(
         states(fused), states(model(family, dtype))
@@ -166,3 +167,90 @@ def test_an_offer_is_not_kept_by_copies_nor_by_pickles():
     patch(m, fuse_residual=True)
     logits(m)
     assert all(state.offer is None for x in m.modules() if (state := x.__dict__.get("_gemma_norm")))
+
+
+NORMED = "gemma_norm.rms_norm_add_rms_norm.default"
+
+
+def test_the_norm_before_an_addition_joins_it(calls):
+    m = model("Gemma3Text")
+    report = patch(m, fuse_residual=True)
+    layer = "model.layers.0."
+    assert [(row.before, row.norm) for row in report.fused[:2]] == [
+        (f"{layer}post_attention_layernorm", f"{layer}pre_feedforward_layernorm"),
+        (f"{layer}post_feedforward_layernorm", "model.layers.1.input_layernorm"),
+    ]
+    assert "post_attention_layernorm + pre_feedforward_layernorm" in str(report)
+    logits(m)
+    assert calls == [NORMED] * 6
+
+
+def test_the_norm_before_an_addition_joins_it_where_gradients_are_recorded(calls):
+    fused, plain = model("Gemma3Text"), model("Gemma3Text")
+    patch(plain)
+    patch(fused, fuse_residual=True)
+    losses = [m(TOKENS, labels=TOKENS).loss for m in (plain, fused)]
+    assert torch.equal(*losses) and calls == [NORMED] * 3
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert float((a.grad - b.grad).abs().max()) <= 1e-5 * max(float(b.grad.abs().max()), 1e-2)
+
+
+def other_eps(layer: nn.Module) -> None:
+    layer.post_attention_layernorm.eps *= 2
+
+
+def other_dtype(layer: nn.Module) -> None:
+    layer.post_attention_layernorm.float()
+
+
+def a_hook_after_the_norm_before(layer: nn.Module) -> None:
+    layer.post_attention_layernorm.register_forward_hook(lambda norm, args, y: y * 2)
+
+
+def a_hook_before_the_norm_before(layer: nn.Module) -> None:
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: (args[0] * 2,))
+
+
+def a_hook_after_the_norm_after(layer: nn.Module) -> None:
+    layer.pre_feedforward_layernorm.register_forward_hook(lambda norm, args, y: y * 2)
+
+
+def another_norm_before(layer: nn.Module) -> None:
+    layer.post_attention_layernorm = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "alone"),
+    [
+        (other_eps, 1),
+        (other_dtype, 1),
+        (a_hook_after_the_norm_before, 1),
+        (a_hook_before_the_norm_before, 1),
+        (a_hook_after_the_norm_after, 0),
+        (another_norm_before, 1),
+    ],
+)
+def test_a_norm_before_an_addition_that_is_not_like_the_other_stays_apart(change, alone, calls):
+    """The addition still joins the norm after it, unless that one has the hook."""
+    results = []
+    for fuse in (False, "layer"):
+        m = model("Gemma3Text", torch.bfloat16)
+        change(m.model.layers[1])
+        patch(m, fuse_residual=fuse)
+        results.append(states(m))
+    assert same(*results)
+    assert calls.count(NORMED) == 2 and len(calls) == 2 + alone
+
+
+@pytest.mark.parametrize("hook", [write_in_place, return_another, return_an_equal_one, change_the_weight])
+def test_what_hooks_do_between_layers_with_norms_at_their_ends_counts(hook):
+    results = []
+    for fuse in (False, True):
+        m = model("Gemma3Text")
+        m.model.layers[0].__dict__["following"] = m.model.layers[1].input_layernorm
+        m.model.layers[0].register_forward_hook(hook)
+        patch(m, fuse_residual=fuse)
+        results.append([*states(m), *states(m)])
+    assert same(*results)

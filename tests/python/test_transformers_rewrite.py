@@ -149,3 +149,103 @@ def test_a_residual_of_another_dtype_is_added_apart():
         assert next(iter(report.additions))[1] == "the residual has another shape or dtype"
         assert torch.equal(layer(x.bfloat16(), x.bfloat16()), plain(x.bfloat16(), x.bfloat16()))
         assert len(additions.calls) == 1
+
+
+class TwoNorms(Layer):
+    def __init__(self, size: int = 16) -> None:
+        super().__init__(size)
+        self.post = Norm(size)
+
+
+class NormBefore(TwoNorms):
+    def forward(self, h, residual):
+        h = self.post(h)
+        h = residual + h
+        residual = h
+        h = self.norm(h)
+        return h + residual
+
+
+class NormBeforeOnTheLeft(TwoNorms):
+    def forward(self, h, residual):
+        h = h * 2
+        h = self.post(h)
+        h = h + residual
+        residual = h
+        h = self.norm(h)
+        return h * residual
+
+
+class NormBeforeOfAnotherName(TwoNorms):
+    def forward(self, h, residual):
+        n = self.post(h)
+        h = residual + n
+        residual = h
+        h = self.norm(h)
+        return h + residual
+
+
+class NormBeforeTwice(TwoNorms):
+    def forward(self, h, residual):
+        h = self.post(h)
+        h = h + h
+        residual = h
+        h = self.norm(h)
+        return h + residual
+
+
+class NormBeforeAndMore(TwoNorms):
+    def forward(self, h, residual):
+        h = self.post(h)
+        h = residual * 2 + h
+        residual = h
+        h = self.norm(h)
+        return h + residual
+
+
+class SomethingBetween(TwoNorms):
+    def forward(self, h, residual):
+        h = self.post(h)
+        h = h.clone()
+        h = residual + h
+        residual = h
+        h = self.norm(h)
+        return h + residual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [
+        (NormBefore, "0.post"),
+        (NormBeforeOnTheLeft, "0.post"),
+        (NormBeforeOfAnotherName, ""),
+        (NormBeforeTwice, ""),
+        (NormBeforeAndMore, ""),
+        (SomethingBetween, ""),
+    ],
+)
+def test_a_norm_before_the_addition(kind, before, dtype):
+    layer, plain = kind().to(dtype), kind().to(dtype)
+    plain.load_state_dict(layer.state_dict())
+    patch(plain)
+    report = patch(nn.ModuleList([layer]), fuse_residual="layer")
+    assert [(row.norm, row.before) for row in report.fused] == [("0.norm", before)]
+    x, residual = torch.randn(3, 16).to(dtype), torch.randn(3, 16).to(dtype)
+    with Additions() as additions:
+        assert torch.equal(layer(x, residual), plain(x, residual))
+    want = "rms_norm_add_rms_norm" if before else "add_rms_norm"
+    assert additions.calls == [f"gemma_norm.{want}.default"]
+
+
+def test_a_norm_that_is_not_ours_stays_before_the_addition():
+    layer = NormBefore()
+    layer.post = nn.LayerNorm(16)
+    plain = NormBefore()
+    plain.post = nn.LayerNorm(16)
+    plain.load_state_dict(layer.state_dict())
+    patch(plain)
+    report = patch(nn.ModuleList([layer]), fuse_residual="layer")
+    assert [(row.norm, row.before) for row in report.fused] == [("0.norm", "")]
+    x, residual = torch.randn(3, 16), torch.randn(3, 16)
+    assert torch.equal(layer(x, residual), plain(x, residual))

@@ -69,13 +69,14 @@ def is_ours(module: nn.Module) -> bool:
 
 
 class Additions(TorchDispatchMode):
-    """Notes every call of the operator that adds and normalises."""
+    """Notes every call of the operators that add and normalise."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.gemma_norm.add_rms_norm.default:
+        operators = torch.ops.gemma_norm
+        if function in (operators.add_rms_norm.default, operators.rms_norm_add_rms_norm.default):
             self.calls.append(str(function))
         return function(*args, **(kwargs or {}))

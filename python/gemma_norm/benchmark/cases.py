@@ -11,12 +11,15 @@ from torch import Tensor
 RMS_NORM = "rms_norm"
 ADD_RMS_NORM = "fused_add_rms_norm"
 GATED_RMS_NORM = "gated_rms_norm"
+NORM_ADD_NORM = "fused_rms_norm_add_rms_norm"
+IN_PLACE = (ADD_RMS_NORM, NORM_ADD_NORM)
+"""What this package and some others compute in the memory of x and residual."""
 OPS = (RMS_NORM, ADD_RMS_NORM)
 EPS = 1e-6
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 """What a call does."""
 _TENSORS = {
-    FORWARD: {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3},
+    FORWARD: {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3, NORM_ADD_NORM: 4},
     BACKWARD: {RMS_NORM: 3, ADD_RMS_NORM: 4, GATED_RMS_NORM: 5},
 }
 """How many tensors of x's size are read or written at least. The backward pass of the norm reads x and the gradient of
@@ -67,6 +70,7 @@ class Point:
         passes = [work for work in (FORWARD, BACKWARD) if self.work in (work, BOTH)]
         tensors = sum(_TENSORS[work][self.op] for work in passes)
         weights = sum(1 if work == FORWARD else 2 for work in passes)  # the backward pass writes a gradient too
+        weights += self.op == NORM_ADD_NORM
         return (tensors * self.rows + weights) * self.hidden * self.dtype.itemsize
 
     def empty(self) -> Tensor:
@@ -86,7 +90,7 @@ class Point:
 class Inputs:
     """The arguments of a point: ``sets`` copies of x and, if needed, of residual or gate; and one weight.
 
-    Each copy has memory of its own. The in-place operator adds a normalised row to its residual in every call, so the
+    Each copy has memory of its own. The in-place operators add a normalised row to their residual in every call, so the
     values grow. They stay finite for the few hundred calls between two calls of :meth:`restore`, which are not timed.
     """
 
@@ -102,7 +106,7 @@ class Inputs:
             return torch.randn(shape, generator=generator, device=point.device).to(point.dtype)
 
         self.point = point
-        self.written = point.op == ADD_RMS_NORM  # by the providers that work in place
+        self.written = point.op in IN_PLACE  # by the providers that work in place
         count = 1 if point.op == RMS_NORM else 2
         if point.op == GATED_RMS_NORM:  # x and gate are adjacent, which the provider copy_ needs
             shape = (2, point.rows, point.hidden)
@@ -117,3 +121,8 @@ class Inputs:
         for arguments in self.sets:
             for tensor, original in zip(arguments, self.original, strict=True):
                 tensor.copy_(original)
+
+
+def post_weight(weight: Tensor) -> Tensor:
+    """The weight of the norm of x, which has a norm of its own: as many bytes again, and other values."""
+    return weight.flip(0).contiguous()

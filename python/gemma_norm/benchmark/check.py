@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gemma_norm import reference
 
-from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, Inputs
+from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, NORM_ADD_NORM, Inputs, post_weight
 from .providers import Call, Provider
 
 PEERS = 8.0
@@ -45,6 +45,9 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
     if inputs.point.op == ADD_RMS_NORM:
         x = x + inputs.original[1]
         _compare("the sum", sums[0], x, 0.0 if provider.exact else 1.0)
+    elif inputs.point.op == NORM_ADD_NORM:
+        _check_sum_of_norm(sums[0], inputs, bound * (1.0 if provider.exact else PEERS), gemma)
+        x = sums[0].clone()
     else:
         _compare("x, which is not to be written,", inputs.sets[0][0], x, 0.0)
     exact = [x]
@@ -57,6 +60,27 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
         return y * functional.silu(gate[0].double()) if gate else y
 
     _compare("the result", y, exact, bound * (1.0 if provider.exact else PEERS), oracle)
+
+
+def _check_sum_of_norm(s: Tensor, inputs: Inputs, bound: float, gemma: bool) -> None:
+    """``s`` is the sum of the residual and the norm of x. Where the two nearly cancel each other, the error of the norm
+    is many units of the sum, so it is measured in units of what was added.
+    """
+    x, residual = inputs.original
+    _require_like("the sum", s, x)
+    rows = _some_rows(s)
+    n = reference.oracle(x[rows], post_weight(inputs.weight), EPS, gemma)
+    added = residual[rows].double()
+    unit = torch.finfo(s.dtype).eps * (n.abs() + added.abs())
+    error = float(((s[rows].double() - (n + added)).abs() / unit.clamp_min(torch.finfo(s.dtype).tiny)).max())
+    if error > bound + 0.5:
+        raise WrongResult(f"the sum is {error:.3g} units in the last place off, allowed are {bound + 0.5:.3g}")
+
+
+def _some_rows(t: Tensor) -> Tensor:
+    """The indices of evenly spaced rows, not more of them than may be compared."""
+    count = min(len(t), max(1, MOST[t.device.type] // t.shape[-1]))
+    return torch.linspace(0, len(t) - 1, count, dtype=torch.float64, device=t.device).round().long()
 
 
 def poison(x: Tensor) -> None:
@@ -79,15 +103,17 @@ def _compare(
     ``exact`` is given some rows of each source, and returns what these rows of ``got`` should be.
     """
     sources = [sources] if isinstance(sources, Tensor) else sources
-    source = sources[0]
+    _require_like(name, got, sources[0])
+    hidden = got.shape[-1]
+    got = got.reshape(-1, hidden)
+    rows = _some_rows(got)
+    error = reference.ulp_error(got[rows], exact(*(s.reshape(-1, hidden)[rows] for s in sources)))
+    if error > bound:
+        raise WrongResult(f"{name} is {error:.3g} units in the last place off, allowed are {bound:.3g}")
+
+
+def _require_like(name: str, got: Tensor, source: Tensor) -> None:
     if got.shape != source.shape or got.dtype != source.dtype:
         raise WrongResult(f"{name} is {got.dtype} {list(got.shape)}, not {source.dtype} {list(source.shape)}")
     if got.isnan().any():
         raise WrongResult(f"{name} has NaN: not all of it was written")
-    hidden = got.shape[-1]
-    got = got.reshape(-1, hidden)
-    count = min(len(got), max(1, MOST[got.device.type] // hidden))
-    rows = torch.linspace(0, len(got) - 1, count, dtype=torch.float64, device=got.device).round().long()
-    error = reference.ulp_error(got[rows], exact(*(s.reshape(-1, hidden)[rows] for s in sources)))
-    if error > bound:
-        raise WrongResult(f"{name} is {error:.3g} units in the last place off, allowed are {bound:.3g}")

@@ -37,7 +37,18 @@ from torch.nn import functional
 import gemma_norm
 
 from . import gradients
-from .cases import ADD_RMS_NORM, BACKWARD, EPS, FORWARD, GATED_RMS_NORM, OPS, RMS_NORM, Point
+from .cases import (
+    ADD_RMS_NORM,
+    BACKWARD,
+    EPS,
+    FORWARD,
+    GATED_RMS_NORM,
+    NORM_ADD_NORM,
+    OPS,
+    RMS_NORM,
+    Point,
+    post_weight,
+)
 from .gradients import GradientInputs
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -89,7 +100,21 @@ def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
         return lambda x: norm(x, weight, EPS, gemma)
     if op == GATED_RMS_NORM:
         return lambda x, gate: gemma_norm.gated_rms_norm(x, gate, weight, EPS)
+    if op == NORM_ADD_NORM:
+        return _in_place(gemma_norm.fused_rms_norm_add_rms_norm, post_weight(weight), weight, EPS, gemma)
     return _in_place(add_norm, weight, EPS, gemma)
+
+
+def _two_calls(op: str, weight: Tensor, gemma: bool) -> Call:
+    """The norm of x into x's memory, then the addition and the norm of the sum."""
+    norm, add_norm, post = gemma_norm.rms_norm, gemma_norm.fused_add_rms_norm, post_weight(weight)
+
+    def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        norm(x, post, EPS, gemma, out=x)
+        add_norm(x, residual, weight, EPS, gemma)
+        return x, residual
+
+    return call
 
 
 def _ours_op(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -123,7 +148,7 @@ def _half_more(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
-    def norm(x: Tensor) -> Tensor:
+    def norm(x: Tensor, weight: Tensor = weight) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
         y = y * (1.0 + weight.float()) if gemma else y * weight.float()
@@ -138,7 +163,17 @@ def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
         return (weight * y.type_as(x) * functional.silu(gate.float())).type_as(x)
 
-    calls: dict[str, Call] = {RMS_NORM: norm, ADD_RMS_NORM: add_norm, GATED_RMS_NORM: gated_norm}
+    def norm_add_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        s = residual + norm(x, post)
+        return norm(s), s
+
+    post = post_weight(weight)
+    calls: dict[str, Call] = {
+        RMS_NORM: norm,
+        ADD_RMS_NORM: add_norm,
+        GATED_RMS_NORM: gated_norm,
+        NORM_ADD_NORM: norm_add_norm,
+    }
     return calls[op]
 
 
@@ -148,7 +183,7 @@ def _torch_compile(op: str, weight: Tensor, gemma: bool) -> Call:
 
 
 def _torch_rms_norm(op: str, weight: Tensor, gemma: bool) -> Call:
-    shape, norm = tuple(weight.shape), functional.rms_norm
+    shape, norm, post = tuple(weight.shape), functional.rms_norm, post_weight(weight)
     if op == RMS_NORM:
         return lambda x: norm(x, shape, weight, EPS)
 
@@ -156,6 +191,8 @@ def _torch_rms_norm(op: str, weight: Tensor, gemma: bool) -> Call:
         s = x + residual
         return norm(s, shape, weight, EPS), s
 
+    if op == NORM_ADD_NORM:
+        return lambda x, residual: add_norm(norm(x, shape, post, EPS), residual)
     return add_norm
 
 
@@ -234,7 +271,7 @@ def _in_place(function: Callable[..., Any], *options: Any) -> Call:
     return call
 
 
-ALL = (*OPS, GATED_RMS_NORM)
+ALL = (*OPS, GATED_RMS_NORM, NORM_ADD_NORM)
 DERIVED = ("backward", "backward-few", "backward-cpu", "train-host")
 """The suites that time derivatives."""
 LIGER: Any = {"module": "liger_kernel.ops", "needs": ("LigerRMSNormFunction",)}
@@ -242,12 +279,13 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider("ours", _ours, ALL, exact=True, gradient=gradients.ours),
+        Provider("ours:two calls", _two_calls, (NORM_ADD_NORM,), exact=True, suites=("norm-add",)),
         Provider("ours:torch.ops", _ours_op, exact=True, suites=("host",)),
         Provider("ours:module", _ours_module, exact=True, suites=("host",)),
         Provider("copy_", _copy, ALL, copies=True, traffic=gradients.copy_traffic),
         Provider("torch.add", _copy, copies=True, suites=DERIVED, traffic=gradients.add_traffic),
         Provider("eager", _eager, ALL, gradient=_eager),
-        Provider("F.rms_norm", _torch_rms_norm, gemma=False, gradient=_torch_rms_norm),
+        Provider("F.rms_norm", _torch_rms_norm, (*OPS, NORM_ADD_NORM), gemma=False, gradient=_torch_rms_norm),
         Provider("torch.compile", _torch_compile, ALL, gradient=gradients.compiled(_torch_compile)),
         Provider("liger", _liger, gradient=gradients.liger_new, **LIGER),
         Provider(

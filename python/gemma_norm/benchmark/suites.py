@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from .cases import ADD_RMS_NORM, BACKWARD, BOTH, GATED_RMS_NORM, OPS, RMS_NORM, Heads, Point
+from .cases import ADD_RMS_NORM, BACKWARD, BOTH, GATED_RMS_NORM, NORM_ADD_NORM, OPS, RMS_NORM, Heads, Point
 
 LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
 FORWARD_HIDDEN = (64, 128, 256, 512, 1024, 2048, 2880, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072)
@@ -27,6 +27,8 @@ GATED_ROWS = {  # hidden: rows. Below 2048 a token has 32 rows (heads), otherwis
     4096: (1, 16, 64, 8192),
     8192: (1, 16, 64, 4096),
 }
+NORM_ADD_HIDDEN = (1152, 2048, 2560, 3840, 5120, 5376)  # most are Gemma 3's
+NORM_ADD_ROWS = (1, 4, 16, 64, 8192)
 
 DERIVED_OPS = (RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM)
 BACKWARD_ROWS, BACKWARD_HIDDEN = (4096, 16384, 32768), (1024, 2048, 4096, 5120, 8192)
@@ -82,6 +84,20 @@ def gated(choice: Choice) -> Iterator[Point]:
         for r in choice.pick(choice.rows, rows, (rows[0], rows[-1])):
             cache = "cold" if device == "cuda" and r * h * dtype.itemsize > 4 * 2**20 else "hot"
             yield Point("gated", GATED_RMS_NORM, r, h, dtype, device, cache, t)
+
+
+def norm_add(choice: Choice) -> Iterator[Point]:
+    """The norm of x, the addition and the norm of the sum, and what one norm with its addition takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = (0,) if device == "cuda" else sorted({1, torch.get_num_threads()})
+    shapes = product(
+        choice.pick(choice.hidden, NORM_ADD_HIDDEN, (2560,)), choice.pick(choice.rows, NORM_ADD_ROWS, (1, 64))
+    )
+    for dtype, (h, r), op, t in product(
+        choice.dtypes or (torch.bfloat16,), shapes, (NORM_ADD_NORM, ADD_RMS_NORM), threads
+    ):
+        cache = "cold" if device == "cuda" and r * h * dtype.itemsize > 4 * 2**20 else "hot"
+        yield Point("norm-add", op, r, h, dtype, device, cache, t)
 
 
 def host(choice: Choice) -> Iterator[Point]:
@@ -166,6 +182,11 @@ SUITES = {
         qk, "query and key heads read in place from a fused qkv (+ gate) buffer, in CUDA graphs", hidden=tuple(QK_HEADS)
     ),
     "gated": Suite(gated, "norm times silu(gate), on a GPU in CUDA graphs", needs_gpu=False),
+    "norm-add": Suite(
+        norm_add,
+        "norm, residual addition and norm as between the blocks of Gemma 3, beside an addition and one norm",
+        needs_gpu=False,
+    ),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False, host=True),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
     "backward": Suite(backward, "the backward pass alone, cold, in CUDA graphs", "hidden", derived=True),

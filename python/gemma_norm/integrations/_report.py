@@ -39,6 +39,8 @@ class Fused:
     """The name of the norm in the model."""
     across: bool
     """Whether the norm is in another module than the addition: used only where no gradient is recorded."""
+    before: str = ""
+    """The name of a norm before the addition that joins as well, if it is like the one after it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _replaced_row(row: Replaced) -> tuple[str, ...]:
 def _fused_row(row: Fused) -> tuple[str, ...]:
     return (
         row.cls,
-        f"+ {row.norm.rpartition('.')[2]}",
+        f"{row.before.rpartition('.')[2]} + {row.norm.rpartition('.')[2]}".strip(),
         "of the next layer, in inference" if row.across else "in the layer",
     )
 

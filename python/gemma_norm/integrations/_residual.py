@@ -5,6 +5,9 @@ Inside a layer, ``_gemma_norm_add(a, b, norm)`` returns ``(norm(a + b), a + b)``
 takes the offer if its input is that very tensor, neither the tensor nor the weight has been written to since, and
 weight and eps are the same; else it computes its result itself. A write between two layers that PyTorch does not
 count, through ``.data``, NumPy or a collective of torch.distributed, is not seen.
+
+A norm right before the addition joins as well, if it is of the same kind as the norm after it: the two methods
+``_gemma_norm_add_normed`` and ``_gemma_norm_add_normed_last`` are given what it takes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from .._ops.rms_norm import add_rms_norm
+from .._ops.rms_norm_add_rms_norm import rms_norm_add_rms_norm
 from ._forwards import (
     in_functorch,
     is_compiling,
@@ -40,6 +44,7 @@ class LayerSwap:
     base: type[nn.Module]
     norms: frozenset[str]
     across: bool
+    posts: frozenset[str] = frozenset()
 
 
 def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
@@ -49,8 +54,14 @@ def layer_subclass(swap: LayerSwap) -> type[nn.Module]:
 @functools.cache
 def _layer_subclass(swap: LayerSwap, original: Any) -> type[nn.Module]:
     """One for each forward that the base has had: a class may be given another one."""
-    forward = rewritten(swap.base, swap.norms, swap.across)
-    members = {SWAP: swap, "_gemma_norm_add": add, "_gemma_norm_add_last": add_last}
+    forward = rewritten(swap.base, swap.norms, swap.across, swap.posts)
+    members = {
+        SWAP: swap,
+        "_gemma_norm_add": add,
+        "_gemma_norm_add_last": add_last,
+        "_gemma_norm_add_normed": add_normed,
+        "_gemma_norm_add_normed_last": add_normed_last,
+    }
     return derive(swap.base, "layer", swap, forward, **members)
 
 
@@ -75,17 +86,53 @@ def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
     return norm(s), s
 
 
+def add_normed(self: nn.Module, x: Any, residual: Any, post: nn.Module, norm: nn.Module, first: bool) -> Any:
+    """``add`` of ``post(x)`` and residual; ``first``: in this order."""
+    both = None if _called_otherwise(norm) or _seen_after(norm) else _normed_both(post, norm, x, residual, True)
+    if both is not None:
+        return both
+    n = post(x)
+    return add(self, n, residual, norm) if first else add(self, residual, n, norm)
+
+
+def add_normed_last(self: nn.Module, x: Any, residual: Any, post: nn.Module, first: bool) -> Any:
+    """``add_last`` of ``post(x)`` and residual; ``first``: in this order."""
+    norm = _next(self)
+    if norm is not None and state(norm).wasted < MISSES:
+        both = _normed_both(post, norm, x, residual, False)
+        if both is not None:
+            return _offer(norm, *both)
+    n = post(x)
+    return add_last(self, n, residual) if first else add_last(self, residual, n)
+
+
+def _next(self: nn.Module) -> nn.Module | None:
+    """The norm that may be offered its result, which has none yet."""
+    if is_compiling() or is_tracing() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return None
+    norm = state(self).next
+    if norm is None or norm_swap(norm) is None:
+        return None
+    own = state(norm)
+    if own.offer is not None:
+        own.offer, own.wasted = None, own.wasted + 1
+    return norm
+
+
+def _offer(norm: nn.Module, y: Tensor, s: Tensor) -> Tensor:
+    swap = norm_swap(norm)
+    assert swap is not None
+    state(norm).offer = (s, s._version, seen_of(norm, swap.eps_name), y)
+    return s
+
+
 def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     """``a + b``, with the next norm's result beside it where no gradient is recorded."""
-    if is_compiling() or is_tracing() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return a + b
-    norm = state(self).next
+    norm = _next(self)
     swap = None if norm is None else norm_swap(norm)
     if norm is None or swap is None:
         return a + b
     own = state(norm)
-    if own.offer is not None:
-        own.offer, own.wasted = None, own.wasted + 1
     reason = "the norm after the layer is not given its sum" if own.wasted >= MISSES else None
     if reason is None:
         weight = weight_of(norm)
@@ -100,8 +147,7 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
             except RuntimeError as error:
                 reason = refusal(error)
             else:
-                own.offer = (s, s._version, seen_of(norm, swap.eps_name), y)
-                return s
+                return _offer(norm, y, s)
     own.apart(reason)
     return a + b
 
@@ -140,6 +186,31 @@ def _add_rms_norm(norm: nn.Module, swap: Swap, a: Tensor, b: Tensor) -> tuple[Te
     return add_rms_norm(a, b, weight, getattr(norm, swap.eps_name), swap.semantics.gemma, None, each_step)
 
 
+def _normed_both(post: nn.Module, norm: nn.Module, x: Any, residual: Any, hooks: bool) -> tuple[Tensor, Tensor] | None:
+    """``(norm(s), s)`` with ``s = post(x) + residual``, in one operator with the same bits and effects; else None.
+
+    The two norms must be alike, and nothing may come between the norm of x and the addition.
+    """
+    swap, before = norm_swap(norm), norm_swap(post)
+    if swap is None or before is None or before.takes or _called_otherwise(post) or _seen_after(post):
+        return None
+    weight, post_weight = weight_of(norm), weight_of(post)
+    if weight is None or post_weight is None or weight.dtype != post_weight.dtype:
+        return None
+    kinds = [(s.semantics.gemma, s.semantics.weighted, s.each_step, s.native) for s in (swap, before)]
+    eps = getattr(norm, swap.eps_name)
+    if kinds[0] != kinds[1] or not swap.semantics.weighted or eps != getattr(post, before.eps_name):
+        return None
+    if _apart(norm, swap, x, residual, hooks) or _apart(post, before, x, residual, hooks):
+        return None
+    try:
+        each_step = swap.each_step and weight.dtype == x.dtype
+        return rms_norm_add_rms_norm(x, residual, post_weight, weight, eps, swap.semantics.gemma, each_step)
+    except RuntimeError as error:
+        refusal(error)  # the steps are made one by one, which gives the reason
+        return None
+
+
 def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | None:
     """Why the addition stays apart from the norm; None where it does not.
 
@@ -170,7 +241,7 @@ def fuse(
 ) -> None:
     """Rewrite the layers, as far as their forms are known, and append them to ``changed``. A dry run changes none."""
     names = {module: name for name, module in model.named_modules()}
-    layers: dict[nn.Module, frozenset[str]] = {}
+    layers: dict[nn.Module, tuple[frozenset[str], frozenset[str]]] = {}
 
     def norm(parent: nn.Module, attribute: str) -> nn.Module | None:
         """A norm of ours, or one that a dry run would make ours."""
@@ -207,14 +278,17 @@ def fuse(
                 report.unfused.append(Left(name, type(layer).__name__, reason))
             continue
         kind = type(layer).__name__
-        report.fused += [Fused(name, kind, f"{name}.{n}".lstrip("."), False) for n in known.norms if n in joined]
-        report.fused += [Fused(name, kind, names[ends[layer]], True)] if last else []
-        layers[layer] = joined
+        posts = {n: post for n, post in known.posts.items() if norm(layer, post) is not None}
+        full = {n: f"{name}.{n}".lstrip(".") for n in (*known.norms, *posts.values())}
+        before = {n: full[post] for n, post in posts.items()}
+        report.fused += [Fused(name, kind, full[n], False, before.get(n, "")) for n in known.norms if n in joined]
+        report.fused += [Fused(name, kind, names[ends[layer]], True, before.get("", ""))] if last else []
+        layers[layer] = joined, frozenset(posts.values())
     if report.dry_run:
         return
-    for layer, joined in layers.items():
+    for layer, (joined, own_posts) in layers.items():
         last = form(type(layer)).ends_with_sum and layer in ends
-        exchange(layer, layer_subclass(LayerSwap(type(layer), joined, last)))
+        exchange(layer, layer_subclass(LayerSwap(type(layer), joined, last, own_posts)))
         layer.__dict__[STATE] = State(names[layer], report.fallbacks, report.additions)
         changed.append(layer)
         if last:

@@ -5,8 +5,16 @@ Only statements of exactly these forms are known, h and r being names, and a and
     h = a + b; r = h; h = self.norm(h)    becomes    h, r = self._gemma_norm_add(a, b, self.norm)
     h = a + b; return h                   becomes    h = self._gemma_norm_add_last(a, b); return h
 
-What is returned may be a tuple that begins with h. Everything is evaluated once and in the order that it was, and what
-the two methods do for tensors that do not suit is what was there. Everything else stays as it was compiled. The source
+What is returned may be a tuple that begins with h. Where h = self.post(h) comes right before, and the sum is that of h
+and another name, x (or of x and h), that statement goes as well, if post is a norm of ours:
+
+    h = self.post(h); h = x + h; r = h; h = self.norm(h)
+        becomes    h, r = self._gemma_norm_add_normed(h, x, self.post, self.norm, False)
+    h = self.post(h); h = x + h; return h
+        becomes    h = self._gemma_norm_add_normed_last(h, x, self.post, False); return h
+
+The last argument says whether h is the sum's first term. Everything is evaluated once and in the order that it was, and
+what the methods do for tensors that do not suit is what was there. Everything else stays as it was compiled. The source
 must compile to the very code that the class runs, else nothing is rewritten: a file may have been edited since it was
 imported, and a decorator may have replaced the function.
 """
@@ -35,6 +43,9 @@ class Form:
     """The attributes of the norms that an addition joins inside the layer."""
     ends_with_sum: bool = False
     """Whether the layer returns a sum, which may join the next layer's norm."""
+    posts: dict[str, str] = field(default_factory=dict)
+    """For some of these norms, and for "" where the layer ends with a sum: the attribute that is called right before
+    the addition, and whose result is a term of it."""
     first: list[str] = field(default_factory=list)
     """The attributes that are called with the layer's input, one of which may be a norm."""
     reason: str = ""
@@ -83,13 +94,19 @@ def _form(base: type) -> Form:
             if norm := _triple(statements[i : i + 3], _self(body)):
                 found.norms.append(norm)
             elif _ends(statements[i : i + 2]):
-                found.ends_with_sum = True
+                found.ends_with_sum, norm = True, ""
+            post = None if norm is None else _post(statements[max(i - 1, 0) : i + 1], _self(body))
+            if norm is not None and post is not None:
+                found.posts[norm] = post
     found.first = _first(body)
     return found
 
 
-def rewritten(base: type, norms: frozenset[str], across: bool) -> Callable[..., Any]:
-    """The forward with the additions before these norms joined to them, and with ``across`` the last one as well."""
+def rewritten(base: type, norms: frozenset[str], across: bool, posts: frozenset[str]) -> Callable[..., Any]:
+    """The forward with the additions before these norms joined to them, and with ``across`` the last one as well.
+
+    ``posts``: the norms before an addition that go with it.
+    """
     known = form(base)
     old: Any = known.function
     assert known.tree is not None
@@ -100,7 +117,17 @@ def rewritten(base: type, norms: frozenset[str], across: bool) -> Callable[..., 
         i = 0
         while i < len(statements):
             first = statements[i]
-            if (norm := _triple(statements[i : i + 3], own)) in norms:
+            post = _post(statements[i : i + 2], own)
+            if post in posts and (norm := _triple(statements[i + 1 : i + 4], own)) in norms:
+                assert isinstance(statements[i + 2], ast.Assign)
+                h, r = _target(first), _target(statements[i + 2])
+                arguments = f"{_other(statements[i + 1])}, {own}.{post}, {own}.{norm}, {_is_first(statements[i + 1])}"
+                statements[i : i + 4] = [_placed(f"{h}, {r} = {own}._gemma_norm_add_normed({h}, {arguments})", first)]
+            elif post in posts and across and _ends(statements[i + 1 : i + 3]):
+                h = _target(first)
+                arguments = f"{_other(statements[i + 1])}, {own}.{post}, {_is_first(statements[i + 1])}"
+                statements[i : i + 2] = [_placed(f"{h} = {own}._gemma_norm_add_normed_last({h}, {arguments})", first)]
+            elif (norm := _triple(statements[i : i + 3], own)) in norms:
                 assert isinstance(statements[i + 1], ast.Assign)
                 h, r = _target(first), _target(statements[i + 1])
                 call = f"{h}, {r} = {own}._gemma_norm_add({_operands(first)}, {own}.{norm})"
@@ -219,6 +246,29 @@ def _triple(statements: list[ast.stmt], own: str) -> str | None:
     if r in (None, h, own) or _name(getattr(statements[1], "value", None)) != h:
         return None
     return _norm_call(statements[2], h, own)
+
+
+def _post(statements: list[ast.stmt], own: str) -> str | None:
+    """The attribute in ``h = self.attribute(h)``, where the next statement is ``h = x + h`` or ``h = h + x``."""
+    if len(statements) < 2 or not _is_sum(statements[1]) or _other(statements[1]) in (None, own):
+        return None
+    return _norm_call(statements[0], _target(statements[1]), own)
+
+
+def _other(statement: ast.stmt) -> str | None:
+    """x in ``h = x + h`` or ``h = h + x``, if it is another name."""
+    value = getattr(statement, "value", None)
+    assert isinstance(value, ast.BinOp)
+    names, h = [_name(value.left), _name(value.right)], _target(statement)
+    others = [name for name in names if name != h]
+    return others[0] if h in names and len(others) == 1 else None
+
+
+def _is_first(statement: ast.stmt) -> bool:
+    """Whether h is the first term of the sum."""
+    value = getattr(statement, "value", None)
+    assert isinstance(value, ast.BinOp)
+    return _name(value.left) == _target(statement)
 
 
 def _ends(statements: list[ast.stmt]) -> bool:

@@ -63,8 +63,9 @@ def patch(
             addition at a layer's end with the first norm of the next, or the model's last, where no gradient is
             recorded and outside of ``torch.inference_mode``, whose tensors do not tell whether they have been written
             to. A hook that writes to a layer's result through ``.data``, NumPy or a collective is not seen there:
-            "layer" is for such models. The results have the same bits in each case. A norm with hooks, or in compiled
-            code, is not joined.
+            "layer" is for such models. Where a norm of the same kind comes right before the addition,
+            ``h = self.norm(h); h = residual + h``, the three become one :func:`gemma_norm.rms_norm_add_rms_norm`. The
+            results have the same bits in each case. A norm with hooks, or in compiled code, is not joined.
         rounding: "original" rounds where the original rounds. "once": norms that round x * rstd before they multiply by
             the weight, as Llama's do, round at the end alone, which is nearer to the exact result. Gated norms
             likewise.

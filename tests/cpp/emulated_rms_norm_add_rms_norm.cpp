@@ -1,0 +1,6 @@
+#include "emulated_op.cuh"
+#include "ops/rms_norm_add_rms_norm.h"
+
+template gemma_norm::Status gemma_norm::gpu::launch_op<gemma_norm::RmsNormAddRmsNorm>(const Call&, device::Stream,
+                                                                                      Message*);
+template const void* gemma_norm::kernel_function<gemma_norm::RmsNormAddRmsNorm>(const RowParams&, bool, int32_t);
