@@ -68,6 +68,7 @@ GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 GEMMA_NORM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 GEMMA_NORM_DEVICE uint32_t as_bits(float f) { return __float_as_uint(f); }
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+GEMMA_NORM_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 GEMMA_NORM_DEVICE float clamp(float v, float low, float high) { return fminf(fmaxf(v, low), high); }
 GEMMA_NORM_DEVICE float approximate_reciprocal(float v) {
   float r;

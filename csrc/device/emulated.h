@@ -121,6 +121,7 @@ To bit_cast(From from) {
 inline float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 inline uint32_t as_bits(float f) { return bit_cast<uint32_t>(f); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float add(float a, float b) { return a + b; }  // built with -ffp-contract=off
 inline float clamp(float v, float low, float high) { return std::fmin(std::fmax(v, low), high); }
 // The approximations are as inexact as the device layer allows, so that the steps that refine them are tested.
 inline float approximate_reciprocal(float v) { return as_float(as_bits(1 / v) + as_bits(v) % 3 - 1); }

@@ -122,6 +122,7 @@ GEMMA_NORM_DEVICE void keep_packed(Vector16* v) {
 GEMMA_NORM_DEVICE void leave_unset(Vector16*) {}
 
 GEMMA_NORM_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+GEMMA_NORM_DEVICE float add(float a, float b) { return a + b; }  // built with -ffp-contract=off
 GEMMA_NORM_DEVICE float clamp(float v, float low, float high) { return __builtin_amdgcn_fmed3f(v, low, high); }
 GEMMA_NORM_DEVICE float approximate_reciprocal(float v) { return __builtin_amdgcn_rcpf(v); }
 GEMMA_NORM_DEVICE float approximate_rsqrt(float v) { return __builtin_amdgcn_rsqf(v); }

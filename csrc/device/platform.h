@@ -30,6 +30,7 @@
 //   any_lane(condition)              whether the condition is true in any lane of the wave; all lanes must call it
 //   as_float(bits) as_bits(f)        the same bits as another type
 //   fma(a, b, c)                     a * b + c, rounded once, to nearest even
+//   add(a, b)                        a + b, rounded by itself though a or b is a product; a plain + may become an fma
 //   clamp(v, low, high)              min(max(v, low), high); for a NaN, either bound
 //   reciprocal_root<kQuick>(v)       1 / sqrt(v) for v >= 0: the root is rounded to nearest even, then its
 //                                    reciprocal; kQuick may be faster and takes more registers

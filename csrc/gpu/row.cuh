@@ -119,7 +119,7 @@ GEMMA_NORM_DEVICE Vector16 add_rounded(Vector16 a, Vector16 b) {
   unpack_items<A>(a, x);
   unpack_items<B>(b, y);
 #pragma unroll
-  for (int i = 0; i < kItems<B>; ++i) x[i] += y[i];
+  for (int i = 0; i < kItems<B>; ++i) x[i] = device::add(x[i], y[i]);
   return pack_items<B>(x);
 }
 
