@@ -115,7 +115,7 @@ class Drawing {
   int64_t below(int64_t n) { return static_cast<int64_t>(random_() % n); }
 
  private:
-  std::mt19937 random_{3};
+  std::mt19937 random_{4};
   size_t count_ = 0;
 };
 

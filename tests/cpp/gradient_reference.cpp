@@ -86,6 +86,7 @@ std::string compare_gradients_with_reference(const Case& c, const Tensors& input
       return difference(kOperandNames[o], first / c.hidden, column + i, want.exact, value);
     };
     double squares = 0, off = 0;
+    bool nan = false;
     a.clear();
     for (int64_t i = 0; i < length; ++i) {
       n[i] = Number(x[first + i]);
@@ -97,9 +98,10 @@ std::string compare_gradients_with_reference(const Case& c, const Tensors& input
       }
       squares += n[i].exact * n[i].exact;
       off += 2 * std::fabs(n[i].exact) * n[i].off;
+      nan = nan || n[i].nan;  // an infinite x times an activation that may be 0
     }
     if (squares > FLT_MAX) squares = INFINITY, off = 0;
-    Number rstd(1 / std::sqrt(squares / length + eps));
+    Number rstd(1 / std::sqrt(squares / length + eps), 0, nan);
     // It is exactly 0 where the squares overflow.
     if (rstd.exact > 0) rstd.off = rstd.exact * (units * kUnit + 0.5 * off / (squares + eps * length));
 
