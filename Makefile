@@ -49,7 +49,7 @@ test-hip7: $(VENV)/test-installed build/hip7/triton  ## machine code of every AM
 build/hip7/triton:  # PyPI's triton holds HIP 7.1's headers and the device libraries of ROCm 7
 	$(PIP) --no-deps --target build/hip7 triton==3.9.0
 
-compare-amdgpu: $(VENV)/test-installed  ## ours beside the peers' AMD machine code: make compare-amdgpu TINYGRAD=<checkout>
+compare-amdgpu: $(VENV)/test-installed  ## beside the peers' AMD code: make compare-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python tests/amdgpu/compare.py $(COMPARE)
 
 test-install: build/cpp/build.ninja $(VENV)/test-installed  ## everything that make test installs, without the tests

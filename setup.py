@@ -337,6 +337,7 @@ class BuildLibraries(cpp_extension.BuildExtension):
         objects = self.compile_kernels({name: TOOLKITS.get(name) or Host() for name in extensions}, info)
         for name, ext in extensions.items():
             ext.extra_objects = objects[name]
+            ext.depends += objects[name]  # else setuptools keeps the library if only the compiler or its flags changed
             ext.extra_link_args += TOOLKITS[name].link() if name in TOOLKITS else []
         super().build_extensions()
         version = self.distribution.get_version()

@@ -4,7 +4,7 @@
 // There are two passes over each row. The second finds the row in the cache.
 //
 //   statistics  computes s, stores it unless it is x itself, and computes rstd = 1 / sqrt(mean(s^2) + eps)
-//               (if x itself is normalised first, once before that for x)
+//               (an operator that normalises x before the addition has a pass before this one, for x's own rstd)
 //   normalize   computes y, the operator's formula of s, rstd and weight + offset
 //
 // A thread with many rows interleaves the second pass over a row with the first pass over the next row. Memory is then

@@ -115,9 +115,6 @@ template <class C>
       }
     }
     for (int k = 0; k < kStep; k += kLanes) store_sum<C>(p, padded, k, sum + k, false);
-    // Where x_rstd is infinite, the norm of the zeros behind the row is NaN.
-    if constexpr (C::kNormsX)
-      for (int64_t k = rest; k < kStep; ++k) sum[k] = S{};
     if (row.sum) copy(row.sum + i, sum, rest);
     if constexpr (C::kHasResidual) copy(row.residual_out + i, sum, rest);
   }

@@ -59,6 +59,7 @@ GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) { return load(p); }
 GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
   *reinterpret_cast<uint2*>(p) = make_uint2(v.word[0], v.word[1]);
 }
+constexpr bool kPrefetches = true;
 GEMMA_NORM_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 constexpr bool kLoadsBeforeStores = false;
 GEMMA_NORM_DEVICE void wait_for_load(const Vector16&) {}

@@ -105,6 +105,7 @@ void store_once(Vector* p, Vector v) {
   check_access(p);
   *p = v;
 }
+constexpr bool kPrefetches = true;
 inline void prefetch(const void*) {}
 constexpr bool kLoadsBeforeStores = false;
 inline void wait_for_load(const Vector16&) {}

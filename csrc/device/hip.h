@@ -104,7 +104,8 @@ GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) {
 GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
   __builtin_nontemporal_store(UInt2{v.word[0], v.word[1]}, (GlobalUInt2*)p);
 }
-GEMMA_NORM_DEVICE void prefetch(const void*) {}  // only gfx12 has an instruction for it
+constexpr bool kPrefetches = false;  // only gfx12 has an instruction for it
+GEMMA_NORM_DEVICE void prefetch(const void*) {}
 // CDNA counts outstanding loads and stores in one counter. After a branch around a store, compilers do not know how
 // many accesses followed the load that they must wait for, so they wait for all, the store included. RDNA has a counter
 // for each, and the order makes no difference; but on gfx1250, clang 22 would need 50 more registers to load first.

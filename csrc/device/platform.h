@@ -15,7 +15,8 @@
 //   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in
 //                                    the caches
 //   load(p)                          for one that will be read again
-//   prefetch(p)                      may bring the vector at p closer, into a cache that the whole GPU shares
+//   kPrefetches prefetch(p)          brings the vector at p closer, into a cache that the whole GPU shares; where
+//                                    kPrefetches is false, nothing
 //   kLoadsBeforeStores               if true, a load that follows a store may have to wait for it, so kernels load
 //                                    first
 //   wait_for_load(v)                 whoever uses v later waits for its load here, hence not for a store after this

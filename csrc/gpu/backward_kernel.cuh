@@ -52,7 +52,7 @@ struct RowStatistics {
 
 // Computes dx of rows that are held in registers, and partial sums of dweight. kWave: each row has a power of two of
 // lanes of one wave, and a block works on several groups of rows at a time. kBlock: a row has all threads of the block.
-// Each group works on kRows rows at a time, and loads the next ones meanwhile.
+// Each group works on kRows rows at a time, and loads or prefetches the next ones meanwhile.
 template <class Terms, Scope kScope, int kVectors, int kRows, int kThreads, int kResident, bool kAligned>
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResident / kThreads : 1))
 backpropagate_rows(RowParams p, Launch launch, Partials partials) {
@@ -63,7 +63,7 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   // of a thread's. Otherwise registers would be spilled, and the next rows are only brought closer (T112).
   constexpr int kHeldBytes =
       kRows * (2 * sizeof(Loaded) + kVectors * sizeof(typename Terms::Held)) + kVectors * kCount * sizeof(float);
-  constexpr bool kAhead = !kAligned || 2 * kHeldBytes <= kRegisterBytes / kResident;
+  constexpr bool kAhead = !kAligned || !device::kPrefetches || 2 * kHeldBytes <= kRegisterBytes / kResident;
   const int thread = device::thread_index(), threads = device::block_threads();
   const int group = kScope == Scope::kWave ? thread >> launch.log2_slots : 0;
   const int groups = kScope == Scope::kWave ? threads >> launch.log2_slots : 1;
@@ -79,14 +79,14 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   device::allow_next_kernel();
   Loaded next[kAhead ? kRows : 1];
   const ShortRowSteps row_step(p, stride);
-  ShortRowSteps row(p, chunk + static_cast<int>(partials.chunks) * group);  // the first of `next`
-  const auto load = [&](Loaded(&rows)[kRows]) {
+  ShortRowSteps row(p, chunk + static_cast<int>(partials.chunks) * group);  // the first of those that come next
+  const auto load = [&](Loaded(&to)[kRows]) {
     ShortRowSteps at = row;
 #pragma unroll
     for (int r = 0; r < kRows; ++r, at.move(p, row_step))
 #pragma unroll
       for (int k = 0; k < kVectors; ++k)
-        Terms::template load<kAligned, Reuse::kNone>(p, at, first(k), step, end_of(at), rows[r][k]);
+        Terms::template load<kAligned, Reuse::kNone>(p, at, first(k), step, end_of(at), to[r][k]);
   };
   if constexpr (kAhead) load(next);
   float dweight[kVectors][kCount] = {};

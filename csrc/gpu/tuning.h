@@ -106,8 +106,9 @@ struct LoadOrder {
   // and of weights; then they are loaded after x's sum is known, this many vectors together.
   static constexpr bool kEarlyPostWeights = kEarlyWeights && kVectors < 8;
   static constexpr int kPostBatch = kWideWeights ? 2 : 4;
-  // Put a branch around each vector of that norm as well, for then nvcc does not load all these weights at once. (Not
-  // where sums are computed before one is stored: behind the branches, compilers for AMD wait for stores too early.)
+  // With eight vectors, the norm of each vector is in a branch of its own. Without it, nvcc loads all weights of that
+  // norm at once and spills. (Not where sums are computed before one is stored: behind the branches, compilers for AMD
+  // wait for stores too early.)
   static constexpr bool kNormOneByOne = kVectors == 8;
   // Compute the activations of the gates before the sum is known, while the thread waits anyway; they take registers
   // (T51).

@@ -1,9 +1,10 @@
 """RMSNorm, plain, with the residual addition or with a gate, by native kernels on AMD and NVIDIA GPUs and on the CPU.
 
 Importing this package loads the native libraries and defines ``torch.ops.gemma_norm``. The functions are
-:func:`rms_norm`, :func:`fused_add_rms_norm`, :func:`add_rms_norm` and :func:`gated_rms_norm`; the modules are
-:class:`RMSNorm`, :class:`GemmaRMSNorm` and :class:`GatedRMSNorm`. :func:`libraries` says what is installed, and
-``python -m gemma_norm`` checks and times it.
+:func:`rms_norm`, :func:`add_rms_norm`, :func:`rms_norm_add_rms_norm`, :func:`gated_rms_norm` and, in place,
+:func:`fused_add_rms_norm` and :func:`fused_rms_norm_add_rms_norm`; the modules are :class:`RMSNorm`,
+:class:`GemmaRMSNorm` and :class:`GatedRMSNorm`. :func:`libraries` says what is installed, and ``python -m gemma_norm``
+checks and times it.
 """
 
 from . import _library

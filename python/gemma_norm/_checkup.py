@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _library, reference
 from ._checks import DTYPES
 from ._ops import rms_norm as ops
+from ._ops import rms_norm_add_rms_norm as normed
 
 HIDDEN = (256, 2048, 4096, 5120, 1023)
 ROWS = 33
@@ -112,9 +113,21 @@ def _fused_add_rms_norm(result: Result, x: Tensor, residual: Tensor, post: Tenso
     result.require(torch.equal(x, y) and torch.equal(residual, s), "in place equals functional")
 
 
+def _normed_add(result: Result, x: Tensor, residual: Tensor, post: Tensor, weight: Tensor, gemma: bool) -> None:
+    post_weight = weight.flip(0)
+    s = residual + ops.rms_norm(x, post_weight, gemma=gemma)
+    y, new_residual = normed.rms_norm_add_rms_norm(x, residual, post_weight, weight, gemma=gemma)
+    result.add(y, reference.oracle(s, weight, gemma=gemma))
+    result.require(torch.equal(new_residual, s), "the sum is the rounded sum")
+    result.require(torch.equal(y, ops.rms_norm(s, weight, gemma=gemma)), "fused equals unfused")
+    normed.fused_rms_norm_add_rms_norm(x, residual, post_weight, weight, gemma=gemma)
+    result.require(torch.equal(x, y) and torch.equal(residual, s), "in place equals functional")
+
+
 _CHECKS: dict[str, Callable[[Result, Tensor, Tensor, Tensor, Tensor, bool], None]] = {
     "rms_norm": _rms_norm,
     "rms_norm out=x": _rms_norm_out,
     "fused_add_rms_norm": _fused_add_rms_norm,
     "add_rms_norm": _add_rms_norm,
+    "rms_norm_add_rms_norm": _normed_add,
 }

@@ -30,7 +30,7 @@ IMPLEMENTATIONS = ["ours", "Liger", "SGLang", "aiter Triton", "aiter CK"]
 FORWARD = ("rms_norm", "add_rms_norm")
 CASES = [(op, hidden) for op in FORWARD for hidden in (128, 256, 2048, 4096, 8192, 16384)]
 CASES += [("gated_rms_norm", 128), ("rms_norm_backward", 4096), ("gated_rms_norm_backward", 128)]
-# What published measurements are of, by target (timing.PUBLISHED).
+# The kernels that published.py has measured times of, by target.
 MEASURED = {
     "gfx942": [
         ("rms_norm", "bfloat16", 512, ["ours", "aiter Triton", "aiter CK"]),
@@ -99,7 +99,7 @@ def run(target: str, plan: list[dict]) -> list[dict]:
             done = results[-1]
             print(target, done["op"], done["hidden"], done["implementation"], done.get("error", ""), file=sys.stderr)
     if process.returncode:
-        print(f"{target}: ended early, {process.returncode}", file=sys.stderr)
+        sys.exit(f"{target}: ended early, {process.returncode}")
     return results
 
 

@@ -107,7 +107,7 @@ def record(launch: dict, rows: int, isa: str) -> dict:
 
 
 def is_last_two(index: int, blocks: int) -> bool:
-    """The first of them brings to the cache what all blocks read, the weight."""
+    """Only the last block is recorded. The one before is run too, which brings the weight to the cache."""
     return index >= blocks - 2
 
 
@@ -120,8 +120,8 @@ def measure(arch: str, run: Callable[[Tensors], Tensors], implementation: str, c
         got, launches = traced(run, t, lambda *_: True)
         errors, rounds = judge(op, t, gemma, got)
         return {"errors": errors, "rounds": rounds, "launches": [record(x, rows, isa) for x in launches]}
-    # A peer's blocks are as many as units, ours a number of their own. Not all of ours are run, but in the call of few
-    # rows that is only checked.
+    # A peer starts as many blocks as the GPU has units. Ours starts a fixed number, of which only the last two are run
+    # and traced; its results are therefore checked in a third call, of three rows.
     own = implementation == "ours"
     blocks, wants = (ours_blocks(run, op, dtype, hidden), is_last_two) if own else (UNITS, lambda *_: True)
     loops = []

@@ -9,7 +9,7 @@ from timing import Kernel, Timing, kernel_us, looping_us
 from toolchain import TARGETS
 from wave_trace import Event, Op
 
-ROWS = (1, 64, 1024, 32768)  # of the tables of times; times HEADS for rows of heads
+ROWS = (1, 64, 1024, 8192, 32768)  # of the tables of times; times HEADS for rows of heads
 HEADS = 16
 WIDTHS = (128, 64, 32, 16)
 KINDS = ["vector", "packed", "transcendental", "scalar", "scalar load", "lds", "barrier"]
@@ -37,7 +37,8 @@ def predicted_us(result: dict, timing: Timing, rows: int) -> float:
     (few, *_), (more, *rest) = result["launches"], result["looping"]
     loops = [(kernel_of(record, arch), record["rows"]) for record in (few, more)]
     loops_us = looping_us(*loops, timing, blocks, rows / blocks)
-    # A few rows of a loop overlap in part, as if memory were faster. Many cannot.
+    # Loads of one row overlap the previous row's work, so a short loop can look faster than memory. Over many rows it
+    # cannot be, so memory's time is the least.
     counts = per_row(result)
     moved = sum(counts.get(k, 0) for k in ("bytes loaded", "bytes stored")) * rows
     by_memory = timing.launch_us + moved / timing.share(1) / 1e3

@@ -1,5 +1,5 @@
 #!/bin/sh
-# For owners of an AMD GPU: checks and times this checkout, and what only hardware can decide, into one file, report.txt.
+# For owners of an AMD GPU: checks and times this checkout, and what only hardware decides, into one file, report.txt.
 # Run it in a checkout, in an environment with a ROCm build of PyTorch and this package installed (docs/amd.md).
 cd "$(dirname "$0")/../.." || exit
 

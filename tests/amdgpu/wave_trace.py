@@ -19,8 +19,6 @@ COUNTERS = {
 }
 ALU = ("vector", "packed", "transcendental", "scalar")  # units that compute
 MEMORY = ("load", "store", "lds", "scalar load")
-# For so many accesses a counter field has no more room, and the wait is none.
-ALL_PENDING = 63
 
 
 class Op(NamedTuple):

@@ -187,6 +187,10 @@ def what_writes_is_refused(device: str) -> None:
                         lambda: gemma_norm.fused_add_rms_norm(x, residual, weight),  # noqa: B023
                         lambda: OPS.fused_add_rms_norm(x, residual, weight),  # noqa: B023
                     ),
+                    "x is written .* call gemma_norm.rms_norm_add_rms_norm$": (
+                        lambda: gemma_norm.fused_rms_norm_add_rms_norm(x, residual, weight, weight),  # noqa: B023
+                        lambda: OPS.fused_rms_norm_add_rms_norm(x, residual, weight, weight),  # noqa: B023
+                    ),
                     "out is written .* call gemma_norm.rms_norm without out$": (
                         lambda: gemma_norm.rms_norm(x, weight, out=residual),  # noqa: B023
                         lambda: OPS.rms_norm.out(x, weight, out=residual),  # noqa: B023

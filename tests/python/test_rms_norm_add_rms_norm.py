@@ -95,7 +95,8 @@ def test_the_norm_of_x_is_rounded_before_the_addition(device, dtype):
     x, residual, post_weight, weight = tensors(65, 2560, dtype=dtype, device=device)
     _, s = gemma_norm.rms_norm_add_rms_norm(x, residual, post_weight, weight)
     once = residual.float() + reference.rms_norm(x.float(), post_weight.float())
-    assert bool((s != once.to(dtype)).any()), "no element of this test needs the first rounding"
+    differs = (s != once.to(dtype)).float().mean().item()
+    assert differs > (0.001 if dtype == torch.float32 else 0.05), "without the first rounding, s would be this too"
 
 
 def test_each_weight_has_its_own_norm(device):
@@ -146,7 +147,7 @@ def test_a_row_is_what_it_is_alone(device, dtype, rows, hidden):
 @pytest.mark.parametrize("where", [0, 1, 2, 3], ids=["x", "residual", "post_weight", "weight"])
 @pytest.mark.parametrize("hidden", [33, 96])
 def test_special_values(device, special, where, hidden):
-    """eps is 0: the rstd of a row of zeros is then infinite, behind the end of the row as well."""
+    """eps is 0: the rstd of a row of zeros is then infinite."""
     arguments = [t.clone() for t in tensors(3, hidden, device=device)]
     arguments[where][..., 5] = special
     arguments[0][1] = arguments[0][2] = 0

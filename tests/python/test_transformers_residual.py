@@ -238,10 +238,23 @@ def test_a_norm_before_an_addition_that_is_not_like_the_other_stays_apart(change
     for fuse in (False, "layer"):
         m = model("Gemma3Text", torch.bfloat16)
         change(m.model.layers[1])
-        patch(m, fuse_residual=fuse)
+        report = patch(m, fuse_residual=fuse)
         results.append(states(m))
     assert same(*results)
     assert calls.count(NORMED) == 2 and len(calls) == 2 + alone
+    before = [row.before for row in report.fused if row.norm == "model.layers.1.pre_feedforward_layernorm"]
+    assert before == (
+        [""] if change is not a_hook_after_the_norm_after else ["model.layers.1.post_attention_layernorm"]
+    )
+
+
+def test_a_change_after_the_patch_that_keeps_a_norm_before_an_addition_apart_is_reported():
+    m = model("Gemma3Text", torch.bfloat16)
+    report = patch(m, fuse_residual="layer")
+    m.model.layers[1].post_attention_layernorm.eps *= 2
+    states(m)
+    reason = "the norms before and after the addition have two eps"
+    assert report.additions == {("model.layers.1.post_attention_layernorm", reason): 1}
 
 
 @pytest.mark.parametrize("hook", [write_in_place, return_another, return_an_equal_one, change_the_weight])

@@ -187,28 +187,41 @@ def _add_rms_norm(norm: nn.Module, swap: Swap, a: Tensor, b: Tensor) -> tuple[Te
 
 
 def _normed_both(post: nn.Module, norm: nn.Module, x: Any, residual: Any, hooks: bool) -> tuple[Tensor, Tensor] | None:
-    """``(norm(s), s)`` with ``s = post(x) + residual``, in one operator with the same bits and effects; else None.
-
-    The two norms must be alike, and nothing may come between the norm of x and the addition.
-    """
+    """``(norm(s), s)`` with ``s = post(x) + residual``, in one operator with the same bits and effects; else None."""
     swap, before = norm_swap(norm), norm_swap(post)
-    if swap is None or before is None or before.takes or _called_otherwise(post) or _seen_after(post):
+    if swap is None or before is None or _apart(norm, swap, x, residual, hooks):
+        return None  # The addition stays apart from the norm after it too, and that gives the reason.
+    reason = _unlike(post, before, norm, swap) or _apart(post, before, x, residual, hooks)
+    if reason is not None:
+        if not is_compiling():
+            state(post).apart(reason)
         return None
-    weight, post_weight = weight_of(norm), weight_of(post)
-    if weight is None or post_weight is None or weight.dtype != post_weight.dtype:
-        return None
-    kinds = [(s.semantics.gemma, s.semantics.weighted, s.each_step, s.native) for s in (swap, before)]
-    eps = getattr(norm, swap.eps_name)
-    if kinds[0] != kinds[1] or not swap.semantics.weighted or eps != getattr(post, before.eps_name):
-        return None
-    if _apart(norm, swap, x, residual, hooks) or _apart(post, before, x, residual, hooks):
-        return None
+    weight, post_weight, eps = weight_of(norm), weight_of(post), getattr(norm, swap.eps_name)
+    assert weight is not None and post_weight is not None
     try:
         each_step = swap.each_step and weight.dtype == x.dtype
         return rms_norm_add_rms_norm(x, residual, post_weight, weight, eps, swap.semantics.gemma, each_step)
     except RuntimeError as error:
         refusal(error)  # the steps are made one by one, which gives the reason
         return None
+
+
+def _unlike(post: nn.Module, before: Swap, norm: nn.Module, swap: Swap) -> str | None:
+    """Why the norm before an addition cannot join it together with the norm after it; None where it can.
+
+    The two must be alike, and nothing may come between the norm of x and the addition.
+    """
+    if before.takes or _called_otherwise(post) or _seen_after(post):
+        return "the norm before the addition has hooks, a forward of its own or an offered result"
+    weight, post_weight = weight_of(norm), weight_of(post)
+    if weight is None or post_weight is None or weight.dtype != post_weight.dtype:
+        return "the norms before and after the addition have weights of two dtypes, or one has none"
+    kinds = [(s.semantics.gemma, s.semantics.weighted, s.each_step, s.native) for s in (swap, before)]
+    if kinds[0] != kinds[1] or not swap.semantics.weighted:
+        return "the norms before and after the addition are of two kinds"
+    if getattr(norm, swap.eps_name) != getattr(post, before.eps_name):
+        return "the norms before and after the addition have two eps"
+    return None
 
 
 def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | None:
@@ -249,6 +262,12 @@ def fuse(
         swap = None if child is None else planned.get(child) or norm_swap(child)
         return child if swap is not None and not swap.semantics.gated else None
 
+    def alike(post: nn.Module | None, after: nn.Module | None) -> bool:
+        if post is None or after is None:
+            return False
+        own, other = (planned.get(module) or norm_swap(module) for module in (post, after))
+        return own is not None and other is not None and _unlike(post, own, after, other) is None
+
     ends: dict[nn.Module, nn.Module] = {}  # the norm that the addition at a layer's end joins
     if across:
         for parent in names:
@@ -280,7 +299,11 @@ def fuse(
         kind = type(layer).__name__
         posts = {n: post for n, post in known.posts.items() if norm(layer, post) is not None}
         full = {n: f"{name}.{n}".lstrip(".") for n in (*known.norms, *posts.values())}
-        before = {n: full[post] for n, post in posts.items()}
+        before = {
+            n: full[post]
+            for n, post in posts.items()
+            if alike(layer._modules[post], layer._modules.get(n) if n else ends.get(layer))
+        }
         report.fused += [Fused(name, kind, full[n], False, before.get(n, "")) for n in known.norms if n in joined]
         report.fused += [Fused(name, kind, names[ends[layer]], True, before.get("", ""))] if last else []
         layers[layer] = joined, frozenset(posts.values())
