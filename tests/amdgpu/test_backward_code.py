@@ -53,7 +53,9 @@ def test_every_instantiation_is_there(backward_code: list[BackwardKernel]) -> No
 
 
 def test_aligned_rows_move_16_bytes_at_a_time(backward_code: list[BackwardKernel]) -> None:
-    """The only single elements are partial sums: of two passes, and of a wave, whose threads add up those of others."""
+    """The only single elements are sums: partial ones of two passes and of a wave, whose threads add up those of
+    others; and dweight, of any dtype, where a block has all rows.
+    """
 
     def wrong(k: BackwardKernel) -> object:
         accesses = k.all("global_load|global_store")
@@ -62,12 +64,16 @@ def test_aligned_rows_move_16_bytes_at_a_time(backward_code: list[BackwardKernel
         # With a float32 x, dout and the weight may be half as wide.
         widths = r"_(dwordx[24]|b128|b64)" if k.x == "float" else r"_(dwordx4|b128)"
         single = Counter(
-            re.split(r"_(?=dword|b32)", line.split()[0])[0] for line in accesses if not re.search(widths, line)
+            re.sub(r"_(dword|b32)$", "", re.sub(r"_(short|b16).*", " 16", line.split()[0]))
+            for line in accesses
+            if not re.search(widths, line)
         )
         if k.scope == "two passes":
             sums = {"global_load": items(k), "global_store": items(k)}
+        elif k.scope == "wave":
+            sums = {"global_store": 2, "global_store 16": 2}  # a partial sum, and dweight in each of its dtypes
         else:
-            sums = {"global_store": 1} if k.scope == "wave" else {}
+            sums = {"global_store": items(k) * k.vectors, "global_store 16": 2 * items(k) * k.vectors}
         tensors = 3 if k.terms == "GatedTerms" else 2
         wide = len(accesses) - single.total()
         enough = wide >= k.vectors * k.rows * (tensors + tensors - 1)
@@ -138,6 +144,8 @@ def test_gpus_that_have_an_instruction_to_round_to_bfloat16_use_it(
         hardware, by_hand = k.all("v_cvt_pk_bf16_f32"), k.all("v_add3_u32 .*0x7fff")
         if target.rounds_to_bfloat16 and k.x == "bfloat16":
             return by_hand or (len(hardware) < items(k) // 2 * k.vectors and f"{len(hardware)} conversions")
-        return hardware
+        # Where a block has all rows, it rounds dweight, of any dtype, element by element.
+        of_dweight = 1 if k.scope == "wave" else 0 if k.scope == "two passes" else items(k) * k.vectors
+        return len(hardware) != (of_dweight if target.rounds_to_bfloat16 else 0) and hardware
 
     check(rows_kernels(backward_code), wrong)
