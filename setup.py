@@ -183,7 +183,9 @@ class Host:
     """The C++ compiler, for the kernels of CPUs."""
 
     sources, tool = sorted(ROOT.glob("csrc/cpu/*.cpp")), "c++"
-    environment: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.environment: dict[str, str] = {}
 
     def command(self) -> list[str]:
         """CMake compiles csrc/cpu with the same flags in the same order, so that ccache compiles it once for both."""

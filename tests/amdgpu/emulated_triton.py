@@ -63,10 +63,18 @@ class Driver(DriverBase):
         self.target, self.utils = GPUTarget("hip", arch, wave), Utils(isa, units, wave)
 
     is_active = classmethod(lambda cls: True)
-    get_current_target = lambda self: self.target  # noqa: E731
-    get_current_device = lambda self: 0  # noqa: E731
-    get_current_stream = lambda self, device: 0  # noqa: E731
-    get_active_torch_device = lambda self: torch.device("cpu")  # noqa: E731
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         raise NotImplementedError
