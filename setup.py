@@ -215,9 +215,12 @@ class Cuda(Toolkit):
         return cpp_extension._get_cuda_arch_flags()
 
     def command(self) -> list[str]:
-        host_flags = ",".join(["-fPIC", "-fvisibility=hidden", *PREFIXES])
-        return [self.compiler, "-std=c++17", "-O3", "-Xcompiler", host_flags, "--threads", MAX_JOBS,
-                "-Xfatbin", "-compress-all", *self.host_compiler(), *self.arch_flags()]  # fmt: skip
+        """CMake compiles csrc/cuda with the same flags in the same order, so that ccache compiles it once for both."""
+        parallel = ["--threads", MAX_JOBS] if len(self.arch_flags()) > 1 else []
+        arches = [re.sub(r"^-gencode=(.*)code=(\w+)$", r"--generate-code=\1code=[\2]", f) for f in self.arch_flags()]
+        return [self.compiler, "-forward-unknown-to-host-compiler", *self.host_compiler(), "-O3", "-DNDEBUG", *arches,
+                "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", *parallel, "-Xfatbin", "-compress-all",
+                f"-Xcompiler=-ffile-prefix-map={ROOT}/=", "-std=c++17", "-x", "cu"]  # fmt: skip
 
     def host_compiler(self) -> list[str]:
         """CXX as nvcc's host compiler, unless nvcc's own variables name one: nvcc accepts that option only once."""

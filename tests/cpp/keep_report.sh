@@ -1,5 +1,8 @@
 #!/bin/sh
-# Runs a compiler and keeps what it says, such as ptxas' report, in a file beside the object: keep_report.sh nvcc ... -o x.o ...
+# Runs nvcc, has ptxas report on each kernel, and keeps the report in a file beside the object: keep_report.sh nvcc ... -o x.o
+# The option is in the environment, since setup.py's build has it there too if a report is wanted. ccache keeps objects with
+# their reports and those without apart.
+export NVCC_APPEND_FLAGS="-Xptxas=-v"
 object=
 previous=
 for argument in "$@"; do

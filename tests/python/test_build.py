@@ -105,8 +105,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("csrc", "python"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
     shutil.copytree(tree / "csrc", tree / "before/csrc")
+    # With ccache, kernels that the package's own build has compiled for this GPU are not compiled again. CCACHE_BASEDIR
+    # makes the paths relative, so that both builds have the same.
+    cached = f"-u CCACHE_DISABLE CCACHE_BASEDIR={tree} ccache" if shutil.which("ccache") else ""
     script(
-        tree / "rocm/bin/hipcc", f'echo "$HIP_PLATFORM" "$@" >> {tree}/hipcc.log; exec env -u ROCM_PATH {HIPCC} "$@"'
+        tree / "rocm/bin/hipcc",
+        f'echo "$HIP_PLATFORM" "$@" >> {tree}/hipcc.log; exec env -u ROCM_PATH {cached} {HIPCC} "$@"',
     )
     environment = {"ROCM_PATH": str(tree / "rocm"), "PYTORCH_ROCM_ARCH": "gfx90a", "GEMMA_NORM_BACKENDS": "hip"}
     done = run(sys.executable, "-c", BUILD, cwd=tree, **environment, MAX_JOBS="2", CCACHE_DISABLE="1")
