@@ -3,6 +3,10 @@
 // An operator that records derivatives has a twin, "_rms_norm" beside "rms_norm", with the same kernels and without
 // derivatives. Python's functions call it in inference, and the derivative's forward pass does
 // (python/gemma_norm/_registry.py).
+//
+// rms_norm.out has no torch.Tag.out, by which torch.compile could let it write into memory that Inductor has planned.
+// With the tag, AOTInductor of PyTorch 2.13 generates a call of a C function that does not exist, and its program does
+// not compile.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
