@@ -16,6 +16,7 @@ import gemma_norm
 from .providers import Provider, version
 
 VARIABLES = ("FLASHINFER_", "LIGER_", "QUACK_", "CUTE_DSL_", "TRITON_", "TORCHINDUCTOR_", "OMP_", "KMP_", "PYTORCH_")
+FOLDERS = ("TORCHINDUCTOR_CACHE_DIR",)  # torch.compile sets it; a path says nothing about speed
 
 
 def describe(providers: Iterable[Provider], absent: dict[str, str], suites: Iterable[str]) -> dict[str, str]:
@@ -26,7 +27,7 @@ def describe(providers: Iterable[Provider], absent: dict[str, str], suites: Iter
         "commit": _commit(),
         "cpu": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -40,7 +41,8 @@ def describe(providers: Iterable[Provider], absent: dict[str, str], suites: Iter
             "driver": _driver(),
             "toolkit": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
         }
-    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)]
+    names = [name for name in sorted(os.environ) if name.startswith(VARIABLES) and name not in FOLDERS]
+    variables = [f"{name}={os.environ[name]}" for name in names]
     facts["variables"] = ", ".join(variables) or "none"
     facts["peers"] = ", ".join(version(p) for p in providers if p.module) or "none"
     facts |= {f"absent {name}": reason for name, reason in absent.items()}
