@@ -10,9 +10,12 @@
 
 namespace gemma_norm {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kOther };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kOther, kInt32, kInt64 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr bool is_float(DType dtype) { return dtype < DType::kOther; }
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kInt64 ? 8 : dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
+}
 
 enum class Status : int32_t {
   kOk,
@@ -30,7 +33,8 @@ struct Tensor {
   const char* dtype_name;  // for messages; it names the dtype even where `dtype` is kOther
 };
 
-// Every tensor that an operator can take or return. It indexes the arrays of Call and RowParams.
+// Every tensor that an operator can take or return. It indexes the arrays of Call and RowParams. An operator's rules
+// may give one another name (op_info.h): qk_norm_rope's kX is q.
 enum Operand : int32_t {
   kX,            // [..., hidden]
   kWeight,       // [hidden]
@@ -38,8 +42,15 @@ enum Operand : int32_t {
   kPost,         // [..., hidden]; post_residual_addition in Python
   kGate,         // [..., hidden]
   kPostWeight,   // [hidden]; the weight of x's own norm, which comes before the addition
+  kKey,          // [..., k_heads, hidden]; k in Python
+  kKeyWeight,    // [hidden]
+  kCos,          // [..., rotary]
+  kSin,          // [..., rotary]
+  kCosSinCache,  // [max, rotary]
+  kPositions,    // [...] or [3, ...], integers
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
+  kKeyOut,       // [..., k_heads, hidden]
   // Gradients. d<operand> is the gradient of <operand>.
   kDOut,     // [..., hidden]
   kDSum,     // [..., hidden]; of residual_out
@@ -49,11 +60,35 @@ enum Operand : int32_t {
   kOperands,
   kNoOperand = -1
 };
-constexpr const char* kOperandNames[kOperands] = {
-    "x",  "weight", "residual", "post_residual_addition", "gate", "post_weight", "out", "residual_out", "dout", "dsum",
-    "dx", "dgate",  "dweight"};
+constexpr const char* kOperandNames[kOperands] = {"x",
+                                                  "weight",
+                                                  "residual",
+                                                  "post_residual_addition",
+                                                  "gate",
+                                                  "post_weight",
+                                                  "k",
+                                                  "k_weight",
+                                                  "cos",
+                                                  "sin",
+                                                  "cos_sin_cache",
+                                                  "positions",
+                                                  "out",
+                                                  "residual_out",
+                                                  "k_out",
+                                                  "dout",
+                                                  "dsum",
+                                                  "dx",
+                                                  "dgate",
+                                                  "dweight"};
 
 constexpr int64_t kWholeRow = INT64_MAX;
+
+// How many pairs of a head take each of a token's three positions.
+struct Sections {
+  static constexpr int kAxes = 3;
+  int32_t count = 0;  // of sizes: kAxes, or 0 if a token has one position
+  int64_t sizes[kAxes] = {};
+};
 
 // Every option of any operator, by its name in the schema. A call of an operator that lacks an option leaves its
 // default.
@@ -64,6 +99,11 @@ struct Options {
   bool sigmoid = false;            // the gate's activation is the logistic function; otherwise silu
   bool norm_before_gate = true;    // gate the result of the norm; otherwise gate x, and normalise the product
   int64_t group_size = kWholeRow;  // this many elements of a row are normalised together
+  // Of an operator that rotates heads.
+  bool round_rotation = false;     // round the norm, both products and their sum to x's dtype
+  bool interleaved = false;        // the elements of a pair are neighbours; otherwise half of the rotated ones apart
+  bool mrope_interleaved = false;  // the pairs of the three sections take turns; otherwise they come one after another
+  Sections mrope_section;
 };
 
 struct OpInfo;

@@ -30,6 +30,8 @@ FUNCTIONS = (
     "gated_rms_norm",
     "rms_norm_add_rms_norm",
     "fused_rms_norm_add_rms_norm",
+    "qk_norm_rope",
+    "fused_qk_norm_rope",
 )
 CLASSES = ("RMSNorm", "GemmaRMSNorm", "GatedRMSNorm")
 DEFINITIONS = (
@@ -37,6 +39,7 @@ DEFINITIONS = (
     "add_rms_norm",
     "gated_rms_norm",
     "rms_norm_add_rms_norm",
+    "qk_norm_rope",
     "oracle",
     "ulp_error",
     "max_ulp_error",

@@ -1,7 +1,7 @@
 """What a GPU kernel computes and how, read from its symbol, for the tests of machine code of both vendors.
 
-This is the one place that knows the template parameters of csrc/gpu/row_kernel.cuh and backward_kernel.cuh, and their
-order.
+This is the one place that knows the template parameters of csrc/gpu/row_kernel.cuh, backward_kernel.cuh and
+rope_kernel.cuh, and their order.
 """
 
 from __future__ import annotations
@@ -58,6 +58,24 @@ class BackwardName:
         return ", ".join(words + (["aligned"] if self.aligned else []))
 
 
+@dataclass(frozen=True)
+class RopeName:
+    """A kernel of qk_norm_rope."""
+
+    x: str  # element types
+    weight: str
+    angles: str
+    vectors: int
+    aligned: bool
+    threads = 128
+
+    def __str__(self) -> str:
+        words = [f"{self.vectors} vectors", f"{self.x} x", f"{self.weight} weight", f"{self.angles} angles"]
+        return ", ".join(["rope", *words] + (["aligned"] if self.aligned else []))
+
+
+# void gemma_norm::gpu::rotate_heads<gemma_norm::bfloat16, float, float, 2, true>(...)
+ROPE_PATTERN = re.compile(r"void gemma_norm::gpu::rotate_heads<(.*?)>\(")
 # void gemma_norm::gpu::backpropagate_rows<gemma_norm::gpu::PlainTerms<gemma_norm::float16, ...>, ...>(...)
 BACKWARD_PATTERN = re.compile(r"void gemma_norm::gpu::backpropagate_\w+<gemma_norm::gpu::(\w+)<(.*?)>, (.*)>\(")
 # void gemma_norm::gpu::normalize_rows<gemma_norm::Variant<gemma_norm::RmsNorm, ...>, ...>(...)
@@ -84,10 +102,13 @@ def parse_backward(demangled: str) -> BackwardName | None:
     return BackwardName(matched[1], types[0], types[-1], scope, vectors, rows, threads, aligned == "true")
 
 
-def parse(demangled: str) -> KernelName | BackwardName:
+def parse(demangled: str) -> KernelName | BackwardName | RopeName:
     """ValueError where this is no kernel of the project."""
     if backward := parse_backward(demangled):
         return backward
+    if rope := ROPE_PATTERN.match(demangled):
+        x, weight, angles, vectors, aligned = (word.removeprefix("gemma_norm::") for word in rope[1].split(", "))
+        return RopeName(x, weight, angles, int(vectors), aligned == "true")
     matched = PATTERN.match(demangled)
     if not matched:
         raise ValueError(f"not a kernel of this project: {demangled}")
@@ -105,7 +126,7 @@ def parse(demangled: str) -> KernelName | BackwardName:
     )
 
 
-def kernel_names(symbols: list[str]) -> list[KernelName | BackwardName]:
+def kernel_names(symbols: list[str]) -> list[KernelName | BackwardName | RopeName]:
     """One for each symbol."""
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     return [parse(name) for name in done.stdout.splitlines()]

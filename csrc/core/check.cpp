@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
+#include <string>
 #include <utility>
 
 #include "overlap.h"
@@ -18,10 +20,11 @@ class Checker {
   bool passes() {
     for (const OperandRule& rule : *call_.op) {
       const Tensor* const t = call_.tensors[rule.operand];
-      if (!t && !rule.optional) return invalid("%s is needed, got none", kOperandNames[rule.operand]);
+      if (!t && !rule.optional) return invalid("%s is needed, got none", rule.name_of());
       if (t && !check_operand(rule, *t)) return false;
     }
-    return check_no_others() && check_options() && (empty() || check_memory());
+    return check_no_others() && check_options() && (!call_.op->has(kPositions) || check_angles()) &&
+           (empty() || check_memory());
   }
 
  private:
@@ -45,6 +48,8 @@ class Checker {
   };
 
   const Tensor& x() const { return *call_.tensors[kX]; }
+  const char* name_of(Operand operand) const { return call_.op->name_of(operand); }
+  int leading() const { return x().dims - 2; }  // dimensions of the tokens, if rows are heads
   int64_t hidden() const { return x().sizes[x().dims - 1]; }
   bool empty() const {
     for (int d = 0; d < x().dims; ++d)
@@ -57,6 +62,17 @@ class Checker {
       case Extent::kRows: return check_dtype(rule, t) && check_rows(rule, t) && check_last_dimension(rule, t);
       case Extent::kLikeX: return check_dtype(rule, t) && check_shape_of_x(rule, t) && check_last_dimension(rule, t);
       case Extent::kHidden: return check_hidden(rule, t) && check_dtype(rule, t) && check_contiguous(rule, t);
+      case Extent::kRowsOfHeads:
+        return check_dtype(rule, t) && check_rows_of_heads(rule, t) && check_last_dimension(rule, t);
+      case Extent::kHeads: return check_dtype(rule, t) && check_heads(rule, t) && check_last_dimension(rule, t);
+      case Extent::kAngles:
+        return check_dtype(rule, t) && check_shape_of_angles(rule, t) && check_rotary(rule, t) &&
+               check_last_dimension(rule, t);
+      case Extent::kTable:
+        return check_dtype(rule, t) && check_table(rule, t) && check_rotary(rule, t) && check_last_dimension(rule, t);
+      case Extent::kPositions:
+        return check_dtype(rule, t) && check_shape_of_positions(rule, t) &&
+               (t.dims == 0 || check_last_dimension(rule, t));
     }
     return false;
   }
@@ -64,15 +80,17 @@ class Checker {
   bool check_dtype(const OperandRule& rule, const Tensor& t) {
     switch (rule.dtypes) {
       case DTypes::kFloat:
-        return t.dtype != DType::kOther ||
+        return is_float(t.dtype) ||
                invalid("%s must have dtype float32, float16 or bfloat16, got %s", name_of(rule), t.dtype_name);
       case DTypes::kLikeX:
         return t.dtype == x().dtype ||
-               invalid("%s must have x's dtype %s, got %s", name_of(rule), x().dtype_name, t.dtype_name);
+               invalid("%s must have %s's dtype %s, got %s", name_of(rule), name_of(kX), x().dtype_name, t.dtype_name);
       case DTypes::kXOrFloat32:
         return t.dtype == x().dtype || t.dtype == DType::kFloat32 ||
-               invalid("%s must have dtype %s%s, got %s", name_of(rule), x().dtype_name,
-                       x().dtype == DType::kFloat32 ? "" : " (x's) or float32", t.dtype_name);
+               (x().dtype == DType::kFloat32
+                    ? invalid("%s must have dtype float32, got %s", name_of(rule), t.dtype_name)
+                    : invalid("%s must have dtype %s (%s's) or float32, got %s", name_of(rule), x().dtype_name,
+                              name_of(kX), t.dtype_name));
       case DTypes::kWeight: {
         const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kXOrFloat32;
         return check_dtype({rule.operand, rule.extent, dtypes}, t);
@@ -81,18 +99,22 @@ class Checker {
         const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kLikeX;
         return check_dtype({rule.operand, rule.extent, dtypes}, t);
       }
-      case DTypes::kLikeWeight: {
-        const Tensor& weight = *call_.tensors[kWeight];
-        return t.dtype == weight.dtype ||
-               invalid("%s must have weight's dtype %s, got %s", name_of(rule), weight.dtype_name, t.dtype_name);
-      }
-      case DTypes::kLikeResidual: {
-        const Tensor& residual = *call_.tensors[kResidual];
-        return t.dtype == residual.dtype ||
-               invalid("%s must have residual's dtype %s, got %s", name_of(rule), residual.dtype_name, t.dtype_name);
-      }
+      case DTypes::kLikeWeight: return check_dtype_of(rule, t, kWeight);
+      case DTypes::kLikeResidual: return check_dtype_of(rule, t, kResidual);
+      case DTypes::kLikeCos: return check_dtype_of(rule, t, kCos);
+      case DTypes::kInteger:
+        return t.dtype == DType::kInt32 || t.dtype == DType::kInt64 ||
+               invalid("%s must have dtype int32 or int64, got %s", name_of(rule), t.dtype_name);
     }
     return false;
+  }
+
+  // If the other operand is missing, the call is refused for that.
+  bool check_dtype_of(const OperandRule& rule, const Tensor& t, Operand operand) {
+    const Tensor* const other = call_.tensors[operand];
+    return !other || t.dtype == other->dtype ||
+           invalid("%s must have %s's dtype %s, got %s", name_of(rule), name_of(operand), other->dtype_name,
+                   t.dtype_name);
   }
 
   bool check_rows(const OperandRule& rule, const Tensor& t) {
@@ -106,7 +128,73 @@ class Checker {
   bool check_shape_of_x(const OperandRule& rule, const Tensor& t) {
     bool same = t.dims == x().dims;
     for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == x().sizes[d];
-    return same || invalid("%s must have x's shape %s, got %s", name_of(rule), ShapeText(x()).text, ShapeText(t).text);
+    return same || invalid("%s must have %s's shape %s, got %s", name_of(rule), name_of(kX), ShapeText(x()).text,
+                           ShapeText(t).text);
+  }
+
+  bool check_rows_of_heads(const OperandRule& rule, const Tensor& t) {
+    if (t.dims < 2)
+      return invalid("%s must have at least two dimensions, heads and their elements, got shape %s", name_of(rule),
+                     ShapeText(t).text);
+    if (t.dims > kMaxDims)
+      return invalid("%s must have at most %d dimensions, got %d", name_of(rule), kMaxDims, static_cast<int>(t.dims));
+    if (t.sizes[t.dims - 1] < 1 || t.sizes[t.dims - 1] > kMaxHeadDim)
+      return invalid("%s must have a last dimension of 1 to %d, got shape %s", name_of(rule),
+                     static_cast<int>(kMaxHeadDim), ShapeText(t).text);
+    return has_head(rule, t);
+  }
+
+  bool has_head(const OperandRule& rule, const Tensor& t) {
+    return t.sizes[leading()] >= 1 ||
+           invalid("%s must have at least one head, got shape %s", name_of(rule), ShapeText(t).text);
+  }
+
+  bool check_heads(const OperandRule& rule, const Tensor& t) {
+    bool same = t.dims == x().dims;
+    for (int d = 0; same && d < t.dims; ++d) same = d == leading() || t.sizes[d] == x().sizes[d];
+    if (!same)
+      return invalid("%s must have %s's shape %s, but for the number of heads, got %s", name_of(rule), name_of(kX),
+                     ShapeText(x()).text, ShapeText(t).text);
+    return has_head(rule, t);
+  }
+
+  bool check_shape_of_angles(const OperandRule& rule, const Tensor& t) {
+    bool same = t.dims == leading() + 1;
+    for (int d = 0; same && d < leading(); ++d) same = t.sizes[d] == x().sizes[d];
+    if (!same) {
+      Tensor tokens = x();
+      tokens.dims = leading();
+      const ShapeText text(tokens);
+      const int length = static_cast<int>(std::strlen(text.text)) - 1;  // without the bracket
+      return invalid("%s must have shape %.*s%srotary], got %s", name_of(rule), length, text.text,
+                     leading() ? ", " : "", ShapeText(t).text);
+    }
+    const Tensor* const cos = call_.tensors[kCos];
+    return !cos || t.sizes[leading()] == cos->sizes[cos->dims - 1] ||
+           invalid("%s must have cos's shape %s, got %s", name_of(rule), ShapeText(*cos).text, ShapeText(t).text);
+  }
+
+  bool check_table(const OperandRule& rule, const Tensor& t) {
+    if (t.dims != 2) return invalid("%s must have shape [positions, rotary], got %s", name_of(rule), ShapeText(t).text);
+    return t.sizes[0] >= 1 || invalid("%s must have at least one row, got shape %s", name_of(rule), ShapeText(t).text);
+  }
+
+  bool check_rotary(const OperandRule& rule, const Tensor& t) {
+    const int64_t rotary = t.sizes[t.dims - 1];
+    return (rotary % 2 == 0 && rotary >= 2 && rotary <= hidden()) ||
+           invalid("%s must have a last dimension that is even and from 2 to %s's %lld, got shape %s", name_of(rule),
+                   name_of(kX), static_cast<long long>(hidden()), ShapeText(t).text);
+  }
+
+  bool check_shape_of_positions(const OperandRule& rule, const Tensor& t) {
+    int64_t sizes[kMaxDims + 1];
+    const int axes = call_.options.mrope_section.count ? 1 : 0;
+    if (axes) sizes[0] = Sections::kAxes;
+    for (int d = 0; d < leading(); ++d) sizes[axes + d] = x().sizes[d];
+    const Tensor want{nullptr, sizes, nullptr, axes + leading(), t.dtype, ""};
+    bool same = t.dims == want.dims;
+    for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == sizes[d];
+    return same || invalid("%s must have shape %s, got %s", name_of(rule), ShapeText(want).text, ShapeText(t).text);
   }
 
   bool check_hidden(const OperandRule& rule, const Tensor& t) {
@@ -142,16 +230,57 @@ class Checker {
     if (options.round_each_step && options.gemma)
       return invalid("round_each_step must be False with gemma=True, got True");
     if (options.round_each_step && weight && weight->dtype != x().dtype)
-      return invalid("weight must have x's dtype %s with round_each_step=True, got %s", x().dtype_name,
-                     weight->dtype_name);
+      return invalid("%s must have %s's dtype %s with round_each_step=True, got %s", name_of(kWeight), name_of(kX),
+                     x().dtype_name, weight->dtype_name);
     return options.group_size == kWholeRow || (options.group_size > 0 && hidden() % options.group_size == 0) ||
-           invalid("group_size must divide x's last dimension %lld, got %lld", static_cast<long long>(hidden()),
-                   static_cast<long long>(options.group_size));
+           invalid("group_size must divide %s's last dimension %lld, got %lld", name_of(kX),
+                   static_cast<long long>(hidden()), static_cast<long long>(options.group_size));
+  }
+
+  // Of an operator with a rotation: which tensors it has, and its options.
+  bool check_angles() {
+    const Options& options = call_.options;
+    const auto given = [&](Operand operand) { return call_.tensors[operand] != nullptr; };
+    if (given(kWeight) != given(kKeyWeight))
+      return invalid("q_weight and k_weight must both be given or both be None, got one of them");
+    const bool has_angles = given(kCos) && given(kSin) && !given(kCosSinCache) && !given(kPositions);
+    const bool has_cache = !given(kCos) && !given(kSin) && given(kCosSinCache) && given(kPositions);
+    if (!has_angles && !has_cache) {
+      std::string names;
+      for (const Operand o : {kCos, kSin, kCosSinCache, kPositions})
+        if (given(o)) names += (names.empty() ? "" : " and ") + std::string(name_of(o));
+      return invalid("either cos and sin or cos_sin_cache and positions must be given, got %s",
+                     names.empty() ? "none" : names.c_str());
+    }
+    const Operand angles = has_angles ? kCos : kCosSinCache;
+    const Tensor& of = *call_.tensors[angles];
+    if (options.round_each_step && !options.round_rotation)
+      return invalid("round_rotation must be True with round_each_step=True, got False");
+    if (options.round_rotation && of.dtype != x().dtype)
+      return invalid("%s must have %s's dtype %s with round_rotation=True, got %s", name_of(angles), name_of(kX),
+                     x().dtype_name, of.dtype_name);
+    const Sections& sections = options.mrope_section;
+    if (!sections.count)
+      return !options.mrope_interleaved || invalid("mrope_interleaved must be False without mrope_section, got True");
+    const int64_t* const sizes = sections.sizes;
+    std::string text = "[";
+    for (int i = 0; i < sections.count && i < Sections::kAxes; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+    text += sections.count > Sections::kAxes ? ", ...]" : "]";
+    if (!has_cache) return invalid("mrope_section must be None without positions, got %s", text.c_str());
+    const int64_t pairs = of.sizes[1] / 2;
+    const bool fits = sections.count == Sections::kAxes && sizes[0] >= 0 && sizes[1] >= 0 && sizes[2] >= 0 &&
+                      sizes[0] <= pairs && sizes[1] <= pairs && sizes[2] <= pairs &&
+                      sizes[0] + sizes[1] + sizes[2] == pairs;
+    return fits || invalid(
+                       "mrope_section must be three sizes that add up to half of cos_sin_cache's last dimension, "
+                       "%lld, got %s",
+                       static_cast<long long>(pairs), text.c_str());
   }
 
   // A write must not change an element that another thread still has to read. The thread that writes an element of a
   // row has read the same element of every input row before, so an output may be exactly such an input; otherwise they
-  // must not overlap. The weight is read for all rows, so no output may overlap it.
+  // must not overlap. The weight is read for all rows, so no output may overlap it. Neither may one of q's heads be k,
+  // whose heads are other rows, nor the angles of a token, which are read for all its heads.
   bool check_memory() {
     const OpInfo& op = *call_.op;
     for (const OperandRule& a : op)
@@ -165,45 +294,63 @@ class Checker {
         return invalid("%s is written and must not overlap itself, got a tensor with shared elements", name_of(out));
       for (int rows = 0; rows < 2; ++rows)
         for (const OperandRule& in : op)
-          if (!in.written() && in.has_rows() == (rows == 1) && call_.tensors[in.operand] && !check_apart(out, in))
+          if (!in.written() && same_rows(out, in) == (rows == 1) && call_.tensors[in.operand] && !check_apart(out, in))
             return false;
     }
     return true;
   }
 
   bool check_apart(const OperandRule& out, const OperandRule& in) {
-    const char* const other = kOperandNames[in.operand];
-    if ((in.has_rows() && same_memory(tensor(out), tensor(in))) || !overlap(tensor(out), tensor(in))) return true;
-    if (in.has_rows())
+    const char* const other = in.name_of();
+    const bool rows = same_rows(out, in);
+    if ((rows && same_memory(tensor(out), tensor(in))) || !overlap(tensor(out), one_dimension(tensor(in)))) return true;
+    if (rows)
       return invalid("%s must be %s's memory exactly or not overlap it, got a partial overlap", name_of(out), other);
     return invalid("%s is written and must not overlap %s, got overlapping memory", name_of(out), other);
+  }
+
+  static bool same_rows(const OperandRule& a, const OperandRule& b) {
+    return a.has_rows() && b.has_rows() && (a.extent == Extent::kHeads) == (b.extent == Extent::kHeads);
+  }
+
+  // The same elements with at least one dimension.
+  static Tensor one_dimension(const Tensor& t) {
+    static constexpr int64_t kOne = 1;
+    return t.dims ? t : Tensor{t.data, &kOne, &kOne, 1, t.dtype, t.dtype_name};
   }
 
   const Tensor& tensor(const OperandRule& rule) const { return *call_.tensors[rule.operand]; }
 
   const char* name_of(const OperandRule& rule) const {
     const Tensor* const place = rule.in_place_of == kNoOperand ? nullptr : call_.tensors[rule.in_place_of];
-    return kOperandNames[place && same_memory(tensor(rule), *place) ? rule.in_place_of : rule.operand];
+    return place && same_memory(tensor(rule), *place) ? call_.op->name_of(rule.in_place_of) : rule.name_of();
   }
 
   const Call& call_;
   Message* message_;
 };
 
-// The leading dimensions, collapsed: those of x's smallest strides come first, and a dimension is merged with the one
-// before it if in every tensor one stride leads through both. If each row consists of several groups of `hidden`
-// elements, the groups are the first dimension. No other is merged with it, since the weight has a stride along the
-// groups and along no other dimension.
+// The leading dimensions (where rows are heads, those of the tokens), collapsed: those of x's smallest strides come
+// first, and a dimension is merged with the one before it if in every tensor one stride leads through both. If each row
+// consists of several groups of `hidden` elements, the groups are the first dimension. No other is merged with it,
+// since the weight has a stride along the groups and along no other dimension.
 struct Dimensions {
   int count = 0;
   int64_t sizes[kMaxDims + 1], strides[kOperands][kMaxDims + 1];
 
   Dimensions(const Call& call, int64_t hidden) {
-    Operand with_rows[kOperands];
-    int operands = 0;
-    for (const OperandRule& rule : *call.op)
-      if (rule.has_rows() && call.tensors[rule.operand]) with_rows[operands++] = rule.operand;
     const Tensor& x = *call.tensors[kX];
+    const int heads = call.op->has_heads() ? 1 : 0, leading_dims = x.dims - 1 - heads;
+    Operand with_rows[kOperands];
+    const int64_t* leading_strides[kOperands];  // of the dimensions that are x's leading ones
+    int operands = 0;
+    for (const OperandRule& rule : *call.op) {
+      const Tensor* const t = call.tensors[rule.operand];
+      if (!rule.moves() || !t) continue;
+      with_rows[operands++] = rule.operand;
+      const bool has_axes = rule.extent == Extent::kPositions;  // before the dimensions of the tokens
+      leading_strides[rule.operand] = t->strides + (has_axes ? t->dims - leading_dims : 0);
+    }
     if (const int64_t groups = x.sizes[x.dims - 1] / hidden; groups > 1) {
       sizes[count] = groups;
       for (auto& s : strides) s[count] = 0;
@@ -212,13 +359,13 @@ struct Dimensions {
     }
     const int groups = count;
     int order[kMaxDims];
-    const int leading = by_stride(x, order);
+    const int leading = by_stride(x, leading_dims, order);
     for (int i = 0; i < leading; ++i) {
       const int d = order[i];
       bool joins = count > groups;
       for (int k = 0; joins && k < operands; ++k) {
         const Operand o = with_rows[k];
-        joins = call.tensors[o]->strides[d] == strides[o][count - 1] * sizes[count - 1];
+        joins = leading_strides[o][d] == strides[o][count - 1] * sizes[count - 1];
       }
       if (joins) {
         sizes[count - 1] *= x.sizes[d];
@@ -226,7 +373,7 @@ struct Dimensions {
       }
       sizes[count] = x.sizes[d];
       for (auto& s : strides) s[count] = 0;
-      for (int k = 0; k < operands; ++k) strides[with_rows[k]][count] = call.tensors[with_rows[k]]->strides[d];
+      for (int k = 0; k < operands; ++k) strides[with_rows[k]][count] = leading_strides[with_rows[k]][d];
       ++count;
     }
     // Each slice is a launch of its own, so the dimensions with the most rows stay in the kernel. The groups stay
@@ -249,9 +396,9 @@ struct Dimensions {
   // Writes the leading dimensions of size > 1 into `order`, x's smallest stride first, and returns how many there are.
   // Rows are independent, so any order is right. This one puts dimensions that are neighbours in memory next to each
   // other, so they are merged also in a transposed tensor, such as [batch, heads, tokens, size] stored tokens first.
-  static int by_stride(const Tensor& x, int (&order)[kMaxDims]) {
+  static int by_stride(const Tensor& x, int leading_dims, int (&order)[kMaxDims]) {
     int count = 0;
-    for (int d = x.dims - 2; d >= 0; --d) {
+    for (int d = leading_dims - 1; d >= 0; --d) {
       if (x.sizes[d] == 1) continue;
       int at = count++;
       for (; at > 0 && x.strides[order[at - 1]] > x.strides[d]; --at) order[at] = order[at - 1];
@@ -261,9 +408,35 @@ struct Dimensions {
   }
 };
 
+// Whether every position is a row of the cache.
+bool check_positions(const Call& call, Message* message) {
+  const Tensor* const positions = call.tensors[kPositions];
+  if (!positions) return true;
+  const int64_t rows = call.tensors[kCosSinCache]->sizes[0];
+  const Tensor& t = *positions;
+  int64_t at[kMaxDims + 1] = {}, offset = 0;
+  for (int d = 0; d >= 0;) {
+    const int64_t position = t.dtype == DType::kInt32 ? static_cast<const int32_t*>(t.data)[offset]
+                                                      : static_cast<const int64_t*>(t.data)[offset];
+    if (position < 0 || position >= rows) {
+      std::snprintf(message->text, sizeof message->text,
+                    "%s: positions must be at least 0 and less than cos_sin_cache's %lld rows, got %lld", call.op->name,
+                    static_cast<long long>(rows), static_cast<long long>(position));
+      return false;
+    }
+    for (d = t.dims - 1; d >= 0; --d) {
+      offset += t.strides[d];
+      if (++at[d] < t.sizes[d]) break;
+      offset -= t.sizes[d] * t.strides[d];
+      at[d] = 0;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
-Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message) {
+Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message, bool readable) {
   if (!Checker(call, message).passes()) return Status::kInvalidArgument;
 
   RowParams& p = *params;
@@ -296,6 +469,7 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
     slices->count *= slices->sizes[d] = dims.sizes[p.row_dims + d];
     for (int o = 0; o < kOperands; ++o) slices->strides[o][d] = dims.strides[o][p.row_dims + d];
   }
+  if (readable && slices->count && !check_positions(call, message)) return Status::kInvalidArgument;
   if (call.before_write) call.before_write(call.context);
   return Status::kOk;
 }

@@ -7,6 +7,7 @@
 namespace gemma_norm {
 
 constexpr int kMaxDims = 64;
+constexpr int64_t kMaxHeadDim = 512;  // elements of a head; a wave of a GPU has room for so many
 
 // Checks `call` by its operator's rules and writes its collapsed form into `params`. On kInvalidArgument, `message`
 // reads like "rms_norm: weight must have shape [4096], got [4095]", and nothing may be launched. On kOk,
@@ -25,7 +26,9 @@ struct RowSlices {
   int64_t strides[kOperands][kMaxDims + 1];
 };
 
-Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message);
+// `readable`: the tensors are in memory that this function can read. It then also checks values: the positions, which a
+// GPU's kernels have to bring into the range of the cache.
+Status check(const Call& call, RowParams* params, RowSlices* slices, Message* message, bool readable = false);
 
 // `params` with all pointers moved to slice `index`.
 RowParams select_slice(const RowParams& params, const RowSlices& slices, int64_t index);

@@ -12,6 +12,12 @@ enum class Extent : int8_t {
   kRows,    // [..., hidden]: that of x, which determines the shapes of all other operands
   kLikeX,   // x's shape, with strides of its own and a contiguous last dimension
   kHidden,  // [hidden], contiguous, the same for all rows
+  // Of operators whose rows are the heads of tokens. `...` are the tokens.
+  kRowsOfHeads,  // [..., heads, hidden]: that of x, which determines the shapes of all other operands
+  kHeads,        // [..., any number, hidden]
+  kAngles,       // [..., rotary], with a contiguous last dimension
+  kTable,        // [any number, rotary], with a contiguous last dimension; the same for all rows
+  kPositions,    // [...], or with mrope_section [3, ...]
 };
 
 enum class DTypes : int8_t {
@@ -22,6 +28,8 @@ enum class DTypes : int8_t {
   kLikeResidual,  // residual's
   kLikeWeight,    // weight's
   kXOrNarrower,   // x's; if x is float32, any of kFloat
+  kLikeCos,       // cos's
+  kInteger,       // int32 or int64
 };
 
 enum class Use : int8_t {
@@ -38,9 +46,17 @@ struct OperandRule {
   Use use = Use::kRead;
   Operand in_place_of = kNoOperand;  // of an output: the input that messages name if both are the same memory
   bool optional = false;
+  const char* name = nullptr;  // in the schema and in messages; null: that of kOperandNames
 
   constexpr bool written() const { return use != Use::kRead; }
-  constexpr bool has_rows() const { return extent != Extent::kHidden; }
+  // It has rows that are normalised, or their results.
+  constexpr bool has_rows() const {
+    return extent == Extent::kRows || extent == Extent::kLikeX || extent == Extent::kRowsOfHeads ||
+           extent == Extent::kHeads;
+  }
+  // Its elements differ between rows, or between tokens.
+  constexpr bool moves() const { return has_rows() || extent == Extent::kAngles || extent == Extent::kPositions; }
+  constexpr const char* name_of() const { return name ? name : kOperandNames[operand]; }
 };
 
 // Rules that several operators use.
@@ -58,6 +74,10 @@ constexpr OperandRule new_like_weight(Operand operand) {
 }
 constexpr OperandRule optional(OperandRule rule) {
   rule.optional = true;
+  return rule;
+}
+constexpr OperandRule named(const char* name, OperandRule rule) {
+  rule.name = name;
   return rule;
 }
 
@@ -84,6 +104,13 @@ struct OpInfo {
     for (const OperandRule& rule : rules) operands |= uint64_t{1} << rule.operand;
   }
   constexpr bool has(Operand operand) const { return operands >> operand & 1; }
+  // Rows are the heads of tokens.
+  constexpr bool has_heads() const { return rules[0].extent == Extent::kRowsOfHeads; }
+  constexpr const char* name_of(Operand operand) const {
+    for (int i = 0; i < rule_count; ++i)
+      if (rules[i].operand == operand) return rules[i].name_of();
+    return kOperandNames[operand];
+  }
   const OperandRule* begin() const { return rules; }
   const OperandRule* end() const { return rules + rule_count; }
 };

@@ -258,7 +258,7 @@ void compute_factors(const BackwardWork& work, int64_t begin, int64_t end) {
       case DType::kFloat32: compute(float(), section); break;
       case DType::kFloat16: compute(Float16(), section); break;
       case DType::kBFloat16: compute(BFloat16(), section); break;
-      case DType::kOther:
+      default:
         for (int64_t i = 0; i < p.hidden; ++i) factors[i] = 1;
     }
   }

@@ -13,6 +13,17 @@ struct Work {
   RowParams params;
 };
 
+struct HeadsWork {
+  HeadsFunction compute;
+  RowParams params;
+  HeadParams heads;
+};
+
+void run_heads(void* context, int64_t begin, int64_t end) {
+  const HeadsWork& work = *static_cast<const HeadsWork*>(context);
+  work.compute(work.params, work.heads, begin, end);
+}
+
 void run_rows(void* context, int64_t begin, int64_t end) {
   const Work& work = *static_cast<const Work*>(context);
   work.rows(work.params, begin, end);
@@ -24,22 +35,33 @@ Status run_cpu(Isa isa, const Call& call, ParallelFor parallel_for, Message* mes
   if (Ops::index(call.op) < 0) return no_such_operator(call, message);
   RowParams params;
   RowSlices slices;
-  const Status status = check(call, &params, &slices, message);
+  const Status status = check(call, &params, &slices, message, true);
   if (status != Status::kOk) return status;
 
   const CpuKernels& kernels = kernels_of(isa);
+  const auto run = [&](void (*body)(void*, int64_t, int64_t), void* work, int64_t elements) {
+    const int64_t grain = (kGrain + elements - 1) / elements;
+    if (!parallel_for || params.rows <= grain)
+      body(work, 0, params.rows);
+    else
+      parallel_for(params.rows, grain, body, work);
+  };
+  if (call.op->has_heads()) {
+    HeadsWork work{kernels.heads, {}, head_params(call)};
+    for (int64_t i = 0; i < slices.count; ++i) {
+      work.params = select_slice(params, slices, i);
+      run(&run_heads, &work, params.hidden * (work.heads.heads[0] + work.heads.heads[1]));
+    }
+    return Status::kOk;
+  }
   const int index = ForwardOps::index(call.op);
   if (index < 0) {
     run_backward(kernels.backward, call, params, slices, parallel_for);
     return Status::kOk;
   }
-  const int64_t grain = (kGrain + params.hidden - 1) / params.hidden;
   for (int64_t i = 0; i < slices.count; ++i) {
     Work work{kernels.rows[index], select_slice(params, slices, i)};
-    if (!parallel_for || params.rows <= grain)
-      run_rows(&work, 0, params.rows);
-    else
-      parallel_for(params.rows, grain, &run_rows, &work);
+    run(&run_rows, &work, params.hidden);
   }
   return Status::kOk;
 }

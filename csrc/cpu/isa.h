@@ -22,11 +22,15 @@ Isa best_isa();
 // Computes rows [begin, end) of `params` on the calling thread.
 using RowsFunction = void (*)(const RowParams& params, int64_t begin, int64_t end);
 
-// The functions of an instruction set, one for each of ForwardOps, and those of the backward operators. All instruction
-// sets give the same bits (see row_kernel.h).
+// Computes all heads of tokens [begin, end), for QkNormRope.
+using HeadsFunction = void (*)(const RowParams& params, const HeadParams& heads, int64_t begin, int64_t end);
+
+// The functions of an instruction set: one for each of ForwardOps, those of the backward operators, and that of
+// QkNormRope. All instruction sets give the same bits (see row_kernel.h).
 struct CpuKernels {
   RowsFunction rows[ForwardOps::kCount];
   BackwardKernels backward;
+  HeadsFunction heads;
 };
 extern const CpuKernels kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kNeonKernels;
 

@@ -4,6 +4,7 @@
 #include "backward_kernel.h"
 #include "gated_backward_kernel.h"
 #include "isa.h"
+#include "rope_kernel.h"
 #include "row_kernel.h"
 
 namespace gemma_norm {
@@ -16,7 +17,7 @@ constexpr BackwardKernels backward_kernels() {
 
 template <class V, class... Op>
 constexpr CpuKernels cpu_kernels(OpList<Op...>) {
-  return {{&compute_rows<V, Op>...}, backward_kernels<V>()};
+  return {{&compute_rows<V, Op>...}, backward_kernels<V>(), &compute_heads<V>};
 }
 
 }  // namespace

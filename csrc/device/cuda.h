@@ -36,6 +36,8 @@ GEMMA_NORM_DEVICE T& shared_memory() {
 
 GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) { return __shfl_xor_sync(0xffffffffu, v, distance); }
 
+GEMMA_NORM_DEVICE void wave_barrier() { __syncwarp(); }
+
 GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)

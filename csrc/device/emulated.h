@@ -69,6 +69,8 @@ T& shared_memory() {
 // mishandles calls of such functions on a fiber's stack.)
 void fail(const char* what);
 
+inline void wave_barrier() { value_of_lane(0, 0); }
+
 inline int thread_index() { return here.thread; }
 inline int block_threads() { return here.block_threads; }
 inline int64_t block_index() { return here.block; }

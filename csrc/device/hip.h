@@ -81,6 +81,12 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
+// The lanes of a wave run together, so only the compiler must keep the order.
+GEMMA_NORM_DEVICE void wave_barrier() {
+  asm volatile("" ::: "memory");
+  __builtin_amdgcn_wave_barrier();
+}
+
 using Float2 = float __attribute__((ext_vector_type(2)));  // CDNA computes two floats at once
 using UInt2 = uint32_t __attribute__((ext_vector_type(2)));
 using Vector4 = uint32_t __attribute__((ext_vector_type(4)));

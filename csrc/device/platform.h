@@ -10,6 +10,8 @@
 //                                    type T
 //   sum_over_lanes(v, lanes)         in every lane, the sum over its aligned group of `lanes` lanes (a power of
 //                                    two, at most wave_width()), added as a balanced binary tree, neighbours first
+//   wave_barrier()                   no lane of the wave goes on before all have come here, and the order of their
+//                                    accesses to memory before and after is kept; all lanes must call it
 //   value_of_lane(distance, v)       the v of the lane whose index is this lane's ^ distance; all lanes must call
 //                                    it; only on devices with clusters
 //   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in

@@ -36,7 +36,7 @@ GEMMA_NORM_DEVICE void load_factors(const RowParams& p, const char* weights, Ind
     case DType::kFloat32: return load(float());
     case DType::kFloat16: return load(float16());
     case DType::kBFloat16: return load(bfloat16());
-    case DType::kOther:
+    default:
 #pragma unroll
       for (float& f : w) f = 1.0f;
   }

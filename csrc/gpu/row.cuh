@@ -142,12 +142,15 @@ struct RowIndex {
     outer = (row | size) >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
     inner = row - outer * size;
   }
+  // Where the row begins in an operand, in elements.
+  GEMMA_NORM_DEVICE int64_t offset(const RowParams& p, Operand operand) const {
+    const auto& strides = p.strides[operand];
+    return p.row_dims == 1 ? inner * strides[0] : outer * strides[0] + inner * strides[1];
+  }
   // Points to the row's element `start` in an operand with elements of type T.
   template <class T>
   GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand, int64_t start) const {
-    const auto& strides = p.strides[operand];
-    const int64_t offset = p.row_dims == 1 ? inner * strides[0] : outer * strides[0] + inner * strides[1];
-    return static_cast<T*>(p.data[operand]) + offset + start;
+    return static_cast<T*>(p.data[operand]) + offset(p, operand) + start;
   }
 };
 

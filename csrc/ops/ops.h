@@ -3,6 +3,7 @@
 
 #include "gated_rms_norm.h"
 #include "gated_rms_norm_backward.h"
+#include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "rms_norm_add_rms_norm.h"
 #include "rms_norm_backward.h"
@@ -51,7 +52,8 @@ struct OpList {
 };
 
 using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm>;
-using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormBackward, GatedRmsNormBackward>;
+using Ops =
+    OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormBackward, GatedRmsNormBackward, QkNormRope>;
 
 // Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);

@@ -67,7 +67,7 @@ void with_variant(const RowParams& p, const Visit& visit) {
         break;
       case DType::kFloat16: return with_weight<Form, Float16, Float16, BFloat16>(p, visit);
       case DType::kBFloat16: return with_weight<Form, BFloat16, Float16, BFloat16>(p, visit);
-      case DType::kOther: break;  // check() refuses it
+      default: break;  // check() refuses it
     }
   });
 }

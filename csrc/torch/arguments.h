@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "../core/op_info.h"
 
@@ -17,12 +18,13 @@ T argument(StableIValue value) {
   return torch::stable::detail::to<T>(value);
 }
 
-// An option as schemas declare it, and the member of Options that takes its value. One of the three pointers is set.
+// An option as schemas declare it, and the member of Options that takes its value. One of the pointers is set.
 struct OptionField {
   std::string_view declared;
   double Options::* number = nullptr;
   bool Options::* flag = nullptr;
-  int64_t Options::* count = nullptr;  // the value may be None, which leaves the default
+  int64_t Options::* count = nullptr;      // the value may be None, which leaves the default
+  Sections Options::* sections = nullptr;  // likewise
 };
 constexpr OptionField kOptionFields[] = {
     {"float eps", &Options::eps},
@@ -31,6 +33,10 @@ constexpr OptionField kOptionFields[] = {
     {"bool sigmoid", nullptr, &Options::sigmoid},
     {"bool norm_before_gate", nullptr, &Options::norm_before_gate},
     {"int? group_size", nullptr, nullptr, &Options::group_size},
+    {"bool round_rotation", nullptr, &Options::round_rotation},
+    {"bool interleaved", nullptr, &Options::interleaved},
+    {"bool mrope_interleaved", nullptr, &Options::mrope_interleaved},
+    {"int[]? mrope_section", nullptr, nullptr, nullptr, &Options::mrope_section},
 };
 
 // The arguments of an operator in order, read from a schema such as "(Tensor x, float eps=1e-6, *, Tensor(a!) out) ->
@@ -49,18 +55,19 @@ struct Arguments {
     while (!rest.empty()) {
       const std::string_view one = rest.substr(0, rest.find(", "));
       rest.remove_prefix(one.size() < rest.size() ? one.size() + 2 : rest.size());
-      if (one != "*") list[count++] = read(one.substr(0, one.find('=')));
+      if (one != "*") list[count++] = read(op, one.substr(0, one.find('=')));
     }
   }
 
  private:
-  static constexpr Argument read(std::string_view declared) {
+  static constexpr Argument read(const OpInfo& op, std::string_view declared) {
     for (const OptionField& option : kOptionFields)
       if (declared == option.declared) return {kNoOperand, false, &option};
     const size_t space = declared.rfind(' ');
     const std::string_view type = declared.substr(0, space), name = declared.substr(space + 1);
     for (int operand = 0; operand < kOperands; ++operand)
-      if (type.substr(0, 6) == "Tensor" && name == kOperandNames[operand])
+      if (type.substr(0, 6) == "Tensor" && op.has(static_cast<Operand>(operand)) &&
+          name == op.name_of(static_cast<Operand>(operand)))
         return {static_cast<Operand>(operand), type == "Tensor?", nullptr};
     throw "an argument of the schema that is neither an operand nor an option";
   }
@@ -69,11 +76,20 @@ struct Arguments {
 // Whether the operator is one that records derivatives; it then has a twin without them (schema.cpp).
 constexpr bool has_twin(const OpInfo& op) { return std::string_view(op.torch_name) == op.differentiable; }
 
+inline void set_sections(Sections* sections, const std::optional<std::vector<int64_t>>& sizes) {
+  if (!sizes) return;
+  // A count that no list should have stands for an empty list, because 0 stands for None.
+  sections->count = sizes->empty() ? Sections::kAxes + 1 : static_cast<int32_t>(sizes->size());
+  for (size_t i = 0; i < sizes->size() && i < Sections::kAxes; ++i) sections->sizes[i] = (*sizes)[i];
+}
+
 inline void set_option(Options* options, const OptionField& field, StableIValue value) {
   if (field.number)
     options->*field.number = argument<double>(value);
   else if (field.flag)
     options->*field.flag = argument<bool>(value);
+  else if (field.sections)
+    set_sections(&(options->*field.sections), argument<std::optional<std::vector<int64_t>>>(value));
   else if (const auto count = argument<std::optional<int64_t>>(value))
     options->*field.count = *count;
 }

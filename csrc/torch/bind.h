@@ -81,7 +81,7 @@ struct Device {
 inline Device device_of(const OpInfo& op, Operand argument, const Handle& tensor) {
   Device device;
   if (aoti_torch_get_device_type(tensor.get(), &device.type) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error(std::string(op.name) + ": " + kOperandNames[argument] + " must be a tensor, got None");
+    throw std::runtime_error(std::string(op.name) + ": " + op.name_of(argument) + " must be a tensor, got None");
   require_success(aoti_torch_get_device_index(tensor.get(), &device.index), "get_device_index");
   return device;
 }
@@ -129,6 +129,8 @@ inline DType to_dtype(int32_t dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Int: return DType::kInt32;
+    case ScalarType::Long: return DType::kInt64;
     default: return DType::kOther;
   }
 }
@@ -178,8 +180,8 @@ inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device de
   require_success(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
   require_success(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
   if (dims > kMaxDims)
-    throw std::runtime_error(std::string(op.name) + ": x must have at most " + std::to_string(kMaxDims) +
-                             " dimensions, got " + std::to_string(dims));
+    throw std::runtime_error(std::string(op.name) + ": " + op.name_of(kX) + " must have at most " +
+                             std::to_string(kMaxDims) + " dimensions, got " + std::to_string(dims));
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = step;
@@ -206,13 +208,14 @@ inline bool has_tangent(const Handle& t) {
 inline void check_tensors(const OpInfo& op, Device device, const Handle (&tensors)[kOperands]) {
   const std::string_view name = op.name;
   const auto refuse = [&](const OperandRule& rule, const std::string& text) {
-    throw std::runtime_error(std::string(name) + ": " + kOperandNames[rule.operand] + text);
+    throw std::runtime_error(std::string(name) + ": " + rule.name_of() + text);
   };
   for (const OperandRule& rule : op) {
     if (!tensors[rule.operand]) continue;
     const Device got = device_of(op, rule.operand, tensors[rule.operand]);
     if (got.type != device.type || got.index != device.index)
-      refuse(rule, " must be on x's device " + to_string(device) + ", got " + to_string(got));
+      refuse(rule, std::string(" must be on ") + op.name_of(kX) + "'s device " + to_string(device) + ", got " +
+                       to_string(got));
   }
   const bool recording = aoti_torch_grad_mode_is_enabled();
   for (const OperandRule& rule : op) {
@@ -254,7 +257,7 @@ struct Services {
       for (int i = 0; i < w.count; ++i)
         if (_ZN2at6native12is_inferenceERKNS_6TensorE(w.tensors[i]->get()))
           throw std::runtime_error(
-              std::string(w.op.name) + ": " + kOperandNames[w.operands[i]] +
+              std::string(w.op.name) + ": " + w.op.name_of(w.operands[i]) +
               " is written and must not be an inference tensor outside of torch.inference_mode()," +
               " got one; clone it there");
     if (!_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE) return;
@@ -299,6 +302,7 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
     if (rule.use == Use::kNew) {
       const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual
                             : rule.dtypes == DTypes::kLikeWeight ? kWeight
+                            : rule.extent == Extent::kHeads      ? kKey
                                                                  : kX;
       tensors[place] = empty_contiguous_like(op, tensors[alike], device);
     }

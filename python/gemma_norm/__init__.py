@@ -1,10 +1,10 @@
 """RMSNorm, plain, with the residual addition or with a gate, by native kernels on AMD and NVIDIA GPUs and on the CPU.
 
 Importing this package loads the native libraries and defines ``torch.ops.gemma_norm``. The functions are
-:func:`rms_norm`, :func:`add_rms_norm`, :func:`rms_norm_add_rms_norm`, :func:`gated_rms_norm` and, in place,
-:func:`fused_add_rms_norm` and :func:`fused_rms_norm_add_rms_norm`; the modules are :class:`RMSNorm`,
-:class:`GemmaRMSNorm` and :class:`GatedRMSNorm`. :func:`libraries` says what is installed, and ``python -m gemma_norm``
-checks and times it.
+:func:`rms_norm`, :func:`add_rms_norm`, :func:`rms_norm_add_rms_norm`, :func:`gated_rms_norm`, :func:`qk_norm_rope` and,
+in place, :func:`fused_add_rms_norm`, :func:`fused_rms_norm_add_rms_norm` and :func:`fused_qk_norm_rope`; the modules
+are :class:`RMSNorm`, :class:`GemmaRMSNorm` and :class:`GatedRMSNorm`. :func:`libraries` says what is installed, and
+``python -m gemma_norm`` checks and times it.
 """
 
 from . import _library
@@ -15,6 +15,7 @@ from . import reference  # noqa: E402
 from ._build_info import VERSION as __version__  # noqa: E402
 from ._library import Library, libraries  # noqa: E402
 from ._ops.gated_rms_norm import gated_rms_norm  # noqa: E402
+from ._ops.qk_norm_rope import fused_qk_norm_rope, qk_norm_rope  # noqa: E402
 from ._ops.rms_norm import add_rms_norm, fused_add_rms_norm, rms_norm  # noqa: E402
 from ._ops.rms_norm_add_rms_norm import fused_rms_norm_add_rms_norm, rms_norm_add_rms_norm  # noqa: E402
 from .gated_module import GatedRMSNorm  # noqa: E402
@@ -28,9 +29,11 @@ __all__ = [
     "__version__",
     "add_rms_norm",
     "fused_add_rms_norm",
+    "fused_qk_norm_rope",
     "fused_rms_norm_add_rms_norm",
     "gated_rms_norm",
     "libraries",
+    "qk_norm_rope",
     "reference",
     "rms_norm",
     "rms_norm_add_rms_norm",

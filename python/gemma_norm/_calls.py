@@ -27,7 +27,7 @@ def overridden(function: Callable[..., Any], op: Operator, tensors: tuple[Any, .
     PyTorch exports to ONNX in such a mode. ONNX has no operator like this one, so the definition is exported.
     """
     if not op.written and _is_in_onnx_export():
-        return op.definition(*args)
+        return op.definition(*args, **kwargs)
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
         return op.overload(*args)  # raises; their __torch_function__ would take "rms_norm" for PyTorch's own
     return handle_torch_function(function, tensors, *args, **kwargs)
@@ -62,10 +62,20 @@ def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
             raise RuntimeError(f"{op.label}: {name} must be {what}, got {value!r}") from None
 
 
+_FLAGS = (
+    "gemma",
+    "round_each_step",
+    "sigmoid",
+    "norm_before_gate",
+    "round_rotation",
+    "interleaved",
+    "mrope_interleaved",
+)
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "eps": ((Real, Tensor, torch.SymFloat), "a number"),
     "group_size": ((Integral, torch.SymInt, type(None)), "an integer or None"),
-    **{name: ((bool, torch.SymBool), "a bool") for name in ("gemma", "round_each_step", "sigmoid", "norm_before_gate")},
+    "mrope_section": ((list, tuple, type(None)), "a list of three integers or None"),
+    **{name: ((bool, torch.SymBool), "a bool") for name in _FLAGS},
 }
 
 

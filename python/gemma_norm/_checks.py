@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
 # Each message, in C++ too, which says that a tensor must not be written contains one of these.
 UNWRITABLE = ("overlap", "inference tensor", "negated lazily", "got a DTensor")
 
@@ -26,6 +27,11 @@ class Extent(Enum):
     ROWS = "[..., hidden]: that of x, which determines the shapes of all other tensors"
     LIKE_X = "x's shape, with strides of its own and a contiguous last dimension"
     HIDDEN = "[hidden], contiguous"
+    ROWS_OF_HEADS = "[..., heads, hidden]: that of x, as ROWS"
+    HEADS = "x's shape, but for the number of heads"
+    ANGLES = "[..., rotary]: x's leading dimensions without the heads"
+    TABLE = "[positions, rotary]"
+    POSITIONS = "x's leading dimensions without the heads; with mrope_section, [3, ...]"
 
 
 class DTypes(Enum):
@@ -36,6 +42,8 @@ class DTypes(Enum):
     LIKE_RESIDUAL = "residual's"
     LIKE_WEIGHT = "weight's"
     X_OR_NARROWER = "x's; if x is float32, any of FLOAT"
+    LIKE_COS = "cos's"
+    INTEGER = "int32 or int64"
 
 
 class Rule(NamedTuple):
@@ -53,6 +61,18 @@ OPTIONAL_LIKE_RESIDUAL = Rule(Extent.LIKE_X, DTypes.LIKE_RESIDUAL, optional=True
 WEIGHT = Rule(Extent.HIDDEN, DTypes.WEIGHT)
 OPTIONAL_WEIGHT = WEIGHT._replace(optional=True)
 LIKE_WEIGHT = Rule(Extent.HIDDEN, DTypes.LIKE_WEIGHT)
+
+
+Q = Rule(Extent.ROWS_OF_HEADS, DTypes.FLOAT)
+K = Rule(Extent.HEADS, DTypes.LIKE_X)
+OPTIONAL_LIKE_WEIGHT = LIKE_WEIGHT._replace(optional=True)
+COS = Rule(Extent.ANGLES, DTypes.X_OR_FLOAT32, optional=True)
+SIN = Rule(Extent.ANGLES, DTypes.LIKE_COS, optional=True)
+COS_SIN_CACHE = Rule(Extent.TABLE, DTypes.X_OR_FLOAT32, optional=True)
+POSITIONS = Rule(Extent.POSITIONS, DTypes.INTEGER, optional=True)
+MAX_HEAD_DIM = 512
+# The extents of tensors with rows that are normalised.
+WITH_ROWS = (Extent.ROWS, Extent.LIKE_X, Extent.ROWS_OF_HEADS, Extent.HEADS)
 
 
 class Described(Protocol):
@@ -95,8 +115,10 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
     ``transformed``: the call is inside a torch.func transform, which differentiates or batches the definition in plain
     PyTorch. Derivatives are then allowed, and strides are not checked, because a hidden batch dimension changes them.
     """
-    label, x = op.label, arguments["x"]
-    tensors = _tensors(op, arguments)
+    label, tensors = op.label, _tensors(op, arguments)
+    x_name, weight_name = list(op.rules)[:2]
+    call = Checked(label, x_name, weight_name, tensors)
+    x = tensors[call.x_name]
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             _require(False, f"{label}: {name} must be a tensor, got {t!r}")
@@ -104,13 +126,16 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
         dense = t.layout == torch.strided and not t.is_quantized and not t.is_nested
         _require(dense, f"{label}: {name} must be a dense tensor, got {layout_name(t)}")
     for name, t in tensors.items():
-        _require(t.device == x.device, f"{label}: {name} must be on x's device {x.device}, got {t.device}")
+        on_device = f"{name} must be on {call.x_name}'s device {x.device}"
+        _require(t.device == x.device, f"{label}: {on_device}, got {t.device}")
     if not transformed:
         _check_derivatives(op, tensors)
     for name, t in tensors.items():
-        check_dtype = functools.partial(_check_dtype, label, name, t, op.rules[name].dtypes, tensors)
-        _CHECKS[op.rules[name].extent](label, name, t, x, not transformed, check_dtype)
-    _check_options(label, arguments, x)
+        check_dtype = functools.partial(_check_dtype, call, name, t, op.rules[name].dtypes)
+        _CHECKS[op.rules[name].extent](call, name, t, not transformed, check_dtype, arguments)
+    _check_options(call, arguments)
+    if "positions" in op.rules:
+        _check_angles(call, arguments)
 
 
 def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
@@ -119,9 +144,9 @@ def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
     An output must be exactly an input's memory or not overlap it.
     """
     label, tensors = op.label, _tensors(op, arguments)
-    if tensors["x"].numel() == 0:
+    if next(iter(tensors.values())).numel() == 0:
         return
-    rows = {name: t for name, t in tensors.items() if op.rules[name].extent is not Extent.HIDDEN}
+    rows = {name: t for name, t in tensors.items() if op.rules[name].extent in WITH_ROWS}
     inputs = {name: t for name, t in rows.items() if name != "out"}
     shared = {name: t for name, t in tensors.items() if name not in rows}
     in_place = "out" in rows and same_memory(rows["out"], rows["x"])
@@ -138,6 +163,24 @@ def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
             apart = same_memory(t, other) or not overlap(t, other)
             either = f"{other_name}'s memory exactly or not overlap it"
             _require(apart, f"{label}: {name} must be {either}, got a partial overlap")
+
+
+class Checked(NamedTuple):
+    """A call that is being checked: its tensors by name, and the names of the first two, x and the weight."""
+
+    label: str
+    x_name: str
+    weight_name: str
+    tensors: Mapping[str, Any]
+
+    @property
+    def x(self) -> Tensor:
+        x: Tensor = self.tensors[self.x_name]
+        return x
+
+    def leading(self) -> torch.Size:
+        """The leading dimensions of x, without the heads."""
+        return self.x.shape[:-2]
 
 
 def _tensors(op: Described, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +213,7 @@ def overlaps_itself(a: Tensor) -> bool:
 
 
 def _row_bytes(a: Tensor) -> int:
-    return a.shape[-1] * a.element_size()
+    return (a.shape[-1] if a.dim() else 1) * a.element_size()
 
 
 def _extent(a: Tensor) -> tuple[int, int]:
@@ -198,8 +241,9 @@ def _check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
         _require(not has_tangent(t), f"{op.label}: {name} {rule}; {advice}")
 
 
-def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
-    eps, weight = arguments["eps"], arguments["weight"]
+def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
+    op, x, name = call.label, call.x, call.weight_name
+    eps, weight = arguments["eps"], arguments[name]
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # False for NaN
     if not in_range:  # a branch, so that the message is made only here: Dynamo cannot print a dynamic number
         _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps:g}")
@@ -207,38 +251,69 @@ def _check_options(op: str, arguments: Mapping[str, Any], x: Tensor) -> None:
     _require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
     _require(not (gemma and each_step), f"{op}: round_each_step must be False with gemma=True, got True")
     if each_step and weight is not None:
-        rule = f"must have x's dtype {dtype_name(x.dtype)} with round_each_step=True"
-        _require(weight.dtype == x.dtype, f"{op}: weight {rule}, got {dtype_name(weight.dtype)}")
+        rule = f"must have {call.x_name}'s dtype {dtype_name(x.dtype)} with round_each_step=True"
+        _require(weight.dtype == x.dtype, f"{op}: {name} {rule}, got {dtype_name(weight.dtype)}")
     size = arguments.get("group_size")
     if size is not None:
         divides = size > 0 and x.shape[-1] % size == 0
-        _require(divides, f"{op}: group_size must divide x's last dimension {x.shape[-1]}, got {size}")
+        _require(divides, f"{op}: group_size must divide {call.x_name}'s last dimension {x.shape[-1]}, got {size}")
 
 
-def _check_dtype(op: str, name: str, t: Tensor, dtypes: DTypes, tensors: Mapping[str, Tensor]) -> None:
-    x, got = tensors["x"], dtype_name(t.dtype)
+def _check_angles(call: Checked, arguments: Mapping[str, Any]) -> None:
+    """The checks of an operator with a rotation: which tensors it has, and its options."""
+    op, given = call.label, call.tensors
+    has_weights = ("q_weight" in given) == ("k_weight" in given)
+    _require(has_weights, f"{op}: q_weight and k_weight must both be given or both be None, got one of them")
+    has_angles = "cos" in given and "sin" in given and not ("cos_sin_cache" in given or "positions" in given)
+    has_cache = "cos_sin_cache" in given and "positions" in given and not ("cos" in given or "sin" in given)
+    names = [name for name in ("cos", "sin", "cos_sin_cache", "positions") if name in given]
+    either = "either cos and sin or cos_sin_cache and positions must be given"
+    _require(has_angles or has_cache, f"{op}: {either}, got {' and '.join(names) or 'none'}")
+    angles, name = (given["cos"], "cos") if has_angles else (given["cos_sin_cache"], "cos_sin_cache")
+    each_step, rotation = arguments["round_each_step"], arguments["round_rotation"]
+    _require(rotation or not each_step, f"{op}: round_rotation must be True with round_each_step=True, got False")
+    if rotation:
+        rule = f"must have {call.x_name}'s dtype {dtype_name(call.x.dtype)} with round_rotation=True"
+        _require(angles.dtype == call.x.dtype, f"{op}: {name} {rule}, got {dtype_name(angles.dtype)}")
+    sections = arguments["mrope_section"]
+    if sections is None:
+        alone = f"{op}: mrope_interleaved must be False without mrope_section, got True"
+        _require(not arguments["mrope_interleaved"], alone)
+        return
+    _require(has_cache, f"{op}: mrope_section must be None without positions, got {list(sections)}")
+    pairs = angles.shape[-1] // 2
+    fits = len(sections) == 3 and all(size >= 0 for size in sections) and sum(sections) == pairs
+    rule = f"must be three sizes that add up to half of cos_sin_cache's last dimension, {pairs}"
+    _require(fits, f"{op}: mrope_section {rule}, got {list(sections)}")
+
+
+def _check_dtype(call: Checked, name: str, t: Tensor, dtypes: DTypes) -> None:
+    op, x, got = call.label, call.x, dtype_name(t.dtype)
     own = dtype_name(x.dtype)
     if dtypes is DTypes.X_OR_NARROWER:
         dtypes = DTypes.FLOAT if x.dtype == torch.float32 else DTypes.LIKE_X
     if dtypes is DTypes.FLOAT or (dtypes is DTypes.WEIGHT and x.dtype == torch.float32):
         _require(t.dtype in DTYPES, f"{op}: {name} must have dtype float32, float16 or bfloat16, got {got}")
+    elif dtypes is DTypes.INTEGER:
+        _require(t.dtype in INTEGERS, f"{op}: {name} must have dtype int32 or int64, got {got}")
     elif dtypes is DTypes.LIKE_X:
-        _require(t.dtype == x.dtype, f"{op}: {name} must have x's dtype {own}, got {got}")
-    elif dtypes is DTypes.LIKE_RESIDUAL:
-        residual = tensors["residual"].dtype
-        _require(t.dtype == residual, f"{op}: {name} must have residual's dtype {dtype_name(residual)}, got {got}")
-    elif dtypes is DTypes.LIKE_WEIGHT:
-        weight = tensors["weight"].dtype
-        _require(t.dtype == weight, f"{op}: {name} must have weight's dtype {dtype_name(weight)}, got {got}")
+        _require(t.dtype == x.dtype, f"{op}: {name} must have {call.x_name}'s dtype {own}, got {got}")
+    elif dtypes in _LIKE:
+        other = call.weight_name if dtypes is DTypes.LIKE_WEIGHT else _LIKE[dtypes]
+        if other in call.tensors:  # otherwise the call is refused because `other` is missing
+            want = call.tensors[other].dtype
+            _require(t.dtype == want, f"{op}: {name} must have {other}'s dtype {dtype_name(want)}, got {got}")
     else:
-        legal = own if x.dtype == torch.float32 else f"{own} (x's) or float32"
+        legal = own if x.dtype == torch.float32 else f"{own} ({call.x_name}'s) or float32"
         _require(t.dtype in (x.dtype, torch.float32), f"{op}: {name} must have dtype {legal}, got {got}")
 
 
 Check = Callable[[], None]
+Arguments = Mapping[str, Any]
 
 
-def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool, check_dtype: Check) -> None:
+def _check_x(call: Checked, name: str, x: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    op = call.label
     check_dtype()
     _require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got shape []")
     _require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
@@ -247,21 +322,83 @@ def _check_x(op: str, name: str, x: Tensor, _: Tensor, strides: bool, check_dtyp
     _check_rows(op, name, x, strides)
 
 
-def _check_like_x(op: str, name: str, t: Tensor, x: Tensor, strides: bool, check_dtype: Check) -> None:
+def _check_x_of_heads(call: Checked, name: str, x: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    op = call.label
     check_dtype()
+    heads = f"{op}: {name} must have at least two dimensions, heads and their elements, got shape {list(x.shape)}"
+    _require(x.dim() >= 2, heads)
+    _require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
+    size = f"{op}: {name} must have a last dimension of 1 to {MAX_HEAD_DIM}, got shape {list(x.shape)}"
+    _require(x.shape[-1] >= 1, size)
+    _require(x.shape[-1] <= MAX_HEAD_DIM, size)
+    _require(x.shape[-2] >= 1, f"{op}: {name} must have at least one head, got shape {list(x.shape)}")
+    _check_rows(op, name, x, strides)
+
+
+def _check_like_x(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    check_dtype()
+    x = call.x
     for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
-        _require(same, f"{op}: {name} must have x's shape {list(x.shape)}, got {list(t.shape)}")
-    _check_rows(op, name, t, strides)
+        shape = f"{call.x_name}'s shape {list(x.shape)}"
+        _require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
+    _check_rows(call.label, name, t, strides)
 
 
-def _check_hidden(op: str, name: str, t: Tensor, x: Tensor, strides: bool, check_dtype: Check) -> None:
-    hidden = x.shape[-1]
+def _check_heads(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    check_dtype()
+    x = call.x
+    same_dimensions = ((*t.shape[:-2], *t.shape[-1:]), (*x.shape[:-2], *x.shape[-1:]))
+    for same in (t.dim() == x.dim(), *(n == m for n, m in zip(*same_dimensions, strict=False))):
+        shape = f"{call.x_name}'s shape {list(x.shape)}, but for the number of heads"
+        _require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
+    _require(t.shape[-2] >= 1, f"{call.label}: {name} must have at least one head, got shape {list(t.shape)}")
+    _check_rows(call.label, name, t, strides)
+
+
+def _check_hidden(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    op, hidden = call.label, call.x.shape[-1]
     for same in (t.dim() == 1, *(n == hidden for n in t.shape)):
         _require(same, f"{op}: {name} must have shape [{hidden}], got {list(t.shape)}")
     check_dtype()
     if strides:
         contiguous = t.stride(0) == 1 or hidden == 1
         _require(contiguous, f"{op}: {name} must be contiguous (stride 1), got stride {t.stride(0)}")
+
+
+def _check_rotary(call: Checked, name: str, t: Tensor, strides: bool) -> None:
+    hidden = call.x.shape[-1]
+    rule = f"must have a last dimension that is even and from 2 to {call.x_name}'s {hidden}"
+    for fits in (t.shape[-1] % 2 == 0, t.shape[-1] >= 2, t.shape[-1] <= hidden):
+        _require(fits, f"{call.label}: {name} {rule}, got shape {list(t.shape)}")
+    _check_rows(call.label, name, t, strides)
+
+
+def _check_angle(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    check_dtype()
+    leading = call.leading()
+    shape = f"shape {[*leading, 'rotary']}".replace("'", "")
+    for same in (t.dim() == len(leading) + 1, *(n == m for n, m in zip(t.shape, leading, strict=False))):
+        _require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
+    if name == "sin" and "cos" in call.tensors:
+        cos = call.tensors["cos"].shape
+        _require(t.shape[-1] == cos[-1], f"{call.label}: {name} must have cos's shape {list(cos)}, got {list(t.shape)}")
+    _check_rotary(call, name, t, strides)
+
+
+def _check_table(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    check_dtype()
+    _require(t.dim() == 2, f"{call.label}: {name} must have shape [positions, rotary], got {list(t.shape)}")
+    _require(t.shape[0] >= 1, f"{call.label}: {name} must have at least one row, got shape {list(t.shape)}")
+    _check_rotary(call, name, t, strides)
+
+
+def _check_positions(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, given: Arguments) -> None:
+    check_dtype()
+    want = [*([] if given["mrope_section"] is None else [3]), *call.leading()]
+    for same in (t.dim() == len(want), *(n == m for n, m in zip(t.shape, want, strict=False))):
+        _require(same, f"{call.label}: {name} must have shape {want}, got {list(t.shape)}")
+    if t.dim() > 0:
+        _check_rows(call.label, name, t, strides)
 
 
 def _check_rows(op: str, name: str, t: Tensor, strides: bool) -> None:
@@ -271,7 +408,18 @@ def _check_rows(op: str, name: str, t: Tensor, strides: bool) -> None:
         _require(contiguous, f"{op}: {name} {rule}, got stride {t.stride(-1)}")
 
 
-_CHECKS = {Extent.ROWS: _check_x, Extent.LIKE_X: _check_like_x, Extent.HIDDEN: _check_hidden}
+_CHECKS = {
+    Extent.ROWS: _check_x,
+    Extent.LIKE_X: _check_like_x,
+    Extent.HIDDEN: _check_hidden,
+    Extent.ROWS_OF_HEADS: _check_x_of_heads,
+    Extent.HEADS: _check_heads,
+    Extent.ANGLES: _check_angle,
+    Extent.TABLE: _check_table,
+    Extent.POSITIONS: _check_positions,
+}
+# The tensor whose dtype another must have.
+_LIKE = {DTypes.LIKE_RESIDUAL: "residual", DTypes.LIKE_WEIGHT: "weight", DTypes.LIKE_COS: "cos"}
 
 
 def _require(condition: bool | torch.SymBool, message: str) -> None:

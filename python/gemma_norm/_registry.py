@@ -62,9 +62,15 @@ class Operator:
     functional: str
     """The operator that computes the same in new tensors, and is differentiable."""
     more_results: tuple[str, ...] = ()
-    """For each result after the first, the argument whose shape and dtype it has. The first has those of x."""
+    """For each result after the first, the argument whose shape and dtype it has. The first has those of the
+    first rule's."""
     derivative: type[torch.autograd.Function] | None = None
     """For a functional operator: its setup_context and backward. ``register`` adds the forward pass."""
+
+    @functools.cached_property
+    def first(self) -> str:
+        """The name of the tensor with which all others are compared: "x", or "q"."""
+        return next(iter(self.rules))
 
     @functools.cached_property
     def overload(self) -> Any:
@@ -93,7 +99,7 @@ class Operator:
     @functools.cached_property
     def results(self) -> tuple[Extent, ...]:
         """The extent of each result."""
-        return (Extent.LIKE_X, *(self.rules[name].extent for name in self.more_results))
+        return (self.rules[self.first].extent, *(self.rules[name].extent for name in self.more_results))
 
     @functools.cached_property
     def defaults(self) -> tuple[Any, ...]:
@@ -126,7 +132,7 @@ class Operator:
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments)
         check_memory(self, arguments)
-        _warn_once(arguments["x"])
+        _warn_once(arguments[self.first])
         results = self.compute(arguments)
         return self.give(arguments, results if self.written else tuple(t.contiguous() for t in results))
 
@@ -136,7 +142,7 @@ class Operator:
         check_arguments(self, arguments)
         if self.written:
             return arguments.get("out")
-        results = tuple(arguments[name].new_empty(arguments[name].shape) for name in ("x", *self.more_results))
+        results = tuple(arguments[name].new_empty(arguments[name].shape) for name in (self.first, *self.more_results))
         return results if self.more_results else results[0]
 
     def functionalised(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,8 @@ mesh, and which placements the results then have. PyTorch chooses the cheapest a
 
 - rows: tensors of x's shape are sharded on the same leading dimension, and tensors of the weight's shape replicated.
   Results of x's shape are sharded alike. A result of the weight's shape, a gradient, is a sum over this rank's rows
-  alone, so it is partial;
+  alone, so it is partial. Of an operator with heads, the cosines, sines and positions are sharded with the tokens,
+  and replicated where the heads are sharded, as in tensor parallelism;
 - everything is replicated.
 
 The hidden dimension is never sharded, because each row is normalised as a whole: a tensor that is, is gathered.
@@ -85,12 +86,23 @@ def _rule(op: Shardable) -> Any:
 
     def rule(*args: Any, **kwargs: Any) -> list[tuple[list[Any], list[Any]]]:
         given = dict(zip((a.name for a in op.overload._schema.arguments), args, strict=False)) | kwargs
-        extents = [op.rules[n].extent if n in op.rules and v is not None else None for n, v in given.items()]
+        x = given[next(iter(op.rules))]
+        extents = {n: op.rules[n].extent if n in op.rules and v is not None else None for n, v in given.items()}
+        heads = x.ndim - 2 if Extent.HEADS in extents.values() else None
         choices = []
-        for rows in (Replicate(), *(Shard(dim) for dim in range(given["x"].ndim - 1))):
-            shared = Partial() if isinstance(rows, Shard) else Replicate()
-            results = [shared if extent is Extent.HIDDEN else rows for extent in op.results]
-            inputs = [None if e is None else Replicate() if e is Extent.HIDDEN else rows for e in extents]
+        for dim in (None, *range(x.ndim - 1)):
+
+            def place(extent: Extent, t: Any, dim: int | None = dim) -> Any:
+                if dim is None or extent in (Extent.HIDDEN, Extent.TABLE):
+                    return Replicate()
+                if extent not in (Extent.ANGLES, Extent.POSITIONS):
+                    return Shard(dim)
+                axes = t.ndim - (x.ndim - 2) if extent is Extent.POSITIONS else 0
+                return Replicate() if dim == heads else Shard(dim + axes)
+
+            shared = Replicate() if dim is None else Partial()
+            results = [shared if extent is Extent.HIDDEN else place(extent, x) for extent in op.results]
+            inputs = [None if extent is None else place(extent, given[n]) for n, extent in extents.items()]
             choices.append((results, inputs))
         return choices
 

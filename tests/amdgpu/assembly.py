@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from kernel_names import BackwardName, KernelName, kernel_names
+from kernel_names import BackwardName, KernelName, RopeName, kernel_names
 
 SIZES = {"float": 4, "float16": 2, "bfloat16": 2, "NoWeight": 0}
 
@@ -34,6 +34,13 @@ class BackwardKernel(BackwardName, Code):
     """A kernel of the backward operators."""
 
     __str__ = BackwardName.__str__
+
+
+@dataclass(frozen=True)
+class RopeKernel(RopeName, Code):
+    """A kernel of qk_norm_rope."""
+
+    __str__ = RopeName.__str__
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ class Kernel(KernelName, Code):
         return SIZES[self.x] < SIZES[self.s] or 0 < SIZES[self.weight] < SIZES[self.s]
 
 
-AnyKernel = Kernel | BackwardKernel
-K = TypeVar("K", Kernel, BackwardKernel, AnyKernel)
+AnyKernel = Kernel | BackwardKernel | RopeKernel
+K = TypeVar("K", Kernel, BackwardKernel, RopeKernel, AnyKernel)
+KINDS = {KernelName: Kernel, BackwardName: BackwardKernel, RopeName: RopeKernel}
 
 
 @cache
@@ -103,8 +111,7 @@ def kernels(path: Path) -> list[AnyKernel]:
         at = text.index(".end_amdhsa_kernel", start)
         descriptor = text[start:at]
         numbers = {k: int(v) for k, v in re.findall(r"\.amdhsa_(\w+) (\d+)$", descriptor, re.M)}
-        kind = BackwardKernel if isinstance(name, BackwardName) else Kernel
-        result.append(kind(**vars(name), code="\n".join(lines), numbers=numbers | metadata[symbol]))
+        result.append(KINDS[type(name)](**vars(name), code="\n".join(lines), numbers=numbers | metadata[symbol]))
     return result
 
 

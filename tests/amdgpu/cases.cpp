@@ -4,6 +4,7 @@
 #include "emulated.h"
 #include "formats.h"
 #include "gradient_cases.h"
+#include "rope_cases.h"
 #include "runner.h"
 #include "target.h"
 
@@ -51,16 +52,25 @@ const std::vector<Case>& cases() {
   return all;
 }
 
+// After those come the cases of qk_norm_rope.
+const std::vector<RopeCase>& ropes() {
+  static const std::vector<RopeCase> all = rope_cases();
+  return all;
+}
+bool is_rope(int64_t index) { return index >= static_cast<int64_t>(cases().size()); }
+const RopeCase& rope(int64_t index) { return ropes()[index - cases().size()]; }
+
 }  // namespace
 }  // namespace gemma_norm
 
 extern "C" {
 
-int64_t case_count() { return static_cast<int64_t>(gemma_norm::cases().size()); }
+int64_t case_count() { return static_cast<int64_t>(gemma_norm::cases().size() + gemma_norm::ropes().size()); }
 
 const char* describe_case(int64_t index) {
+  using namespace gemma_norm;
   static std::string text;
-  text = gemma_norm::describe(gemma_norm::cases()[index]);
+  text = is_rope(index) ? describe(rope(index)) : describe(cases()[index]);
   return text.c_str();
 }
 
@@ -76,13 +86,18 @@ const char* check_case(gemma_norm::Entry entry, int64_t index, uint64_t* bits) {
   static std::string error;
   HipTarget target(entry);
   OracleTarget oracle;
+  *bits = kHashOfNothing;
+  if (is_rope(index)) {
+    error = check_rope(target, rope(index));
+    if (error.empty()) error = compare_ropes(oracle, target, rope(index), bits);
+    return error.c_str();
+  }
   const Case& c = cases()[index];
   error = is_backward(c.operands) ? check_gradients(target, c) : check_case(target, c);
   if (!error.empty()) return error.c_str();
   const Tensors inputs = make_inputs(c);
   const Tensors got = run_case(target, c, inputs, &error), want = run_case(oracle, c, inputs, &error);
   if (error.empty()) error = compare_outputs(c, want, got);
-  *bits = kHashOfNothing;
   for (const Operand o : {kResidualOut, kOut, kDX, kDGate, kDWeight}) add_to_hash(c.dtype_of(o), got[o], bits);
   return error.c_str();
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import toolchain
-from assembly import AnyKernel, BackwardKernel, Kernel, kernels
+from assembly import AnyKernel, BackwardKernel, Kernel, RopeKernel, kernels
 from toolchain import TARGETS, Target
 
 REPORT = pytest.StashKey[list[str]]()
@@ -51,6 +51,12 @@ def code(all_code: list[AnyKernel]) -> list[Kernel]:
 def backward_code(all_code: list[AnyKernel]) -> list[BackwardKernel]:
     """Those of the backward operators."""
     return [kernel for kernel in all_code if isinstance(kernel, BackwardKernel)]
+
+
+@pytest.fixture
+def rope_code(all_code: list[AnyKernel]) -> list[RopeKernel]:
+    """Those of qk_norm_rope."""
+    return [kernel for kernel in all_code if isinstance(kernel, RopeKernel)]
 
 
 def pytest_unconfigure() -> None:

@@ -32,14 +32,20 @@ class Tensor(ctypes.Structure):
         return result
 
 
-OPERANDS = ["x", "weight", "residual", "post", "gate", "post_weight", "out", "residual_out"]  # gemma_norm::Operand
+OPERANDS = ["x", "weight", "residual", "post", "gate", "post_weight", "k", "k_weight"]  # gemma_norm::Operand
+OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "out", "residual_out", "k_out"]
 OPERANDS += ["dout", "dsum", "dx", "dgate", "dweight"]
+
+
+class Sections(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int32), ("sizes", ctypes.c_int64 * 3)]  # fmt: skip
 
 
 class Options(ctypes.Structure):
     _fields_ = [("eps", ctypes.c_double), ("gemma", ctypes.c_bool), ("round_each_step", ctypes.c_bool),
                 ("sigmoid", ctypes.c_bool), ("norm_before_gate", ctypes.c_bool),
-                ("group_size", ctypes.c_int64)]  # fmt: skip
+                ("group_size", ctypes.c_int64), ("round_rotation", ctypes.c_bool), ("interleaved", ctypes.c_bool),
+                ("mrope_interleaved", ctypes.c_bool), ("mrope_section", Sections)]  # fmt: skip
 
 
 WHOLE_ROW = 2**63 - 1

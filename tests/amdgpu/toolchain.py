@@ -211,6 +211,7 @@ def cases_library() -> Path:
         "reference",
         "gradient_reference",
         "runner",
+        "rope_cases",
         "host_target",
     ]
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts] + sorted((ROOT / "tests/cpp").glob("emulated_*.cpp"))

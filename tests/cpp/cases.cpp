@@ -71,10 +71,19 @@ Held Case::held() const {
                                                                                        : Held::kRow;
 }
 
-Options Case::options() const { return {eps, gemma, round_each_step, sigmoid, norm_before_gate, group_size}; }
+Options Case::options() const {
+  Options options;
+  options.eps = eps;
+  options.gemma = gemma;
+  options.round_each_step = round_each_step;
+  options.sigmoid = sigmoid;
+  options.norm_before_gate = norm_before_gate;
+  options.group_size = group_size;
+  return options;
+}
 
 const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "no"};
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "no", "int32", "int64"};
   return kNames[static_cast<int>(dtype)];
 }
 

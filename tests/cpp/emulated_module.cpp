@@ -38,7 +38,13 @@ struct Memory {
 void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma,
          const EmulatedGpu& gpu, bool round_each_step, bool sigmoid, bool norm_before_gate,
          std::optional<int64_t> group_size) {
-  const Options options{eps, gemma, round_each_step, sigmoid, norm_before_gate, group_size.value_or(kWholeRow)};
+  Options options;
+  options.eps = eps;
+  options.gemma = gemma;
+  options.round_each_step = round_each_step;
+  options.sigmoid = sigmoid;
+  options.norm_before_gate = norm_before_gate;
+  options.group_size = group_size.value_or(kWholeRow);
   Call call{gemma_norm_op(op.c_str()), {}, options};
   Tensor views[kOperands];
   for (int o = 0; o < kOperands; ++o)

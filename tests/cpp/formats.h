@@ -89,15 +89,16 @@ inline double element(DType dtype, uint32_t bits) {
   return bits & 0x8000 ? -value : value;
 }
 
+inline size_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 inline uint32_t bits_at(DType dtype, const void* memory) {
   uint32_t bits = 0;
-  std::memcpy(&bits, memory, size_of(dtype));  // little-endian
+  std::memcpy(&bits, memory, bytes_of(dtype));  // little-endian
   return bits;
 }
 inline double element_at(DType dtype, const void* memory) { return element(dtype, bits_at(dtype, memory)); }
 inline void round_to(DType dtype, double value, void* memory) {
   const uint32_t bits = rounded_bits(dtype, value);
-  std::memcpy(memory, &bits, size_of(dtype));
+  std::memcpy(memory, &bits, bytes_of(dtype));
 }
 
 }  // namespace gemma_norm

@@ -11,6 +11,7 @@ namespace gemma_norm {
 
 std::set<const void*> reachable_kernels(int64_t) { return {}; }
 std::set<const void*> backward_kernels() { return {}; }
+std::set<const void*> rope_kernels() { return {}; }
 
 }  // namespace gemma_norm
 

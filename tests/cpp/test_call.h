@@ -25,6 +25,7 @@ struct Place {
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
   std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, post_weight, sum, dout, dsum, dx, dweight;
+  std::optional<Place> k, k_weight, cos, sin, cache, positions, k_out;
   Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
@@ -65,9 +66,26 @@ struct TestCall {
   }
 
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
-    const std::optional<Place> places[kOperands] = {
-        x,   weight, residual, post, gate,         post_weight, op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
-        sum, dout,   dsum,     dx,   std::nullopt, dweight};
+    const std::optional<Place> places[kOperands] = {x,
+                                                    weight,
+                                                    residual,
+                                                    post,
+                                                    gate,
+                                                    post_weight,
+                                                    k,
+                                                    k_weight,
+                                                    cos,
+                                                    sin,
+                                                    cache,
+                                                    positions,
+                                                    op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
+                                                    sum,
+                                                    k_out,
+                                                    dout,
+                                                    dsum,
+                                                    dx,
+                                                    std::nullopt,
+                                                    dweight};
     Tensor tensors[kOperands];
     Call call{&op, {}, options};
     for (int o = 0; o < kOperands; ++o)

@@ -288,6 +288,46 @@ def a_compiled_function(device: str, mode: str) -> None:
                 assert_same_bits(g.full_tensor(), w)
 
 
+def rotated_heads(device: str) -> None:
+    """Tokens or heads sharded: nothing is communicated. The angles and positions go with the tokens, and each rank has
+    all of them where the heads are sharded, as in tensor parallelism.
+    """
+    q, k = randn(4, 6, 4, 16, device=device), randn(4, 6, 2, 16, device=device, seed=1)
+    weights = {n: randn(16, device=device, seed=s) for s, n in ((2, "q_weight"), (3, "k_weight"))}
+    angles = {n: randn(4, 6, 8, device=device, seed=s) for s, n in ((4, "cos"), (5, "sin"))}
+    for dim in (None, 0, 1, 2, 3):
+        rows: Placement = Replicate() if dim is None else Shard(dim)
+        tokens = rows if dim in (0, 1) else Replicate()
+        placements = {"q": rows, "k": rows, **dict.fromkeys(weights, Replicate()), **dict.fromkeys(angles, tokens)}
+        got, gradients, communication = compare(
+            gemma_norm.qk_norm_rope, {"q": q, "k": k, **weights, **angles}, placements
+        )
+        if dim == 3:  # the elements of a head are gathered
+            assert all(y.placements[0] != Shard(3) for y in got)
+            continue
+        assert communication.get_total_counts() == 0
+        assert all(y.placements == (rows,) for y in got)
+        assert all(g.placements == (rows,) for g in gradients[:2])
+        assert all(g.placements == ((Replicate(),) if dim is None else (Partial(),)) for g in gradients[2:4])
+
+    cache, positions = randn(9, 8, device=device), torch.arange(72, device=device).view(3, 4, 6) % 9
+    named: dict[str, Any] = {"mrope_section": [2, 1, 1]}
+    want = gemma_norm.qk_norm_rope(q, k, *weights.values(), cos_sin_cache=cache, positions=positions, **named)
+    for dim in (0, 1, 2):
+        at = put(positions, Shard(dim + 1) if dim < 2 else Replicate())
+        placed = [put(t, Shard(dim)) for t in (q, k)] + [put(w, Replicate()) for w in weights.values()]
+        table = put(cache, Replicate())
+        with torch.no_grad(), CommDebugMode() as mode:
+            got = gemma_norm.qk_norm_rope(*placed, cos_sin_cache=table, positions=at, **named)
+        assert mode.get_total_counts() == 0
+        for g, w in zip(got, want, strict=True):
+            assert_same_bits(g.full_tensor(), w)
+        fused = lambda at=at, placed=placed: gemma_norm.fused_qk_norm_rope(  # noqa: E731
+            *placed, cos_sin_cache=put(cache, Replicate()), positions=at, **named
+        )
+        assert_raises(fused, "fused_qk_norm_rope: q is written and must be a plain tensor", NotImplementedError)
+
+
 def one_more_operator(device: str) -> None:
     """A rule follows from a description alone: here of an operator whose second result is a weight's gradient."""
 

@@ -13,7 +13,7 @@ import pytest
 from torch.utils import cpp_extension
 
 from build_tools import CPP_BUILD, ROOT, cmake, one_at_a_time
-from kernel_names import KernelName, kernel_names
+from kernel_names import KernelName, RopeName, kernel_names
 
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 REPORT = re.compile(
@@ -24,7 +24,7 @@ REGISTERS = 65536  # of a multiprocessor, which gives them out 8 a thread at a t
 
 @dataclass(frozen=True)
 class Kernel:
-    name: KernelName
+    name: KernelName | RopeName
     spilled: int  # bytes
     registers: int  # a thread
 
@@ -57,7 +57,7 @@ def new_reports(nvcc: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+def all_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     nvcc = shutil.which("nvcc") or shutil.which(f"{cpp_extension.CUDA_HOME or '/usr/local/cuda'}/bin/nvcc")
     if not nvcc:
         pytest.skip("needs nvcc: install the CUDA toolkit, or set CUDA_HOME to where it is")
@@ -68,8 +68,23 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     return [
         Kernel(name, int(spilled), int(registers))
         for name, spilled, registers in zip(kernel_names(list(symbols)), spilled, registers, strict=True)
-        if isinstance(name, KernelName)  # of a forward operator
+        if isinstance(name, KernelName | RopeName)
     ]
+
+
+@pytest.fixture(scope="module")
+def kernels(all_kernels: list[Kernel]) -> list[Kernel]:
+    """Those of the forward operators."""
+    return [kernel for kernel in all_kernels if isinstance(kernel.name, KernelName)]
+
+
+def test_no_kernel_of_heads_is_spilled(all_kernels: list[Kernel]) -> None:
+    """And enough of them are resident: 768 threads a multiprocessor in 16 bits (csrc/gpu/rope_kernel.cuh)."""
+    ropes = [kernel for kernel in all_kernels if isinstance(kernel.name, RopeName)]
+    assert len(ropes) == 28
+    assert [str(k.name) for k in ropes if k.spilled] == []
+    halves = [k for k in ropes if k.name.aligned and k.name.x == k.name.weight == k.name.angles != "float"]
+    assert [k.blocks * k.name.threads for k in halves] == [768, 768]
 
 
 def test_rows_that_models_have_are_not_spilled(kernels: list[Kernel]) -> None:

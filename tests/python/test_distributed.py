@@ -53,6 +53,7 @@ def test_rules(two, check, function):
         rules.modules_with_implicit_replication,
         training.sequence_parallel_refusals,
         rules.local_maps,
+        rules.rotated_heads,
         rules.one_more_operator,
         training.fsdp_mixed_precision,
         training.a_pipeline,

@@ -1,0 +1,76 @@
+// What kernels need to know, beside RowParams, of an operator whose rows are the heads of tokens and are rotated. A
+// "row" of RowParams is then a token, and `data` and `strides` lead to its first head.
+#pragma once
+
+#include <cstdint>
+
+#include "../device/anywhere.h"
+#include "row_params.h"
+
+namespace gemma_norm {
+
+struct HeadParams {
+  int64_t heads[2];        // of q and of k
+  int64_t strides[2];      // from head to head of q and of k
+  int64_t out_strides[2];  // and of their results
+
+  int32_t rotary;                      // elements of a head that are rotated
+  int32_t interleaved;                 // the elements of a pair are neighbours; otherwise rotary / 2 apart
+  int32_t round_norm, round_rotation;  // Options::round_each_step and round_rotation; 0 if x is float32
+
+  // With a cache.
+  int64_t cache_rows, cache_stride;  // cache_rows is 0 if cos and sin are given
+  int64_t axis_stride;               // from one of a token's positions to the next; 0 if it has one
+  int32_t mrope_interleaved;
+  int32_t sections[2];  // of the height and of the width
+
+  // Which of a token's positions the pair takes.
+  GEMMA_NORM_ANYWHERE int axis(int pair) const {
+    if (!axis_stride) return 0;
+    if (mrope_interleaved) {
+      const int axis = pair % 3;
+      return axis != 0 && pair / 3 < (axis == 1 ? sections[0] : sections[1]) ? axis : 0;
+    }
+    const int pairs = rotary / 2;
+    return pair >= pairs - sections[1] ? 2 : pair >= pairs - sections[1] - sections[0] ? 1 : 0;
+  }
+  GEMMA_NORM_ANYWHERE int pair_of(int i) const {
+    const int half = rotary / 2;
+    return interleaved ? i / 2 : i < half ? i : i - half;
+  }
+  GEMMA_NORM_ANYWHERE bool is_first(int i) const { return interleaved ? i % 2 == 0 : i < rotary / 2; }
+  GEMMA_NORM_ANYWHERE int partner(int i) const {
+    const int half = rotary / 2;
+    return interleaved ? i ^ 1 : i < half ? i + half : i - half;
+  }
+};
+
+// Of a call that check() has let through. A stride along which there is one head, or one row, counts as 0.
+inline HeadParams head_params(const Call& call) {
+  HeadParams h{};
+  const Tensor &q = *call.tensors[kX], &k = *call.tensors[kKey];
+  const int d = q.dims - 2;
+  h.heads[0] = q.sizes[d], h.heads[1] = k.sizes[d];
+  const auto stride = [](const Tensor& t, int d) { return t.sizes[d] > 1 ? t.strides[d] : 0; };
+  h.strides[0] = stride(q, d), h.strides[1] = stride(k, d);
+  h.out_strides[0] = stride(*call.tensors[kOut], d), h.out_strides[1] = stride(*call.tensors[kKeyOut], d);
+  const Options& options = call.options;
+  h.interleaved = options.interleaved;
+  h.round_norm = options.round_each_step && q.dtype != DType::kFloat32;
+  h.round_rotation = options.round_rotation && q.dtype != DType::kFloat32;
+  if (const Tensor* const cache = call.tensors[kCosSinCache]) {
+    h.rotary = static_cast<int32_t>(cache->sizes[1]);
+    h.cache_rows = cache->sizes[0];
+    h.cache_stride = stride(*cache, 0);
+  } else {
+    h.rotary = static_cast<int32_t>(call.tensors[kCos]->sizes[call.tensors[kCos]->dims - 1]);
+  }
+  if (options.mrope_section.count) {
+    h.axis_stride = call.tensors[kPositions]->strides[0];
+    h.mrope_interleaved = options.mrope_interleaved;
+    for (int i = 0; i < 2; ++i) h.sections[i] = static_cast<int32_t>(options.mrope_section.sizes[i + 1]);
+  }
+  return h;
+}
+
+}  // namespace gemma_norm

@@ -1,0 +1,63 @@
+// The norms of q and k, head by head, and their rotation by the angles of each token (RoPE), as attention layers with
+// q/k norms have it (Qwen3, Qwen3-Next, Qwen3.5, Gemma 3):
+//
+//   n = x * rstd * (gemma ? 1 + weight : weight)      for each head x of q and of k; weight is that of q or of k
+//   y[i] = round(n[i] * cos[i] + r[i] * sin[i])       for i < rotary
+//   y[i] = round(n[i])                                otherwise
+//
+// r is n with the elements of each pair swapped and the first of them negated. The elements of a pair are rotary / 2
+// apart or, interleaved, neighbours. All arithmetic is in float32, and products and sum are rounded separately. With
+// round_rotation, n, both products and their sum are rounded to x's dtype; with round_each_step, so is x * rstd.
+//
+// cos and sin have an element for each i. In place of them there can be a cache, in which a row has the cosines of all
+// pairs and then their sines, and the row of each token, its position. With mrope_section a token has three positions,
+// and each pair takes one of them (HeadParams::axis).
+#pragma once
+
+#include "../core/head_params.h"
+#include "../core/op_info.h"
+
+namespace gemma_norm {
+
+struct QkNormRope {
+  static constexpr OperandRule kRules[] = {
+      named("q", {kX, Extent::kRowsOfHeads, DTypes::kFloat}),
+      named("q_weight", optional(kWeightRule)),
+      {kKey, Extent::kHeads, DTypes::kLikeX},
+      optional(like_weight(kKeyWeight)),
+      optional({kCos, Extent::kAngles, DTypes::kXOrFloat32}),
+      optional({kSin, Extent::kAngles, DTypes::kLikeCos}),
+      optional({kCosSinCache, Extent::kTable, DTypes::kXOrFloat32}),
+      optional({kPositions, Extent::kPositions, DTypes::kInteger}),
+      named("q_out", output(kOut, Use::kNew, kX)),
+      {kKeyOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kKey},
+  };
+  static constexpr OperandRule kFusedRules[] = {
+      kRules[0],
+      kRules[1],
+      kRules[2],
+      kRules[3],
+      kRules[4],
+      kRules[5],
+      kRules[6],
+      kRules[7],
+      named("q_out", output(kOut, Use::kInPlace, kX)),
+      {kKeyOut, Extent::kHeads, DTypes::kLikeX, Use::kInPlace, kKey},
+  };
+  static constexpr OpInfo kInfos[] = {
+      {"qk_norm_rope", "qk_norm_rope",
+       "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, "
+       "Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "
+       "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
+       "bool mrope_interleaved=False) -> (Tensor, Tensor)",
+       "qk_norm_rope", kRules},
+      {"fused_qk_norm_rope", "fused_qk_norm_rope",
+       "(Tensor(a!) q, Tensor(b!) k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, "
+       "Tensor? sin=None, Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "
+       "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
+       "bool mrope_interleaved=False) -> ()",
+       "qk_norm_rope", kFusedRules},
+  };
+};
+
+}  // namespace gemma_norm

@@ -1,0 +1,266 @@
+"""The norms of q and k, head by head, and their rotation: operators, public functions and derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+from .. import reference
+from .._calls import differentiable, explain, is_compiled, is_exported, overridden
+from .._checks import COS, COS_SIN_CACHE, OPTIONAL_LIKE_WEIGHT, OPTIONAL_WEIGHT, POSITIONS, SIN, K, Q
+from .._registry import Operator, bare, register
+from .rms_norm_backward import gradients
+
+_RULES = {
+    "q": Q,
+    "q_weight": OPTIONAL_WEIGHT,
+    "k": K,
+    "k_weight": OPTIONAL_LIKE_WEIGHT,
+    "cos": COS,
+    "sin": SIN,
+    "cos_sin_cache": COS_SIN_CACHE,
+    "positions": POSITIONS,
+}
+_TENSORS = ("q", "k", "q_weight", "k_weight", "cos", "sin", "cos_sin_cache", "positions")
+_OPTIONS = (
+    "eps",
+    "gemma",
+    "round_each_step",
+    "round_rotation",
+    "interleaved",
+    "mrope_section",
+    "mrope_interleaved",
+)
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    cos_sin_cache: Tensor | None = None,
+    positions: Tensor | None = None,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    round_each_step: bool = False,
+    round_rotation: bool = False,
+    interleaved: bool = False,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalise each head of q and of k, and rotate it by its token's angles (RoPE), in two new tensors::
+
+        n = x * rstd * (gemma ? 1 + weight : weight)              for each head x of q, and of k
+        y = round(n * cos + rotate_half(n) * sin)                 of the first rotary elements
+        y = round(n)                                              of the others
+
+    with rstd as in :func:`gemma_norm.rms_norm`, over the elements of a head. ``rotate_half`` is that of transformers:
+    ``(-second half, first half)`` of the rotated elements. All arithmetic is in float32, and y is rounded once.
+
+    Args:
+        q: ``[..., q_heads, head_dim]``, float32, float16 or bfloat16, head_dim at most 512; last dimension contiguous,
+            any other strides, such as those of a slice of a fused projection, with or without a gate beside each head.
+        k: ``[..., k_heads, head_dim]`` with q's other sizes, dtype and device, and strides of its own.
+        q_weight, k_weight: ``[head_dim]``, contiguous, q's dtype or float32, one dtype for both; if q is float32,
+            float16 and bfloat16 as well. None for both normalises without weights.
+        cos, sin: ``[..., rotary]``, as the models of transformers make them: a number for each element that is rotated.
+            ``...`` is that of q, or broadcasts to it. q's dtype or float32. rotary is even and at most head_dim.
+        cos_sin_cache: in place of cos and sin, ``[max, rotary]``, as SGLang and vLLM have it: a row is the cosines of
+            all pairs of elements, then their sines. q's dtype or float32.
+        positions: the row of each token, int32 or int64, ``...`` of q, or broadcasts to it; with ``mrope_section``
+            ``[3, ...]``. One that is not in the cache raises an error on a CPU. On a GPU, which could not report it
+            without waiting, the cache's first or last row is taken.
+        eps: finite and not negative; used as a float32.
+        gemma: the weights are zero-centred: multiply by ``1 + weight``, which is never rounded to 16 bits.
+        round_each_step: as for :func:`gemma_norm.rms_norm`; needs ``round_rotation``.
+        round_rotation: round the norm, both products and their sum to q's dtype, as the classes of transformers do.
+            cos and sin, or the cache, must then have that dtype. Derivatives ignore the roundings.
+        interleaved: the two elements of a pair are neighbours, and not half of rotary apart (NeoX). ``rotate_half`` is
+            then ``(-second, first)`` of each pair, and cos and sin still have a number for each element.
+        mrope_section: three sizes, which add up to rotary / 2: how many pairs take a token's first (temporal), second
+            (height) and third (width) position, as in Qwen2-VL.
+        mrope_interleaved: the three kinds of pairs take turns, as in Qwen3-VL and Qwen3.5: of the pairs 1, 4, 7, ...
+            the first so many have the height, of 2, 5, 8, ... the width, all others the temporal position.
+
+    Returns:
+        Two new row-major tensors of the shapes of q and k. Derivatives of any order and mode with respect to q, k and
+        the weights are supported, also of cos, sin and the cache, and so are the transforms of ``torch.func``.
+
+    Raises:
+        RuntimeError: if an argument breaks a rule above.
+        torch.OutOfMemoryError: if a GPU has no memory for the results. On the CPU, as in PyTorch, it is a RuntimeError.
+    """
+    tensors = (q, k, q_weight, k_weight, cos, sin, cos_sin_cache, positions)
+    options = (eps, gemma, round_each_step, round_rotation, interleaved, mrope_section, mrope_interleaved)
+    if has_torch_function(tensors):
+        named = dict(zip((*_TENSORS[6:], *_OPTIONS), (*tensors[6:], *options), strict=True))
+        y, z = overridden(qk_norm_rope, QK_NORM_ROPE, tensors, *tensors[:6], **named)
+        return y, z
+    try:
+        tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
+        if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
+            y, z = differentiable(_qk_norm_rope, QK_NORM_ROPE, *tensors, *options)
+        else:
+            y, z = _qk_norm_rope(*tensors, *options)
+    except RuntimeError as error:
+        _explain(error, QK_NORM_ROPE, tensors, options)
+        raise
+    return y, z
+
+
+def fused_qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    cos_sin_cache: Tensor | None = None,
+    positions: Tensor | None = None,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    round_each_step: bool = False,
+    round_rotation: bool = False,
+    interleaved: bool = False,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+) -> None:
+    """Overwrite q and k with the results of :func:`qk_norm_rope`, to whose bits these are equal.
+
+    Args:
+        q, k: read and written, with any strides, such as two slices of one fused projection. They must not overlap, and
+            no two elements of one may share memory.
+        q_weight, k_weight, cos, sin, cos_sin_cache, positions, eps, gemma, round_each_step, round_rotation,
+            interleaved, mrope_section, mrope_interleaved: as for :func:`qk_norm_rope`. They must not overlap q or k.
+
+    No derivative is recorded. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside a
+    ``torch.func`` transform other than ``functionalize`` are refused. Use :func:`qk_norm_rope` for these.
+
+    Raises:
+        RuntimeError: if an argument breaks a rule. Nothing has been written then.
+    """
+    tensors = (q, k, q_weight, k_weight, cos, sin, cos_sin_cache, positions)
+    options = (eps, gemma, round_each_step, round_rotation, interleaved, mrope_section, mrope_interleaved)
+    if has_torch_function(tensors):
+        named = dict(zip((*_TENSORS[6:], *_OPTIONS), (*tensors[6:], *options), strict=True))
+        overridden(fused_qk_norm_rope, FUSED_QK_NORM_ROPE, tensors, *tensors[:6], **named)
+        return
+    try:
+        tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
+        _fused_qk_norm_rope(*tensors, *options)
+    except RuntimeError as error:
+        _explain(error, FUSED_QK_NORM_ROPE, tensors, options)
+        raise
+
+
+def _broadcast(
+    q: Any, cos: Any, sin: Any, cos_sin_cache: Any, positions: Any, mrope_section: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Expand cos, sin and positions to q's tokens, where they are of fewer. What cannot be is left for the checks."""
+    if isinstance(q, Tensor) and q.dim() >= 2:
+        tokens = q.shape[:-2]
+        if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.shape[:-1] != tokens:
+            cos, sin = _expanded(cos, tokens, 0, 1), _expanded(sin, tokens, 0, 1)
+        if isinstance(positions, Tensor):
+            axes = 0 if mrope_section is None else 1
+            if positions.shape[axes:] != tokens:
+                positions = _expanded(positions, tokens, axes, 0)
+    return cos, sin, cos_sin_cache, positions
+
+
+def _expanded(t: Tensor, tokens: torch.Size, before: int, after: int) -> Tensor:
+    own = t.shape[before : t.dim() - after]
+    if len(own) > len(tokens):
+        return t
+    padded = (1,) * (len(tokens) - len(own)) + tuple(own)
+    if any(size not in (1, want) for size, want in zip(padded, tokens, strict=True)):
+        return t
+    shape = (*t.shape[:before], *padded, *t.shape[t.dim() - after :])
+    return t.reshape(shape).expand(*t.shape[:before], *tokens, *t.shape[t.dim() - after :])
+
+
+def _explain(error: RuntimeError, op: Operator, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> None:
+    named = dict(zip((*_TENSORS, *_OPTIONS), (*tensors, *options), strict=True))
+    explain(error, op, **named)
+
+
+class QKNormRopeFunction(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.options = inputs[len(_TENSORS) :]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: len(_TENSORS)])
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Rotate the gradients back, round them to q's dtype, and pass them to the norms' own backward kernels."""
+        q, k, q_weight, k_weight, cos, sin, cache, positions = ctx.saved_tensors
+        eps, gemma, _, _, interleaved, sections, mrope_interleaved = ctx.options
+        needs_q, needs_k, needs_q_weight, needs_k_weight = ctx.needs_input_grad[:4]
+        of_angles: tuple[Tensor | None, ...] = (None, None, None)
+        if any(ctx.needs_input_grad[4:7]):
+            of_angles = _gradients_of_angles(ctx, dq, dk)
+        if cos is None:
+            cos, sin = reference.angles(cache, positions, interleaved, sections, mrope_interleaved)
+        dq, dk = (None if d is None else _rotated_back(d, cos, sin, interleaved) for d in (dq, dk))
+        dx, dq_weight = gradients(dq, q, q_weight, None, eps, gemma, needs_q, needs_q_weight)
+        dz, dk_weight = gradients(dk, k, k_weight, None, eps, gemma, needs_k, needs_k_weight)
+        return dx, dz, dq_weight, dk_weight, *of_angles, None, *(None for _ in _OPTIONS)
+
+
+def _rotated_back(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The gradient of the norm, from that of its rotation: the transposed rotation, in float32, rounded once."""
+    rotary = cos.shape[-1]
+    turned = dy[..., :rotary].float()
+    back = turned * cos.float().unsqueeze(-2) - reference.rotate_half(turned * sin.float().unsqueeze(-2), interleaved)
+    back = back.to(dy.dtype)
+    return back if rotary == dy.shape[-1] else torch.cat((back, dy[..., rotary:]), dim=-1)
+
+
+def _gradients_of_angles(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of cos, sin and the cache, which few programs want: those of the definition."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        saved = ctx.saved_tensors
+        inputs = [t if create_graph or t is None else t.detach() for t in saved]
+        wanted = [i for i in range(4, 7) if ctx.needs_input_grad[i]]
+        if not create_graph:
+            for i in wanted:
+                inputs[i].requires_grad_()
+        results = reference.qk_norm_rope(*inputs, *ctx.options)
+        given = [(y, dy) for y, dy in zip(results, (dq, dk), strict=True) if dy is not None]
+        found = torch.autograd.grad(
+            [y for y, _ in given],
+            [inputs[i] for i in wanted],
+            [dy for _, dy in given],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    of = dict(zip(wanted, found, strict=True))
+    return tuple(of.get(i) for i in range(4, 7))
+
+
+QK_NORM_ROPE = Operator(
+    "qk_norm_rope",
+    reference.qk_norm_rope,
+    _RULES,
+    "qk_norm_rope",
+    more_results=("k",),
+    derivative=QKNormRopeFunction,
+)
+FUSED_QK_NORM_ROPE = Operator("fused_qk_norm_rope", reference.qk_norm_rope, _RULES, "qk_norm_rope")
+register(QK_NORM_ROPE, FUSED_QK_NORM_ROPE)
+torch.fx.node.has_side_effect(fused_qk_norm_rope)
+
+_qk_norm_rope = bare(QK_NORM_ROPE.twin)
+_fused_qk_norm_rope = FUSED_QK_NORM_ROPE.overload
