@@ -234,9 +234,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"**{good} of {len(judged)} families with an RMSNorm keep every promise**: logits in float32 within 1e-5 of "
         "the largest, the same `state_dict` (keys and memory), the original's bits after `unpatch`, the same bits "
         "with `fuse_residual=True` and `fuse_rotation=True` as without, and bfloat16 logits no farther from the "
-        f"float32 ones than 1.1 times the original's. In bfloat16 {equal} of {len(half)} have the original's bits. The others differ where "
-        "another last place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips a rounding, in a few "
-        "elements, after which a model of many layers goes on with other bits.",
+        f"float32 ones than 1.1 times the original's. In bfloat16 {equal} of {len(half)} have the original's bits. "
+        "The others differ where another last place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips "
+        "a rounding, in a few elements, after which a model of many layers goes on with other bits.",
         "\n".join([_HEAD, *(_row(family, row) for family, row in sorted(judged.items()))]),
         _LEGEND,
         f"**No RMSNorm that is replaced** ({len(none)}): {', '.join(none)}.",
