@@ -18,7 +18,7 @@ TINY = ["--layers", "4", "--batch", "2", "--rounds", "1", "--steps", "1", "--dev
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_run_writes_a_row_for_each_variant_and_their_logits_agree(tmp_path, capsys, shape, phase):
     path = tmp_path / "model.csv"
-    variants = "original,ours,ours+gated,ours+residual"
+    variants = "original,ours,ours+gated,ours+residual,ours+rotation"
     assert model.main(["--shape", shape, "--phase", phase, "--variant", variants, "--csv", str(path), *TINY]) == 0
     lines = path.read_text().splitlines()
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))

@@ -11,7 +11,7 @@ import tiny_models  # noqa: F401  skips without transformers
 from gemma_norm.integrations import compatibility
 
 GOOD = {
-    "norms": 9, "kinds": ["rounds twice"], "left": [], "fused": 8, "fused_same": True, "state": True,
+    "norms": 9, "kinds": ["rounds twice"], "left": [], "fused": 8, "rotated": 0, "fused_same": True, "state": True,
     "float32": 1e-7, "restored": True, "calls": [], "equal": 1.0, "ratio": 1.0,
 }  # fmt: skip
 

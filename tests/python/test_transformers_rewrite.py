@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gemma_norm.integrations import _rewrite
+from gemma_norm.integrations import _source
 from gemma_norm.integrations.transformers import patch
 from tiny_models import Additions
 
@@ -111,8 +111,8 @@ def test_a_known_form_in_a_class_of_ones_own():
 def test_source_that_is_not_what_runs_is_refused(monkeypatch):
     """As when a file was edited after it was imported."""
     source = "    def forward(self, h, residual):\n        h = residual + h\n        return h\n"
-    monkeypatch.setattr(_rewrite.inspect, "getsource", lambda _: source)
-    assert _rewrite._form(Known).reason == "its forward's source is not what the class runs"
+    monkeypatch.setattr(_source.inspect, "getsource", lambda _: source)
+    assert _source._source(Known) == "its forward's source is not what the class runs"
 
 
 def test_a_decorator_of_unknown_form_is_refused():
@@ -124,7 +124,7 @@ def test_a_decorator_of_unknown_form_is_refused():
         return functools.update_wrapper(Wrapped(), function)
 
     wrapped = type("Wrapped", (Layer,), {"forward": decorator(Known.forward)})
-    assert _rewrite._form(wrapped).reason == "its forward is wrapped by a decorator of a form that is not known"
+    assert _source._source(wrapped) == "its forward is wrapped by a decorator of a form that is not known"
 
 
 def test_tracebacks_name_the_line_of_the_original():

@@ -117,6 +117,7 @@ VARIANTS: dict[str, Variant] = {
     "ours": lambda model: integration.patch(model, gated=False),
     "ours+gated": lambda model: integration.patch(model),
     "ours+residual": lambda model: integration.patch(model, fuse_residual=True),
+    "ours+rotation": lambda model: integration.patch(model, fuse_residual=True, fuse_rotation=True),
     "ours+native": lambda model: integration.patch(model, compiled="native"),
     "identity": _identity,
 }

@@ -44,6 +44,17 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Rotated:
+    """Attention whose rotation of q and k joins their norms."""
+
+    name: str
+    cls: str
+    q_norm: str
+    """The attribute of the norm of q."""
+    k_norm: str
+
+
+@dataclass(frozen=True)
 class Left:
     """A module that stays as it is."""
 
@@ -62,6 +73,9 @@ class Report:
     """What looks like a norm (it has an eps, or its class's name ends in Norm) and stays."""
     unfused: list[Left] = field(default_factory=list)
     """Layers whose residual additions stay apart from the norms."""
+    rotated: list[Rotated] = field(default_factory=list)
+    unrotated: list[Left] = field(default_factory=list)
+    """Attention with norms of q and k right before a rotation, which stays apart from them."""
     already: list[Replaced] = field(default_factory=list)
     """Norms that an earlier patch replaced."""
     fallbacks: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -69,6 +83,9 @@ class Report:
     used. Calls inside compiled code are not counted."""
     additions: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often an addition that had joined a norm ran by itself, by the norm's name and the reason; likewise."""
+    rotations: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often a rotation that had joined the norms of q and k ran by itself, by the attention's name and the reason;
+    likewise."""
     dry_run: bool = False
 
     def raise_if_left(self) -> None:
@@ -83,10 +100,14 @@ class Report:
             (f"{len(self.already)} norms were replaced already", _rows(self.already, _replaced_row)),
             (f"{len(self.fused)} residual additions {'would join' if self.dry_run else 'joined'} a norm",
              _rows(self.fused, _fused_row)),
+            (f"{len(self.rotated)} rotations {'would join' if self.dry_run else 'joined'} the norms of q and k",
+             _rows(self.rotated, lambda row: (row.cls, f"{row.q_norm}, {row.k_norm}"))),
             (f"{len(self.left)} modules left as they are", _rows(self.left, _left_row)),
             (f"{len(self.unfused)} layers whose residual additions stay apart", _rows(self.unfused, _left_row)),
+            (f"{len(self.unrotated)} rotations stay apart from the norms", _rows(self.unrotated, _left_row)),
             (f"{self.fallbacks.total()} calls ran the original forward", _counted(self.fallbacks)),
             (f"{self.additions.total()} additions ran apart from the norm", _counted(self.additions)),
+            (f"{self.rotations.total()} rotations ran apart from the norms", _counted(self.rotations)),
         ]  # fmt: skip
         shown = [parts[0], *(part for part in parts[1:] if part[1])]
         return "\n".join(line for title, rows in shown for line in (title, *(f"  {row}" for row in rows)))

@@ -68,7 +68,7 @@ def _layer_subclass(swap: LayerSwap, original: Any) -> type[nn.Module]:
 def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
     """``(norm(a + b), a + b)``, in one operator where it has the same bits and effects."""
     join = getattr(type(norm), "_gemma_norm_join", None)
-    if join is not None and not (_called_otherwise(norm) or _seen_after(norm)):
+    if join is not None and not (called_otherwise(norm) or seen_after(norm)):
         both = join(norm, a, b)
         if both is not None:
             return both  # type: ignore[no-any-return]
@@ -88,7 +88,7 @@ def add(self: nn.Module, a: Any, b: Any, norm: nn.Module) -> tuple[Any, Any]:
 
 def add_normed(self: nn.Module, x: Any, residual: Any, post: nn.Module, norm: nn.Module, first: bool) -> Any:
     """``add`` of ``post(x)`` and residual; ``first``: in this order."""
-    both = None if _called_otherwise(norm) or _seen_after(norm) else _normed_both(post, norm, x, residual, True)
+    both = None if called_otherwise(norm) or seen_after(norm) else _normed_both(post, norm, x, residual, True)
     if both is not None:
         return both
     n = post(x)
@@ -137,7 +137,7 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     if reason is None:
         weight = weight_of(norm)
         both = None
-        if not _called_otherwise(norm) and not _unreadable(weight):
+        if not called_otherwise(norm) and not _unreadable(weight):
             both = type(norm)._gemma_norm_join(norm, a, b)  # type: ignore[attr-defined]
         if both is None:
             reason = _apart(norm, swap, a, b, hooks=False)
@@ -157,12 +157,12 @@ def _unreadable(weight: Tensor | None) -> bool:
     return weight is not None and (weight.is_inference() or weight.untyped_storage().nbytes() == 0)
 
 
-def _called_otherwise(norm: nn.Module) -> Any:
+def called_otherwise(norm: nn.Module) -> Any:
     """Whether something comes before the norm's forward, or in its place."""
     return norm._forward_pre_hooks or norm._backward_pre_hooks or "forward" in norm.__dict__
 
 
-def _seen_after(norm: nn.Module) -> Any:
+def seen_after(norm: nn.Module) -> Any:
     """Whether something is told of the norm's result, which must not be a part of another call then."""
     return (
         norm._forward_hooks
@@ -211,7 +211,7 @@ def _unlike(post: nn.Module, before: Swap, norm: nn.Module, swap: Swap) -> str |
 
     The two must be alike, and nothing may come between the norm of x and the addition.
     """
-    if before.takes or _called_otherwise(post) or _seen_after(post):
+    if before.takes or called_otherwise(post) or seen_after(post):
         return "the norm before the addition has hooks, a forward of its own or an offered result"
     weight, post_weight = weight_of(norm), weight_of(post)
     if weight is None or post_weight is None or weight.dtype != post_weight.dtype:
@@ -246,7 +246,7 @@ def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | No
             return "the weight has another dtype, for which the original computes what no operator here does"
         if not hooks and _unreadable(weight):
             return "the weight is not there yet, or does not tell whether it has been written to"
-    return "the norm has hooks" if _called_otherwise(norm) or (hooks and _seen_after(norm)) else None
+    return "the norm has hooks" if called_otherwise(norm) or (hooks and seen_after(norm)) else None
 
 
 def fuse(

@@ -49,8 +49,8 @@ class Swap:
 class State:
     """A replaced module's own: kept in its ``__dict__``, not in its ``state_dict``."""
 
-    def __init__(self, name: str, fallbacks: Counts, additions: Counts) -> None:
-        self.name, self.fallbacks, self.additions = name, fallbacks, additions
+    def __init__(self, name: str, fallbacks: Counts, separate: Counts) -> None:
+        self.name, self.fallbacks, self.separate = name, fallbacks, separate
         self.offer: Any = None
         """What the layer before has computed for this norm."""
         self.wasted = 0
@@ -62,11 +62,11 @@ class State:
         self.fallbacks[self.name, reason] += 1
 
     def apart(self, reason: str) -> None:
-        self.additions[self.name, reason] += 1
+        self.separate[self.name, reason] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copy's fallbacks are counted with the original's, so that the report that exists shows them."""
-        new = State(self.name, self.fallbacks, self.additions)
+        new = State(self.name, self.fallbacks, self.separate)
         memo[id(self)] = new
         new.next = copy.deepcopy(self.next, memo)
         return new
@@ -100,9 +100,10 @@ def derive(base: type[nn.Module], kind: str, made_from: Any, forward: Any, **mem
 
 def rebuild(kind: str, made_from: Any) -> nn.Module:
     """For pickles."""
-    from . import _forwards, _residual
+    from . import _forwards, _residual, _rotation
 
-    make: Any = {"norm": _forwards.subclass, "layer": _residual.layer_subclass}[kind]
+    kinds = {"norm": _forwards.subclass, "layer": _residual.layer_subclass, "attention": _rotation.attention_subclass}
+    make: Any = kinds[kind]
     made: type[nn.Module] = make(made_from)
     return made.__new__(made)
 

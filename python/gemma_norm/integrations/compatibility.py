@@ -143,8 +143,9 @@ def judge(config_class: Any, model_class: Any, family: str) -> dict[str, Any]:
     exact = logits()
     report = patch(model)
     single, state = logits(), {name: (t.data_ptr(), t.dtype, t.shape) for name, t in model.state_dict().items()}
-    with patched(model, fuse_residual=True) as fused:
-        result |= {"fused": len(fused.fused), "fused_same": torch.equal(single, logits())}
+    with patched(model, fuse_residual=True, fuse_rotation=True) as fused:
+        joined = {"fused": len(fused.fused), "rotated": len(fused.rotated)}
+        result |= {**joined, "fused_same": torch.equal(single, logits())}
     unpatch(model)
     result |= {
         "state": state == wanted,
@@ -159,11 +160,11 @@ def judge(config_class: Any, model_class: Any, family: str) -> dict[str, Any]:
             return {**result, "bfloat16": "the original differs from run to run"}
     except RuntimeError as error:
         return {**result, "bfloat16": f"the original fails: {str(error).splitlines()[0][:60]}"}
-    with patched(model, fuse_residual=True):
-        joined = logits()
+    with patched(model, fuse_residual=True, fuse_rotation=True):
+        fused_half = logits()
     with patched(model) as report:
         half = logits()
-    result["fused_same"] &= torch.equal(half, joined)
+    result["fused_same"] &= torch.equal(half, fused_half)
     result["restored"] &= torch.equal(original, logits().float())
     distance = [float((t.float() - exact).abs().mean()) for t in (half, original)]
     result |= {"equal": float((half.float() == original).float().mean()), "ratio": distance[0] / distance[1]}
@@ -232,10 +233,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "after `gemma_norm.integrations.transformers.patch(model)`.",
         f"**{good} of {len(judged)} families with an RMSNorm keep every promise**: logits in float32 within 1e-5 of "
         "the largest, the same `state_dict` (keys and memory), the original's bits after `unpatch`, the same bits "
-        "with `fuse_residual=True` as without, and bfloat16 logits no farther from the float32 ones than 1.1 times "
-        f"the original's. In bfloat16 {equal} of {len(half)} have the original's bits. The others differ where "
-        "another last place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips a rounding, in a few "
-        "elements, after which a model of many layers goes on with other bits.",
+        "with `fuse_residual=True` and `fuse_rotation=True` as without, and bfloat16 logits no farther from the "
+        f"float32 ones than 1.1 times the original's. In bfloat16 {equal} of {len(half)} have the original's bits. "
+        "The others differ where another last place of float32 (the order of the sum, `1 / sqrt` beside `rsqrt`) tips "
+        "a rounding, in a few elements, after which a model of many layers goes on with other bits.",
         "\n".join([_HEAD, *(_row(family, row) for family, row in sorted(judged.items()))]),
         _LEGEND,
         f"**No RMSNorm that is replaced** ({len(none)}): {', '.join(none)}.",
@@ -251,7 +252,8 @@ _HEAD = """| family | norms | what they compute | joined | float32 | bfloat16 eq
 _LEGEND = (
     "*norms*: how many are replaced. *What they compute*: `rounds twice` and `rounds each step` are "
     "`round_each_step` in [the contract](contract.md), `1 + weight` is `gemma`. *joined*: residual additions that "
-    "`fuse_residual=True` joins with a norm. *float32*: the largest difference of the logits, over the largest "
+    "`fuse_residual=True` joins with a norm, and with a plus sign rotations of q and k that `fuse_rotation=True` joins "
+    "with their norms. *float32*: the largest difference of the logits, over the largest "
     "logit. *error*: mean distance of the bfloat16 logits from the original's float32 ones, over the original's "
     "distance. *left*: what looks like a norm and stays as it is, and why; and why some calls of replaced norms ran "
     "the original forward."
@@ -264,7 +266,8 @@ def _row(family: str, row: dict[str, Any]) -> str:
     left = "<br>".join([*row["left"], *(f"some calls: {reason}" for reason in row["calls"])])
     name = family if passes(row) else f"**{family}: {_broken(row)}**"
     kinds = "<br>".join(row["kinds"])
-    return f"| {name} | {row['norms']} | {kinds} | {row['fused']} | {row['float32']:.1e} | {same} | {ratio} | {left} |"
+    joined = f"{row['fused']}" + (f" + {row['rotated']}" if row["rotated"] else "")
+    return f"| {name} | {row['norms']} | {kinds} | {joined} | {row['float32']:.1e} | {same} | {ratio} | {left} |"
 
 
 def _broken(row: dict[str, Any]) -> str:

@@ -21,14 +21,14 @@ from torch import nn
 
 from ..gated_module import GatedRMSNorm
 from ..module import RMSNorm
-from . import _residual
+from . import _residual, _rotation
 from ._forwards import subclass
-from ._report import Fused, Left, Replaced, Report
+from ._report import Fused, Left, Replaced, Report, Rotated
 from ._semantics import Found, Semantics, classify
 from ._semantics import Left as _Left
 from ._swap import STATE, SWAP, State, Swap, base_of, exchange, own_forward
 
-__all__ = ["Fused", "Left", "Replaced", "Report", "Semantics", "patch", "patched", "unpatch"]
+__all__ = ["Fused", "Left", "Replaced", "Report", "Rotated", "Semantics", "patch", "patched", "unpatch"]
 
 Fuse = bool | Literal["layer"]
 Rounding = Literal["original", "once"]
@@ -43,6 +43,7 @@ def patch(
     strict: bool = False,
     dry_run: bool = False,
     compiled: Compiled = "formula",
+    fuse_rotation: bool = False,
 ) -> Report:
     """Make every RMSNorm of a model run :func:`gemma_norm.rms_norm` or :func:`gemma_norm.gated_rms_norm`.
 
@@ -74,6 +75,11 @@ def patch(
         dry_run: change nothing, and report what would be done.
         compiled: what a norm is inside ``torch.compile`` and ``torch.export``: "formula", the original's, which
             Inductor fuses with what is around it, or "native", the operator, whose bits do not depend on the compiler.
+        fuse_rotation: the norms of q and k become one :func:`gemma_norm.qk_norm_rope` with the rotary embedding after
+            them, in attention whose ``forward`` contains ``q = self.q_norm(q); k = self.k_norm(k)``, or the same with
+            ``.transpose(1, 2)`` behind, and then ``q, k = apply_rotary_pos_emb(q, k, cos, sin)``, a function that is
+            recognised by what it computes. The results have the same bits. Norms with hooks, and compiled code, are
+            left as they are.
 
     Returns:
         what was done. A module that an earlier call replaced stays as that call made it, and is reported as such. With
@@ -89,7 +95,7 @@ def patch(
         ValueError: for an option that is none of those above.
         RuntimeError: with ``strict``, if a norm is left.
     """
-    report, _ = _patch(model, fuse_residual, rounding, gated, strict, dry_run, compiled)
+    report, _ = _patch(model, fuse_residual, rounding, gated, strict, dry_run, compiled, fuse_rotation)
     return report
 
 
@@ -118,12 +124,13 @@ def patched(
     strict: bool = False,
     dry_run: bool = False,
     compiled: Compiled = "formula",
+    fuse_rotation: bool = False,
 ) -> Iterator[Report]:
     """:func:`patch` for the length of a ``with``, which restores what it changed and nothing that was patched before.
 
     Raises what :func:`patch` raises.
     """
-    report, changed = _patch(model, fuse_residual, rounding, gated, strict, dry_run, compiled)
+    report, changed = _patch(model, fuse_residual, rounding, gated, strict, dry_run, compiled, fuse_rotation)
     try:
         yield report
     finally:
@@ -139,11 +146,13 @@ def _patch(
     strict: bool,
     dry_run: bool,
     compiled: Compiled,
+    fuse_rotation: bool,
 ) -> tuple[Report, list[nn.Module]]:
     for name, value, allowed in (
         ("fuse_residual", fuse_residual, (False, "layer", True)),
         ("rounding", rounding, ("original", "once")),
         ("compiled", compiled, ("formula", "native")),
+        ("fuse_rotation", fuse_rotation, (False, True)),
     ):
         if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
             raise ValueError(f"patch: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -188,6 +197,8 @@ def _patch(
                 changed.append(module)
         if fuse_residual is not False:
             _residual.fuse(model, report, swaps, fuse_residual is True, changed)
+        if fuse_rotation:
+            _rotation.fuse(model, report, swaps, changed)
     except BaseException:  # such as a class that does not let itself be derived from
         for module in changed:
             _restore(module)
