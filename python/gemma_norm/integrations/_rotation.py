@@ -86,12 +86,20 @@ def rotate(
     if reason is None:
         swap = norm_swap(q_norm)
         assert swap is not None
-        weights = [weight_of(norm) if swap.semantics.weighted else None for norm in (q_norm, k_norm)]
-        each_step = swap.each_step and weights[0] is not None and weights[0].dtype == q.dtype
-        eps, gemma = getattr(q_norm, swap.eps_name), swap.semantics.gemma
-        options = {"eps": eps, "gemma": gemma, "round_each_step": each_step, "round_rotation": True}
+        q_weight, k_weight = (weight_of(norm) if swap.semantics.weighted else None for norm in (q_norm, k_norm))
         try:
-            y, z = qk_norm_rope(q.transpose(1, 2), k.transpose(1, 2), *weights, cos, sin, **options)
+            y, z = qk_norm_rope(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                eps=getattr(q_norm, swap.eps_name),
+                gemma=swap.semantics.gemma,
+                round_each_step=swap.each_step and q_weight is not None and q_weight.dtype == q.dtype,
+                round_rotation=True,
+            )
         except RuntimeError as error:
             reason = refusal(error)
         else:
