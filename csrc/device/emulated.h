@@ -70,7 +70,6 @@ T& shared_memory() {
 void fail(const char* what);
 
 inline int thread_index() { return here.thread; }
-inline int block_threads() { return here.block_threads; }
 inline int64_t block_index() { return here.block; }
 inline int wave_width() { return here.wave_width; }
 
@@ -79,6 +78,8 @@ inline float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
+template <class... Values>
+void need_together(Values...) {}
 template <class... Pointers>
 void wait_for_previous_kernel(Pointers...) {
   here.waited_for_previous_kernel = true;
