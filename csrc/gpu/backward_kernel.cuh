@@ -95,9 +95,9 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
 
   // Where a load waits for the stores before it, the next rows are waited for before this step's stores, which then
   // have a whole step to finish. Compilers would wait for them after these stores, and for the rows after the next as
-  // well.
+  // well (T123). With four vectors a thread reads the weights anew in each step, so it waits for all loads anyway.
   const auto wait_for_next = [&] {
-    if constexpr (kAhead && device::kLoadsBeforeStores) {
+    if constexpr (kAhead && device::kLoadsBeforeStores && kVectors < 4) {
 #pragma unroll
       for (Loaded& row : next)
 #pragma unroll

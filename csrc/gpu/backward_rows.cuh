@@ -66,7 +66,7 @@ struct ShortRowSteps {
   GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand) const {
     // As unsigned numbers: the product of a negative one with a stride takes two more multiplications.
     const uint32_t o = outer, i = inner;
-    return static_cast<T*>(p.data[operand]) + (o * p.strides[operand][0] + i * p.strides[operand][1]);
+    return static_cast<T*>(p.data[operand]) + o * p.strides[operand][0] + i * p.strides[operand][1];
   }
 };
 

@@ -68,7 +68,10 @@ GEMMA_NORM_DEVICE void need_arguments(const RowParams& p, const Launch& launch) 
   if constexpr (Form::kNormsX) device::need_together(p.data[kPostWeight]);
   if constexpr (Form::kTwoRows && !Form::kGated) need(kResidual, kResidualOut);
   if constexpr (Form::kTwoRows && !Form::kGated && !Form::kNormsX) need(kPost);
-  if constexpr (Form::kGated) need(kGate);
+  if constexpr (Form::kGated) {
+    need(kGate);
+    device::need_together(p.sigmoid);
+  }
 }
 
 // Normalises rows that are read once and held in registers, kVectors vectors a slot. kScope is kWave (a block has
@@ -92,7 +95,7 @@ normalize_rows(RowParams p, Launch launch) {
   const Place<kScope, kPairs> place(p, launch);
   // A thread that owns no part of a row still takes part in the exchanges.
   const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
-  const int step = item_step(launch);
+  const int step = kAligned ? 1 : item_step(launch);
   // The pointers below point to element `start` of the row, and all indices count from there.
   const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, place.vector) : 0;
   const auto first = [&](int k) { return first_item<kAligned, S, int>(launch, kAligned ? 0 : place.slot, k); };
