@@ -23,7 +23,6 @@
 namespace gemma_norm::device {
 
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
-GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
@@ -121,6 +120,9 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   const __half2 pair = __floats2half2_rn(f[0], f[1]);
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
+
+template <class... Values>
+GEMMA_NORM_DEVICE void need_together(Values...) {}
 
 // A kernel waits before it reads anything, even the weight: the previous kernel may be an optimiser that updates it.
 template <class... Pointers>

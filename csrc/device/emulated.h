@@ -72,7 +72,6 @@ void fail(const char* what);
 inline void wave_barrier() { value_of_lane(0, 0); }
 
 inline int thread_index() { return here.thread; }
-inline int block_threads() { return here.block_threads; }
 inline int64_t block_index() { return here.block; }
 inline int wave_width() { return here.wave_width; }
 
@@ -81,6 +80,8 @@ inline float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
+template <class... Values>
+void need_together(Values...) {}
 template <class... Pointers>
 void wait_for_previous_kernel(Pointers...) {
   here.waited_for_previous_kernel = true;

@@ -16,7 +16,6 @@
 namespace gemma_norm::device {
 
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
-GEMMA_NORM_DEVICE int block_threads() { return blockDim.x; }
 GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
 // Waves exchange data only through LDS, so this barrier waits only for LDS accesses. __syncthreads() would also wait
 // for the wave's own stores to global memory, with clang 15 on gfx90a and with newer versions on RDNA.
@@ -180,6 +179,14 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   // would become +0.
   asm("" : "+v"(value));
   return __builtin_bit_cast(uint32_t, __builtin_convertvector(value, _Float16 __attribute__((ext_vector_type(2)))));
+}
+
+// Emits no instruction. An argument of a kernel is in memory, and a compiler loads it in the branch that uses it,
+// behind a wait of its own. A value that this takes is loaded before, and those of one call are waited for together.
+template <class... Values>
+GEMMA_NORM_DEVICE void need_together(Values... values) {
+  const auto need = [](auto value) { asm volatile("" ::"s"(value)); };
+  (need(values), ...);
 }
 
 template <class... Pointers>

@@ -2,7 +2,7 @@
 //
 //   GEMMA_NORM_DEVICE                qualifier of functions
 //   GEMMA_NORM_KERNEL(max_threads, min_blocks)  qualifier of kernels
-//   thread_index() block_threads()   ints
+//   thread_index()                   an int
 //   block_index()                    an int64_t
 //   wave_width()                     lanes of a wave (NVIDIA: warp): 32 or 64
 //   block_barrier()                  orders the block's accesses to shared memory, but not those to global memory
@@ -43,6 +43,8 @@
 //                                    floats, and back
 //   keep_nan(v)                      v, with any NaN replaced by one that pack<bfloat16> keeps; without this,
 //                                    pack<bfloat16> may turn a NaN whose lower 16 bits are not 0 into another value
+//   need_together(values...)         where a kernel's arguments are loaded by instructions, loads those that the values
+//                                    are made of here, all at once
 //   wait_for_previous_kernel(p...)   waits until the previous kernel's writes are visible, if launches overlap; the
 //                                    pointers p are computed before the wait
 //   allow_next_kernel()              the next kernel may start, if launches overlap

@@ -64,7 +64,7 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   constexpr int kHeldBytes =
       kRows * (2 * sizeof(Loaded) + kVectors * sizeof(typename Terms::Held)) + kVectors * kCount * sizeof(float);
   constexpr bool kAhead = !kAligned || !device::kPrefetches || 2 * kHeldBytes <= kRegisterBytes / kResident;
-  const int thread = device::thread_index(), threads = device::block_threads();
+  const int thread = device::thread_index(), threads = launch.block_threads;
   const int group = kScope == Scope::kWave ? thread >> launch.log2_slots : 0;
   const int groups = kScope == Scope::kWave ? threads >> launch.log2_slots : 1;
   const int slot = kScope == Scope::kWave ? thread & ((1 << launch.log2_slots) - 1) : thread;
@@ -93,6 +93,18 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   const HeldFactors<X, kVectors, kThreads, kAligned, decltype(first)> factors(p, weights_of(p, chunk), first, step,
                                                                               end_of_slot);
 
+  // Where a load waits for the stores before it, the next rows are waited for before this step's stores, which then
+  // have a whole step to finish. Compilers would wait for them after these stores, and for the rows after the next as
+  // well (T123). With four vectors a thread reads the weights anew in each step, so it waits for all loads anyway.
+  const auto wait_for_next = [&] {
+    if constexpr (kAhead && device::kLoadsBeforeStores && kVectors < 4) {
+#pragma unroll
+      for (Loaded& row : next)
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) Terms::wait_for(row[k]);
+    }
+  };
+  wait_for_next();
   int use = 0;
   // All groups of a block take as many steps, since they exchange together. For a row that does not exist, they have
   // zeros.
@@ -157,6 +169,7 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
       for (int r = 0; r < kRows; ++r) statistics[r].replace_mean(p, sums[2 * r]);
     }
 
+    wait_for_next();
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       each_vector(r, [&](int k, auto& s, auto& u, auto& w) {

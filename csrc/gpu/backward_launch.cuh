@@ -111,7 +111,7 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i) {
     const RowParams p = slice(i);
     const BackwardPlan plan = plan_of(p);
-    const Launch launch{plan.slots, plan.log2_slots, plan.vectors, plan.whole_vectors};
+    const Launch launch{plan.slots, plan.log2_slots, plan.block_threads, plan.vectors, plan.whole_vectors};
     partials.chunks = plan.chunks;
     error = device::launch(find_backward_kernel<Op>(p, plan.kernel, aligned(p)), {plan.chunks, plan.block_threads, 1},
                            stream, facts, p, launch, partials);

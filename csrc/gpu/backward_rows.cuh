@@ -64,7 +64,9 @@ struct ShortRowSteps {
   }
   template <class T>
   GEMMA_NORM_DEVICE T* pointer(const RowParams& p, Operand operand) const {
-    return static_cast<T*>(p.data[operand]) + outer * p.strides[operand][0] + inner * p.strides[operand][1];
+    // As unsigned numbers: the product of a negative one with a stride takes two more multiplications.
+    const uint32_t o = outer, i = inner;
+    return static_cast<T*>(p.data[operand]) + o * p.strides[operand][0] + i * p.strides[operand][1];
   }
 };
 

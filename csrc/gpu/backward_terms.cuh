@@ -3,6 +3,7 @@
 //   load()    starts the loads that may be made a row ahead
 //   prefetch() has them brought closer instead
 //   hold()    what is needed of the row besides, once it is its turn
+//   wait_for() see device::wait_for_load
 //   values()  s, which was normalised, and u, the gradient of n * w, where n = s * rstd and w is the weight's factor
 //   store()   dx, and dgate if there is a gate, from ds, the gradient of s
 //
@@ -41,6 +42,10 @@ struct PlainTerms {
                                      Held& held) {
     if (p.data[kDSum])
       held.dsum = load_items<kAligned, Reuse::kNone, kCount>(at.template pointer<X>(p, kDSum), first, step, end);
+  }
+  static GEMMA_NORM_DEVICE void wait_for(const Loaded& v) {
+    device::wait_for_load(v.x);
+    device::wait_for_load(v.dout);
   }
   static GEMMA_NORM_DEVICE void values(const RowParams&, const Loaded& v, const Held&, float (&s)[kCount],
                                        float (&u)[kCount]) {
@@ -89,6 +94,11 @@ struct GatedTerms {
   static GEMMA_NORM_DEVICE void hold(const RowParams&, const At&, Index, int, Index, const Loaded& v, Held& held) {
     unpack_items<X>(v.gate, held.logistic);
     activate<formulas::Activation::kSigmoid>(held.logistic);
+  }
+  static GEMMA_NORM_DEVICE void wait_for(const Loaded& v) {
+    device::wait_for_load(v.x);
+    device::wait_for_load(v.dout);
+    device::wait_for_load(v.gate);
   }
   static GEMMA_NORM_DEVICE void values(const RowParams& p, const Loaded& v, const Held& held, float (&s)[kCount],
                                        float (&u)[kCount]) {

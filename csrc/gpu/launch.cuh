@@ -88,7 +88,8 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
                   groups = all < most ? all : most;
     const bool room =
         2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
-    const Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors,
+    const Launch launch{plan.slots,         __builtin_ctz(plan.group_threads / plan.slot_threads),
+                        plan.block_threads, plan.vectors,
                         plan.whole_vectors, room};
     error = device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, p, launch);
   }

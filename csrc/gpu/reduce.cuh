@@ -34,8 +34,8 @@ struct alignas(16) ClusterSums {
 
 // Sums over the threads of a block, of which there are at most kThreads.
 template <int kThreads, int kUses, int kNumbers>
-GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], int use) {
-  const int width = device::wave_width(), waves = device::block_threads() / width;
+GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], const Launch& launch, int use) {
+  const int width = device::wave_width(), waves = launch.block_threads / width;
   const int lane = device::thread_index() % width, wave = device::thread_index() / width;
 #pragma unroll
   for (int n = 0; n < kNumbers; ++n) v[n] = device::sum_over_lanes(v[n], width);
@@ -105,7 +105,7 @@ GEMMA_NORM_DEVICE void sum_over_row(float (&v)[kNumbers], const Launch& launch, 
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) v[n] = device::sum_over_lanes(v[n], 1 << launch.log2_slots);
   } else {
-    sum_over_block<kThreads, kUses>(v, use);
+    sum_over_block<kThreads, kUses>(v, launch, use);
     if constexpr (kScope == Scope::kCluster) sum_over_cluster<kUses>(v, use);
   }
 }

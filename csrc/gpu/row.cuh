@@ -19,7 +19,8 @@ constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
 // What a kernel needs of its LaunchPlan.
 struct Launch {
   int32_t slots;
-  int32_t log2_slots;  // kWave: log2 of `slots` rounded up to a power of two
+  int32_t log2_slots;     // kWave: log2 of `slots` rounded up to a power of two
+  int32_t block_threads;  // here, because on AMD the built-in number comes from memory, by a load of its own
   int32_t vectors;
   bool whole_vectors;
   bool room_for_next = false;  // a second grid of this size would fit on the GPU at the same time

@@ -42,16 +42,37 @@ struct Place {
       : slot(device::thread_index()), row(p.first_row + device::block_index()) {
     if constexpr (kScope == Scope::kWave) {
       const int log2 = launch.log2_slots + kPairs;
-      row = p.first_row + device::block_index() * (device::block_threads() >> log2) + (slot >> log2);
+      row = p.first_row + device::block_index() * (launch.block_threads >> log2) + (slot >> log2);
       if constexpr (kPairs) vector = slot >> launch.log2_slots & 1;
       slot &= (1 << launch.log2_slots) - 1;
     }
     if constexpr (kScope == Scope::kCluster) {
-      slot += device::cluster_rank() * device::block_threads();
+      slot += device::cluster_rank() * launch.block_threads;
       row = p.first_row + device::cluster_index();
     }
   }
 };
+
+// Has the arguments loaded that a kernel needs before it can ask for a row.
+template <class V>
+GEMMA_NORM_DEVICE void need_arguments(const RowParams& p, const Launch& launch) {
+  using Form = typename V::Form;
+  const auto need = [&](auto... operands) {
+    device::need_together(p.first_row, p.rows, p.hidden, p.sizes[1], p.row_dims, p.eps, p.inv_hidden, p.weight_offset,
+                          launch.slots, launch.log2_slots, launch.block_threads, p.data[operands]...,
+                          p.strides[operands][0]..., p.strides[operands][1]...);
+  };
+  need(kX, kOut);
+  if constexpr (V::kHasWeight) device::need_together(p.data[kWeight]);
+  if constexpr (Form::kGroups) device::need_together(p.strides[kWeight][0], p.strides[kWeight][1]);
+  if constexpr (Form::kNormsX) device::need_together(p.data[kPostWeight]);
+  if constexpr (Form::kTwoRows && !Form::kGated) need(kResidual, kResidualOut);
+  if constexpr (Form::kTwoRows && !Form::kGated && !Form::kNormsX) need(kPost);
+  if constexpr (Form::kGated) {
+    need(kGate);
+    device::need_together(p.sigmoid);
+  }
+}
 
 // Normalises rows that are read once and held in registers, kVectors vectors a slot. kScope is kWave (a block has
 // several rows, each on a power of two of lanes of one wave), kBlock (a block has one row) or kCluster (a cluster of
@@ -69,11 +90,12 @@ normalize_rows(RowParams p, Launch launch) {
   using Source = SourceOf<typename V::Form::Source, V, kVectors, Order, Reuse::kNone>;
   using Finish = FinishOf<V>;
 
+  need_arguments<V>(p, launch);
   open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
   const Place<kScope, kPairs> place(p, launch);
   // A thread that owns no part of a row still takes part in the exchanges.
   const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
-  const int step = item_step(launch);
+  const int step = kAligned ? 1 : item_step(launch);
   // The pointers below point to element `start` of the row, and all indices count from there.
   const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, place.vector) : 0;
   const auto first = [&](int k) { return first_item<kAligned, S, int>(launch, kAligned ? 0 : place.slot, k); };

@@ -28,6 +28,7 @@ CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 UNITS = 2  # that the GPU has for peers who ask: blocks that stay, one a unit, soon have several rows
 LOOP_ROWS = (1, 4)  # of each block that stays, in two calls
 LOOP_HEADS = (64, 256)  # the same where a block has many short rows at once
+FEW_ROWS, FEW_HEADS = (1, 64), (16, 1024)  # as the tables have them (comparison_report.py)
 BLOCKS_STAY = ("aiter Triton", "rms_norm_backward", "gated_rms_norm_backward")  # implementations, operators
 Tensors = dict[str, torch.Tensor]
 
@@ -54,7 +55,7 @@ def ours(hip: ctypes.CDLL, op: str) -> Callable[[Tensors], Tensors]:
         x = t["x"]
         given = {name: value for name, value in t.items() if name in OPERANDS}
         results = {"rms_norm": ["out"], "add_rms_norm": ["out", "residual_out"], "gated_rms_norm": ["out"],
-                   "rms_norm_backward": ["dx", "dweight"],
+                   "rms_norm_add_rms_norm": ["out", "residual_out"], "rms_norm_backward": ["dx", "dweight"],
                    "gated_rms_norm_backward": ["dx", "dgate", "dweight"]}[op]  # fmt: skip
         made = {name: torch.empty_like(t["weight"] if name == "dweight" else x) for name in results}
         options = Options(eps=oracle.EPS, gemma="gated" not in op, norm_before_gate=True, group_size=WHOLE_ROW)
@@ -129,12 +130,17 @@ def measure(arch: str, run: Callable[[Tensors], Tensors], implementation: str, c
         t = oracle.make(op, dtype, rows * blocks, hidden)
         got, launches = traced(run, t, wants)
         loops.append([record(x, rows * blocks, isa) for x in launches])
+    exact = {}
     if own:
+        # Fewer rows than blocks: there are as many blocks as rows need, and if that is one, no second kernel.
+        for few in FEW_ROWS if hidden > 1024 else FEW_HEADS:
+            launches = traced(run, oracle.make(op, dtype, few, hidden), is_last_two)[1]
+            exact[few] = [record(x, few, isa) for x in launches]
         t = oracle.make(op, dtype, 3, hidden)
         got = run(t)
     errors, rounds = judge(op, t, gemma, got)
     return {"errors": errors, "rounds": rounds, "launches": loops[0], "looping": loops[1],
-            "loop_blocks": blocks if own else "units"}  # fmt: skip
+            "loop_blocks": blocks if own else "units", "exact": exact}  # fmt: skip
 
 
 def ours_blocks(run: Callable[[Tensors], Tensors], op: str, dtype: torch.dtype, hidden: int) -> int:

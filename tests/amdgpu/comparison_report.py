@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import geometric_mean
 
-from published import FITTED, FROM_HOST, HELD_OUT, TIMINGS, Measured
+from published import FITTED, FROM_HOST, HELD_OUT, OLDER, TIMINGS, Measured
 from timing import Kernel, Timing, kernel_us, looping_us
 from toolchain import TARGETS
 from wave_trace import Event, Op
@@ -31,6 +31,10 @@ def predicted_us(result: dict, timing: Timing, rows: int) -> float:
         return sum(
             kernel_us(kernel_of(record, arch), timing, -(-rows // max(1, round(record["rows"]))))
             for record in result["launches"]
+        )
+    if str(rows) in result.get("exact", {}):
+        return sum(
+            kernel_us(kernel_of(record, arch), timing, record["blocks"]) for record in result["exact"][str(rows)]
         )
     most = timing.gpu.units if result["loop_blocks"] == "units" else result["loop_blocks"]
     blocks = min(rows, most)
@@ -92,9 +96,14 @@ def counts_table(results: list[dict]) -> list[str]:
 
 def row_bytes(result: dict) -> float:
     """What memory has to move for a row, of all that the operator takes and gives."""
-    tensors = {"rms_norm": 2, "add_rms_norm": 4, "gated_rms_norm": 3, "rms_norm_backward": 3}
+    tensors = {"rms_norm": 2, "add_rms_norm": 4, "rms_norm_add_rms_norm": 4, "gated_rms_norm": 3,
+               "rms_norm_backward": 3}  # fmt: skip
     size = 4 if result["dtype"] == "float32" else 2
     return tensors.get(result["op"], 5) * size * result["hidden"]
+
+
+def row_counts(result: dict) -> list[int]:
+    return [n * (HEADS if result["hidden"] <= 256 else 1) for n in ROWS]
 
 
 def times_table(results: list[dict], timing: Timing) -> list[str]:
@@ -102,9 +111,10 @@ def times_table(results: list[dict], timing: Timing) -> list[str]:
     rows = []
     for name in dict.fromkeys(_name(r) for r in results):
         found = {r["implementation"]: r for r in results if _name(r) == name and "error" not in r}
-        for n in ROWS:
-            any_one = next(iter(found.values()))
-            count = n * (HEADS if any_one["hidden"] <= 256 else 1)
+        if not found:
+            continue
+        any_one = next(iter(found.values()))
+        for count in row_counts(any_one):
             memory = row_bytes(any_one) * count / timing.share(1) / 1e3
             times = [f"{predicted_us(found[k], timing, count):.2f}" if k in found else "" for k in names]
             rows.append([name, str(count), f"{memory:.2f}", *times])
@@ -136,16 +146,21 @@ def spread(ratios: list[float]) -> str:
     return f"{len(ratios)} times, off by a factor of {geometric_mean(off):.2f} on average, {max(off):.2f} at most"
 
 
+def latest(results: list[dict]) -> list[dict]:
+    """Without those that a later result of the same call replaces."""
+    return list({(r["arch"], _name(r), r["implementation"]): r for r in results}.values())
+
+
 def report(results: list[dict]) -> str:
     lines = []
-    # A later result of the same call stands for an earlier one.
-    results = list({(r["arch"], _name(r), r["implementation"]): r for r in results}.values())
+    results = latest(results)
     for arch in dict.fromkeys(r["arch"] for r in results):
         here = [r for r in results if r["arch"] == arch]
         lines += [f"## {arch}", "", "Wave instructions a row:", "", *counts_table(here)]
         for timing in TIMINGS[arch]:
             lines += ["Microseconds, by the model:", "", *times_table(here, timing)]
-    for title, measured in {"fitted": FITTED, "held out": HELD_OUT, "timed from the host": FROM_HOST}.items():
+    published = {"fitted": FITTED, "held out": HELD_OUT, "perhaps of an older kernel": OLDER}
+    for title, measured in (published | {"timed from the host": FROM_HOST}).items():
         table, ratios = check(measured, results)
         lines += [f"## The model beside published measurements, {title}", "", spread(ratios), "", *table]
     return "\n".join(lines)

@@ -16,8 +16,10 @@ def make(op: str, dtype: torch.dtype, rows: int, hidden: int) -> Tensors:
         return torch.randn(*shape, generator=random)
 
     t = {"x": normal(rows, hidden) * torch.exp(normal(rows, 1)), "weight": 0.3 * normal(hidden)}
-    if op == "add_rms_norm":
+    if "add_rms_norm" in op:
         t["residual"] = normal(rows, hidden)
+    if op == "rms_norm_add_rms_norm":
+        t["post_weight"] = 0.3 * normal(hidden)
     if "gated" in op:
         t["gate"] = normal(rows, hidden)
     if "backward" in op:
@@ -28,14 +30,23 @@ def make(op: str, dtype: torch.dtype, rows: int, hidden: int) -> Tensors:
     return t
 
 
+def added(t: Tensors, gemma: bool) -> torch.Tensor:
+    """What is added to the residual: x, or the norm of x, rounded to its dtype as a call of its own would."""
+    x = t["x"].double()
+    if "post_weight" not in t:
+        return x
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    return (x * rstd * (t["post_weight"].double() + gemma)).to(t["x"].dtype).double()
+
+
 def expected(op: str, t: Tensors, gemma: bool) -> Tensors:
-    """In float64, rounded nowhere but the sum of x and residual, which is an output too."""
+    """In float64, rounded nowhere but the sum of x (or its norm) and residual, which is an output too."""
     d = {name: value.double() for name, value in t.items()}
     scale = d["weight"] + 1 if gemma else d["weight"]
     s = d["x"]
     result = {}
-    if op == "add_rms_norm":
-        result["residual_out"] = s + d["residual"]
+    if "residual" in t:
+        result["residual_out"] = added(t, gemma) + d["residual"]
         s = result["residual_out"].to(t["x"].dtype).double()
     rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)
     if "backward" not in op:
@@ -74,7 +85,7 @@ def ways(t: Tensors, gemma: bool) -> dict[str, torch.Tensor]:
     """Results of a forward norm that rounds more, or otherwise, than once at the end."""
     x, weight = t["x"], t["weight"]
     scale = weight.double() + 1 if gemma else weight.double()
-    exact = x.double() + t["residual"].double() if "residual" in t else x.double()
+    exact = added(t, gemma) + t["residual"].double() if "residual" in t else x.double()
     found = {}
     for name, s in {"": exact.to(x.dtype).double(), ", of the sum before it is rounded": exact}.items():
         rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + EPS)

@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from oracle import EPS
 
-EPS = 1e-6
 PACKAGES = [
     "liger_kernel", "liger_kernel.ops", "aiter", "aiter.ops", "aiter.ops.triton", "sglang", "sglang.kernels",
     "sglang.kernels.ops", "sglang.kernels.ops.layernorm", "sglang.kernels.ops.attention",
@@ -121,6 +121,7 @@ RUN: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {
     "rms_norm": {"Liger": liger, "SGLang": sglang, "aiter Triton": aiter},
     "add_rms_norm": {"Liger": liger_add, "SGLang": sglang_add, "aiter Triton": aiter_add},
     "gated_rms_norm": {"SGLang": sglang_gated},
+    "rms_norm_add_rms_norm": {},
     "rms_norm_backward": {"Liger": liger_backward, "aiter Triton": aiter_backward},
     "gated_rms_norm_backward": {},
 }

@@ -70,7 +70,17 @@ HELD_OUT = [
     Measured("MI308X", "aiter CK", "add_rms_norm", "bfloat16", 16, 512, 3.37, "ROCm/aiter#3747"),
     Measured("MI308X", "aiter Triton", "rms_norm", "bfloat16", 16, 256, 2.75, "ROCm/aiter#3747"),
     Measured("MI308X", "aiter Triton", "add_rms_norm", "bfloat16", 16, 256, 3.24, "ROCm/aiter#3747"),
+    Measured("MI308X", "aiter Triton", "rms_norm", "bfloat16", 16, 512, 2.60, "ROCm/aiter#3747"),
     Measured("MI308X", "aiter Triton", "add_rms_norm", "bfloat16", 16, 512, 2.82, "ROCm/aiter#3747"),
+    Measured("MI308X", "aiter CK", "rms_norm", "bfloat16", 16, 2000, 3.47, "ROCm/aiter#3747"),
+    Measured("MI308X", "aiter Triton", "rms_norm", "bfloat16", 16, 2000, 2.95, "ROCm/aiter#3747"),
+]
+# Of aiter's Triton norm before that change; whether PyPI's package has the same one is not known. The last is of a GPU
+# that is called MI35XX there.
+OLDER = [
+    Measured("MI308X", "aiter Triton", "rms_norm", "float16", 364800, 128, 2692.84, "ROCm/aiter#1350"),
+    Measured("MI308X", "aiter Triton", "rms_norm", "float16", 16380, 1536, 148.24, "ROCm/aiter#1350"),
+    Measured("MI350X", "aiter Triton", "rms_norm", "float16", 364800, 128, 1004.10, "ROCm/aiter#1350"),
 ]
 # Of the same kernels, but timed from the host, the launch included: at 1024 elements these take 15 and 37 us.
 FROM_HOST = [

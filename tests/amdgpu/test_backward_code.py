@@ -149,3 +149,20 @@ def test_gpus_that_have_an_instruction_to_round_to_bfloat16_use_it(
         return len(hardware) != (of_dweight if target.rounds_to_bfloat16 else 0) and hardware
 
     check(rows_kernels(backward_code), wrong)
+
+
+def test_the_next_rows_are_not_waited_for_before_the_sums(backward_code: list[BackwardKernel], target: Target) -> None:
+    """They are asked for at the start of a step, and are to arrive while it adds up the rows that the step has. The
+    statistics' root comes after the sums. Left out are kernels that spill, and those with four vectors, which load the
+    weights anew in each step.
+    """
+
+    def wrong(k: BackwardKernel) -> object:
+        lines = k.code.splitlines()
+        root = next(i for i, line in enumerate(lines) if line.startswith("v_rsq"))
+        last_load = max(i for i, line in enumerate(lines[:root]) if line.startswith("global_load"))
+        return [line for line in lines[last_load:root] if re.match(r"s_waitcnt .*vmcnt|s_wait_loadcnt", line)]
+
+    held = [k for k in rows_kernels(backward_code) if k.aligned and k.scope != "two passes" and k.vectors < 4]
+    assert len(held) >= 30
+    check([k for k in held if not is_short_of_registers(k, target)], wrong)

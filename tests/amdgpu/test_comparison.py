@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import comparison_csv
 import comparison_report
 import composable_kernel
 import oracle
 import pytest
 import torch
-from published import FITTED, FROM_HOST, HELD_OUT, TIMINGS
+from published import FITTED, FROM_HOST, HELD_OUT, OLDER, TIMINGS
+from timing import kernel_us
 from toolchain import TARGETS
 
 BF16 = torch.bfloat16
@@ -55,29 +59,27 @@ def test_expected_gradients_are_autograds(op: str) -> None:
         torch.testing.assert_close(want[f"d{name}"], leaf.grad)
 
 
-DISPATCH = """
-if(t.prec_i == "fp16" && t.prec_o == "fp16"){
-    if (a.n <= 64) {
-        if ((a.n % 8 == 0) && (t.fused_add == 0) && (t.fused_quant == 0) && (t.use_model_sensitive_rmsnorm == 0) )
-            r=rmsnorm2d_fwd_<traits_<half, 64, 8, 0>>(s, a);
-    }
-}
-else if(t.prec_i == "bf16" && t.prec_o == "bf16"){
-    if (a.n <= 64) {
-        if ((a.n % 8 == 0) && (t.fused_add == 0) && (t.fused_quant == 0) && (t.use_model_sensitive_rmsnorm == 0) )
-            r=rmsnorm2d_fwd_<traits_<b, 64, 8, 0>>(s, a);
-        else if ((a.n % 4 == 0) && (t.fused_add == 0) && (t.fused_quant == 0) && (t.use_model_sensitive_rmsnorm == 0) )
-            r=rmsnorm2d_fwd_<traits_<b, 64, 4, 0>>(s, a);
-        else if ((a.n % 4 == 0) && (t.fused_add == 1) && (t.fused_quant == 0) && (t.use_model_sensitive_rmsnorm == 0) )
-            r=rmsnorm2d_fwd_<traits_<b, 64, 4, 1>>(s, a);
-    }
-    else  {
-        if ((a.n % 8 == 0) && (t.fused_add == 0) && (t.fused_quant == 1) && (t.use_model_sensitive_rmsnorm == 0) )
-            r=rmsnorm2d_fwd_<traits_<b, quantised>>(s, a);
-        else if ((a.n % 8 == 0) && (t.fused_add == 0) && (t.fused_quant == 0) && (t.use_model_sensitive_rmsnorm == 0) )
-            r=rmsnorm2d_fwd_<traits_<b, more, 8, 0>>(s, a);
-    }
-}
+def choices(*instances: tuple[int, int, int, str]) -> str:
+    """Conditions as aiter's generator writes them: the step of n, fused_add, fused_quant, and the type."""
+    return "".join(
+        f"{'else ' if i else ''}if ((a.n % {step} == 0) && (t.fused_add == {add}) && (t.fused_quant == {quant}) && "
+        f"(t.use_model_sensitive_rmsnorm == 0) )\n    r=rmsnorm2d_fwd_<traits_<{name}>>(s, a);\n"
+        for i, (step, add, quant, name) in enumerate(instances)
+    )
+
+
+# The dispatch that composable_kernel.source() has generated, in its form, with fewer instances.
+DISPATCH = f"""
+if(t.prec_i == "fp16" && t.prec_o == "fp16"){{
+if (a.n <= 64) {{
+{choices((8, 0, 0, "half, 64, 8, 0"))}}}
+}}
+else if(t.prec_i == "bf16" && t.prec_o == "bf16"){{
+if (a.n <= 64) {{
+{choices((8, 0, 0, "b, 64, 8, 0"), (4, 0, 0, "b, 64, 4, 0"), (4, 1, 0, "b, 64, 4, 1"))}}}
+else  {{
+{choices((8, 0, 1, "b, quantised"), (8, 0, 0, "b, more, 8, 0"))}}}
+}}
 """
 
 
@@ -121,7 +123,36 @@ def test_tables() -> None:
         assert times and min(times) > memory
 
 
+def test_few_rows_of_blocks_that_stay_are_those_that_were_traced() -> None:
+    (launch,) = result()["launches"]
+    loops = result(looping=[launch | {"rows": 4}], loop_blocks=132, exact={"1": [launch | {"blocks": 1}]})
+    timing = TIMINGS["gfx942"][0]
+    alone = kernel_us(comparison_report.kernel_of(launch, "gfx942"), timing, 1)
+    assert comparison_report.predicted_us(loops, timing, 1) == alone < comparison_report.predicted_us(loops, timing, 2)
+
+
+def test_csv_has_facts_and_a_line_for_each_number_of_rows(tmp_path: Path) -> None:
+    failed = {k: v for k, v in result(implementation="Liger", error="RuntimeError: no").items() if k != "launches"}
+    comparison_csv.write(tmp_path, [result(), failed], ["liger-kernel==0.8.5"])
+    lines = {name: (tmp_path / f"amd-model-{name}.csv").read_text().splitlines() for name in ("times", "counts")}
+    for text in lines.values():
+        assert text[0].startswith("# date: ") and "# peers: liger-kernel==0.8.5" in text
+    times, counts = ([line for line in text if not line.startswith("#")] for text in lines.values())
+    assert len(times) == 1 + len(TIMINGS["gfx942"]) * len(comparison_report.ROWS)
+    assert counts[1].startswith("gfx942,rms_norm,bfloat16,512,ours,out 0.5,once,64,40,30,")
+    assert counts[2] == "gfx942,rms_norm,bfloat16,512,Liger,did not run: RuntimeError: no"
+
+
+@pytest.mark.parametrize("gemma", [False, True])
+def test_a_norm_before_the_addition_is_rounded_as_a_call_of_its_own(gemma: bool) -> None:
+    t = oracle.make("rms_norm_add_rms_norm", BF16, 4, 512)
+    inner = oracle.expected("rms_norm", {"x": t["x"], "weight": t["post_weight"]}, gemma)["out"].to(BF16)
+    outer = oracle.expected("add_rms_norm", {"x": inner, "residual": t["residual"], "weight": t["weight"]}, gemma)
+    both = oracle.expected("rms_norm_add_rms_norm", t, gemma)
+    assert both.keys() == outer.keys() and all(torch.equal(both[name], outer[name]) for name in both)
+
+
 def test_measurements_are_of_gpus_that_the_model_has() -> None:
     names = {timing.gpu.name for timings in TIMINGS.values() for timing in timings}
-    assert {m.gpu for m in FITTED + HELD_OUT + FROM_HOST} <= names and set(TIMINGS) <= set(TARGETS)
+    assert {m.gpu for m in FITTED + HELD_OUT + OLDER + FROM_HOST} <= names and set(TIMINGS) <= set(TARGETS)
     assert {"MI250X", "MI300X", "MI325X", "MI308X", "MI355X", "RX 7900 XTX", "RX 9070 XT"} <= names

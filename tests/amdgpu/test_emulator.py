@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     reason="make test-amdgpu TINYGRAD=<a checkout of github.com/tinygrad/tinygrad>, for its instruction emulator",
 )
 
+# What one library holds; for other targets, toolchain.code_object() makes a file of its own.
 IN_LIBRARY = {"hipcc": ["gfx90a"], "clang": ["gfx90a", "gfx942", "gfx1100", "gfx1151", "gfx1201"]}
 RUNS = [(compiler, arch) for compiler, arches in IN_LIBRARY.items() for arch in arches]
 RUNS += [("clang", "gfx1102"), ("zig", "gfx950")]  # the launch code is the same for every GPU

@@ -33,7 +33,7 @@ class EmulatedMachine : public testing::TestWithParam<EmulatedGpu> {};
 TEST_P(EmulatedMachine, RunsEveryThreadOfEveryBlockOnce) {
   std::vector<int> runs(7 * 256);
   ASSERT_STREQ(nullptr, launch(GetParam(), 7, 256, [&] {
-                 EXPECT_EQ(256, device::block_threads());
+                 EXPECT_EQ(256, device::here.block_threads);
                  EXPECT_EQ(GetParam().wave_width, device::wave_width());
                  ++runs[device::block_index() * 256 + device::thread_index()];
                }));

@@ -84,8 +84,8 @@ TEST_P(Plans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const LaunchPlan& plan, int64_t hidden, auto x) {
     using X = decltype(x);
-    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.vectors,
-                             plan.whole_vectors};
+    const gpu::Launch launch{plan.slots, __builtin_ctz(plan.group_threads / plan.slot_threads), plan.block_threads,
+                             plan.vectors, plan.whole_vectors};
     const int step = gpu::item_step(launch);
     owners.assign(hidden, 0);
     for (int k = 0; k < plan.vectors; ++k)
@@ -388,7 +388,7 @@ TEST_F(BackwardPlans, CoverTheRowExactly) {
   std::vector<char> owners;
   const auto count = [&](const BackwardPlan& plan, int64_t hidden, auto x) {
     using X = decltype(x);
-    const gpu::Launch launch{plan.slots, plan.log2_slots, plan.vectors, plan.whole_vectors};
+    const gpu::Launch launch{plan.slots, plan.log2_slots, plan.block_threads, plan.vectors, plan.whole_vectors};
     owners.assign(hidden, 0);
     for (int k = 0; k < plan.vectors; ++k)
       for (int slot = 0; slot < plan.slots; ++slot)

@@ -32,13 +32,15 @@ void expect_sums(const EmulatedGpu& gpu, int blocks, int block_threads) {
   float want[kExchanges][kNumbers];
   for (int e = 0; e < kExchanges; ++e)
     for (int n = 0; n < kNumbers; ++n) want[e][n] = tree(0, 2048, threads, n, e);
+  gpu::Launch launch{};
+  launch.block_threads = block_threads;
   const auto kernel = [&] {
     gpu::open_exchanges<kScope, kNumbers, 2>();
     const int thread = static_cast<int>(device::block_index() % blocks) * block_threads + device::thread_index();
     for (int e = 0; e < kExchanges; ++e) {
       float numbers[kNumbers];
       for (int n = 0; n < kNumbers; ++n) numbers[n] = value(thread, n, e);
-      gpu::sum_over_row<kScope, kThreads, 2>(numbers, gpu::Launch{}, e);
+      gpu::sum_over_row<kScope, kThreads, 2>(numbers, launch, e);
       for (int n = 0; n < kNumbers; ++n) EXPECT_EQ(want[e][n], numbers[n]) << "exchange " << e << ", number " << n;
     }
   };
