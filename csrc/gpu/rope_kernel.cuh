@@ -226,7 +226,7 @@ rotate_heads(RowParams p, HeadParams h, RopeLaunch launch) {
   constexpr int kCount = kItems<X>;
   const int log2 = launch.rows.log2_slots, thread = device::thread_index();
   const int slot = thread & ((1 << log2) - 1);
-  const int64_t row = device::block_index() * (device::block_threads() >> log2) + (thread >> log2);
+  const int64_t row = device::block_index() * (kRopeThreads >> log2) + (thread >> log2);
   const bool active = row < launch.count && slot < launch.rows.slots;
   const int step = item_step(launch.rows), end = active ? static_cast<int>(p.hidden) : 0;
   const auto first = [&](int k) { return first_item<kAligned, X, int>(launch.rows, slot, k); };

@@ -102,7 +102,7 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
   const int64_t heads_of_block = kRopeThreads / plan.group_threads;
   const int64_t limit = facts.max_threads / kRopeThreads, most = limit < INT32_MAX ? limit : INT32_MAX;  // blocks
   const int64_t all = p.rows * (h.heads[0] + h.heads[1]);
-  RopeLaunch launch{{plan.slots, __builtin_ctz(plan.group_threads), plan.vectors, plan.whole_vectors},
+  RopeLaunch launch{{plan.slots, __builtin_ctz(plan.group_threads), kRopeThreads, plan.vectors, plan.whole_vectors},
                     partner_of(plan, h, items, aligned),
                     aligned && has_aligned_angles(p, h),
                     0,
