@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import pytest
 from assembly import SIZES, BackwardKernel, check
-from toolchain import Target
+from toolchain import TARGETS, Target
 
 LDS = 65536  # bytes of a compute unit
 # How many bytes of x and dout a compute unit must be able to have in flight: what its share of memory's bandwidth and
@@ -151,10 +152,11 @@ def test_gpus_that_have_an_instruction_to_round_to_bfloat16_use_it(
     check(rows_kernels(backward_code), wrong)
 
 
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "gfx1250"], indirect=True)
 def test_the_next_rows_are_not_waited_for_before_the_sums(backward_code: list[BackwardKernel], target: Target) -> None:
     """They are asked for at the start of a step, and are to arrive while it adds up the rows that the step has. The
     statistics' root comes after the sums. Left out are kernels that spill, and those with four vectors, which load the
-    weights anew in each step.
+    weights anew in each step; and gfx1250, as in test_loads_come_before_the_stores_of_sums.
     """
 
     def wrong(k: BackwardKernel) -> object:
