@@ -86,23 +86,50 @@ class Heads {
   using V = typename C::V;
   using X = typename C::X;
 
+  static constexpr bool kSixteenBits = sizeof(X) == 2;
+
  public:
   Heads(const RowParams& p, const HeadParams& h, Factors factors) : p_(p), h_(h), factors_(factors) {}
 
   [[gnu::noinline]] void compute(const Angles& angles, const X* x, X* out) const {
-    alignas(kCacheLine) float n[kHeadBuffer], partner[kHeadBuffer], y[kHeadBuffer];
     RowPointers<C> row;
     row.x = const_cast<X*>(x);
     const V rstd = V::broadcast(statistics<C>(p_, row, false));
-    const int64_t hidden = p_.hidden;
+    const bool rounds = kSixteenBits && h_.round_rotation;
+    if (!h_.interleaved && h_.rotary % (2 * kLanes) == 0 && p_.hidden % kLanes == 0)
+      rounds ? halves<kSixteenBits>(angles, x, out, rstd) : halves<false>(angles, x, out, rstd);
+    else
+      rounds ? buffered<kSixteenBits>(angles, x, out, rstd) : buffered<false>(angles, x, out, rstd);
+  }
+
+ private:
+  // Both elements of a pair are in whole vectors. Both are read before either is written.
+  template <bool kRounds>
+  [[gnu::always_inline]] void halves(const Angles& angles, const X* x, X* out, const V& rstd) const {
+    const int64_t rotary = h_.rotary, half = rotary / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const V first = norm<kRounds>(V::load(x + i), rstd, factors_.template at<V>(i)),
+              second = norm<kRounds>(V::load(x + half + i), rstd, factors_.template at<V>(half + i));
+      rotate<kRounds>(angles, i, first, second).store(out + i);
+      rotate<kRounds>(angles, half + i, second, first).store(out + half + i);
+    }
+    for (int64_t i = rotary; i < p_.hidden; i += kLanes)
+      norm<kRounds>(V::load(x + i), rstd, factors_.template at<V>(i)).store(out + i);
+  }
+
+  // Pairs of any other kind, by way of buffers.
+  template <bool kRounds>
+  [[gnu::noinline]] void buffered(const Angles& angles, const X* x, X* out, const V& rstd) const {
+    alignas(kCacheLine) float n[kHeadBuffer], partner[kHeadBuffer], y[kHeadBuffer];
+    const int64_t hidden = p_.hidden, rotary = h_.rotary, half = rotary / 2;
     int64_t i = 0;
-    for (; i + kLanes <= hidden; i += kLanes) norm(V::load(x + i), rstd, factors_.template at<V>(i)).store(n + i);
+    for (; i + kLanes <= hidden; i += kLanes)
+      norm<kRounds>(V::load(x + i), rstd, factors_.template at<V>(i)).store(n + i);
     if (i < hidden) {
       X padded[kLanes] = {};
       copy(padded, x + i, hidden - i);
-      norm(V::load(padded), rstd, factors_.template rest_at<V>(i, hidden - i)).store(n + i);
+      norm<kRounds>(V::load(padded), rstd, factors_.template rest_at<V>(i, hidden - i)).store(n + i);
     }
-    const int64_t rotary = h_.rotary, half = rotary / 2;
     if (h_.interleaved) {
       for (int64_t k = 0; k < rotary; k += 2) partner[k] = n[k + 1], partner[k + 1] = n[k];
     } else {
@@ -110,11 +137,8 @@ class Heads {
       copy(partner + half, n, half);
     }
     for (int64_t k = rotary; k < rotary + kLanes; ++k) partner[k] = 0;
-    for (int64_t k = 0; k < rotary; k += kLanes) {
-      const V a = rounded_if(V::load(n + k) * V::load(angles.cos + k)),
-              b = rounded_if(V::load(partner + k) * V::load(angles.sin + k));
-      (a + b).store(y + k);
-    }
+    for (int64_t k = 0; k < rotary; k += kLanes)
+      rotate<kRounds>(angles, k, V::load(n + k), V::load(partner + k)).store(y + k);
     copy(n, y, rotary);
     for (i = 0; i + kLanes <= hidden; i += kLanes) V::load(n + i).store(out + i);
     if (i < hidden) {
@@ -124,13 +148,21 @@ class Heads {
     }
   }
 
- private:
-  V norm(const V& x, const V& rstd, const V& factor) const {
+  template <bool kRounds>
+  [[gnu::always_inline]] V norm(const V& x, const V& rstd, const V& factor) const {
     V n = x * rstd;
-    if (h_.round_norm) n = rounded<V, X>(n);
-    return rounded_if(n * factor);
+    if (kRounds && h_.round_norm) n = rounded<V, X>(n);
+    return rounded_if<kRounds>(n * factor);
   }
-  V rounded_if(const V& v) const { return h_.round_rotation ? rounded<V, X>(v) : v; }
+  template <bool kRounds>
+  [[gnu::always_inline]] V rotate(const Angles& angles, int64_t i, const V& n, const V& partner) const {
+    return rounded_if<kRounds>(n * V::load(angles.cos + i)) + rounded_if<kRounds>(partner * V::load(angles.sin + i));
+  }
+  template <bool kRounds>
+  [[gnu::always_inline]] static V rounded_if(const V& v) {
+    if constexpr (kRounds) return rounded<V, X>(v);
+    return v;
+  }
 
   const RowParams& p_;
   const HeadParams& h_;

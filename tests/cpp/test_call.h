@@ -52,6 +52,19 @@ struct TestCall {
     return *this;
   }
 
+  // Two dimensions of tokens, 2 x 3, whose angles are those of the second alone; 4 heads of q and of k.
+  TestCall& rotated() {
+    op = OpInfo("op", "op", "", "", QkNormRope::kRules);
+    x = Place{10000, {2, 3, 4, 8}, {96, 32, 8, 1}};
+    out = Place{30000, {2, 3, 4, 8}, {96, 32, 8, 1}};
+    k = Place{40000, {2, 3, 4, 8}, {96, 32, 8, 1}};
+    k_out = Place{50000, {2, 3, 4, 8}, {96, 32, 8, 1}};
+    k_weight = Place{60000, {8}, {1}};
+    cos = Place{70000, {2, 3, 4}, {0, 4, 1}};
+    sin = Place{80000, {2, 3, 4}, {0, 4, 1}};
+    return *this;
+  }
+
   // Of the gradients. `out` is no operand then.
   TestCall& backward() {
     op = OpInfo("op", "op", "", "", RmsNormBackward::kRules);

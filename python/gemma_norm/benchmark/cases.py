@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rotation
+
 RMS_NORM = "rms_norm"
 ADD_RMS_NORM = "fused_add_rms_norm"
 GATED_RMS_NORM = "gated_rms_norm"
 NORM_ADD_NORM = "fused_rms_norm_add_rms_norm"
+QK_NORM_ROPE = "qk_norm_rope"
 IN_PLACE = (ADD_RMS_NORM, NORM_ADD_NORM)
 """What this package and some others compute in the memory of x and residual."""
 OPS = (RMS_NORM, ADD_RMS_NORM)
@@ -19,7 +22,7 @@ EPS = 1e-6
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 """What a call does."""
 _TENSORS = {
-    FORWARD: {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3, NORM_ADD_NORM: 4},
+    FORWARD: {RMS_NORM: 2, ADD_RMS_NORM: 4, GATED_RMS_NORM: 3, NORM_ADD_NORM: 4, QK_NORM_ROPE: 2},
     BACKWARD: {RMS_NORM: 3, ADD_RMS_NORM: 4, GATED_RMS_NORM: 5},
 }
 """How many tensors of x's size are read or written at least. The backward pass of the norm reads x and the gradient of
@@ -58,6 +61,8 @@ class Point:
     """If None, x is a contiguous matrix. Otherwise x is these heads, and ``rows`` counts the heads of all tokens."""
     work: str = FORWARD
     """FORWARD, BACKWARD or BOTH."""
+    rotation: rotation.Rotation | None = None
+    """Of the operator that rotates heads. ``rows`` then counts the heads of q and of k of all tokens."""
 
     @property
     def name(self) -> str:
@@ -70,8 +75,16 @@ class Point:
         passes = [work for work in (FORWARD, BACKWARD) if self.work in (work, BOTH)]
         tensors = sum(_TENSORS[work][self.op] for work in passes)
         weights = sum(1 if work == FORWARD else 2 for work in passes)  # the backward pass writes a gradient too
-        weights += self.op == NORM_ADD_NORM
-        return (tensors * self.rows + weights) * self.hidden * self.dtype.itemsize
+        weights += self.op in (NORM_ADD_NORM, QK_NORM_ROPE)
+        elements = (tensors * self.rows + weights) * self.hidden
+        if self.rotation:  # the cosines and sines of each token
+            elements += 2 * self.rows // self.rotation.heads * self.rotation.rotary
+        return elements * self.dtype.itemsize
+
+    @property
+    def layout(self) -> str:
+        """Where x is."""
+        return str(self.heads or self.rotation or "contiguous")
 
     def empty(self) -> Tensor:
         if self.heads is None:
@@ -107,6 +120,12 @@ class Inputs:
 
         self.point = point
         self.written = point.op in IN_PLACE  # by the providers that work in place
+        self.weight = normal(point.hidden).mul_(0.1)
+        if point.op == QK_NORM_ROPE:
+            self.sets = [rotation.empty(point) for _ in range(sets)]
+            self.original = rotation.values(point, normal)
+            self.restore()
+            return
         count = 1 if point.op == RMS_NORM else 2
         if point.op == GATED_RMS_NORM:  # x and gate are adjacent, which the provider copy_ needs
             shape = (2, point.rows, point.hidden)
@@ -114,7 +133,6 @@ class Inputs:
         else:
             self.sets = [tuple(point.empty() for _ in range(count)) for _ in range(sets)]
         self.original = tuple(normal(*self.sets[0][0].shape) for _ in range(count))
-        self.weight = normal(point.hidden).mul_(0.1)
         self.restore()
 
     def restore(self) -> None:

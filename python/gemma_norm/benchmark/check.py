@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from gemma_norm import reference
 
-from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, NORM_ADD_NORM, Inputs, post_weight
+from . import rotation
+from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, Inputs, post_weight
 from .providers import Call, Provider
 
 PEERS = 8.0
@@ -40,6 +41,8 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
         for got, source in zip((y, *sums), inputs.original, strict=False):
             _compare("the copy", got, source, 0.0)
         return
+    if inputs.point.op == QK_NORM_ROPE:
+        return _check_rotation(provider, y, sums[0], inputs, gemma)
     x = inputs.original[0]
     bound = reference.max_ulp_error(x.dtype, x.shape[-1])
     if inputs.point.op == ADD_RMS_NORM:
@@ -75,6 +78,18 @@ def _check_sum_of_norm(s: Tensor, inputs: Inputs, bound: float, gemma: bool) -> 
     error = float(((s[rows].double() - (n + added)).abs() / unit.clamp_min(torch.finfo(s.dtype).tiny)).max())
     if error > bound + 0.5:
         raise WrongResult(f"the sum is {error:.3g} units in the last place off, allowed are {bound + 0.5:.3g}")
+
+
+def _check_rotation(provider: Provider, y: Tensor, z: Tensor, inputs: Inputs, gemma: bool) -> None:
+    q, k, cos, sin = inputs.original
+    bound = 1.0 if provider.exact else rotation.ROUNDINGS
+    weights = {"q": inputs.weight, "k": rotation.k_weight(inputs.weight)}
+    for (name, weight), got, x in zip(weights.items(), (y, z), (q, k), strict=True):
+        _require_like(name, got, x)
+        rows = torch.linspace(0, len(x) - 1, min(len(x), 64), dtype=torch.float64, device=x.device).round().long()
+        error = rotation.error(got[rows], x[rows], weight, cos[rows], sin[rows], gemma)
+        if error > bound:
+            raise WrongResult(f"{name} is {error:.3g} units in the last place off, allowed are {bound:.3g}")
 
 
 def _some_rows(t: Tensor) -> Tensor:

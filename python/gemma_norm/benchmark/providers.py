@@ -36,7 +36,7 @@ from torch.nn import functional
 
 import gemma_norm
 
-from . import gradients
+from . import gradients, rotation
 from .cases import (
     ADD_RMS_NORM,
     BACKWARD,
@@ -45,6 +45,7 @@ from .cases import (
     GATED_RMS_NORM,
     NORM_ADD_NORM,
     OPS,
+    QK_NORM_ROPE,
     RMS_NORM,
     Point,
     post_weight,
@@ -92,6 +93,10 @@ class Provider:
             return False
         traffic = self.traffic is not None and point.work == BACKWARD
         return point.work == FORWARD or self.gradient is not None or traffic
+
+
+def _with_rotation(make: Make, rotate: Make) -> Make:
+    return lambda op, weight, gemma: (rotate if op == QK_NORM_ROPE else make)(op, weight, gemma)
 
 
 def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -271,23 +276,32 @@ def _in_place(function: Callable[..., Any], *options: Any) -> Call:
     return call
 
 
-ALL = (*OPS, GATED_RMS_NORM, NORM_ADD_NORM)
+ALL = (*OPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE)
 DERIVED = ("backward", "backward-few", "backward-cpu", "train-host")
 """The suites that time derivatives."""
 LIGER: Any = {"module": "liger_kernel.ops", "needs": ("LigerRMSNormFunction",)}
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("ours", _ours, ALL, exact=True, gradient=gradients.ours),
+        Provider("ours", _with_rotation(_ours, rotation.ours), ALL, exact=True, gradient=gradients.ours),
+        Provider("ours:rounded", rotation.ours_rounded, (QK_NORM_ROPE,), suites=("qk-rope",)),
+        Provider("ours:norms", rotation.ours_norms, (QK_NORM_ROPE,), suites=("qk-rope",)),
         Provider("ours:two calls", _two_calls, (NORM_ADD_NORM,), exact=True, suites=("norm-add",)),
         Provider("ours:torch.ops", _ours_op, exact=True, suites=("host",)),
         Provider("ours:module", _ours_module, exact=True, suites=("host",)),
-        Provider("copy_", _copy, ALL, copies=True, traffic=gradients.copy_traffic),
+        Provider("copy_", _with_rotation(_copy, rotation.copy), ALL, copies=True, traffic=gradients.copy_traffic),
         Provider("torch.add", _copy, copies=True, suites=DERIVED, traffic=gradients.add_traffic),
-        Provider("eager", _eager, ALL, gradient=_eager),
+        Provider("eager", _with_rotation(_eager, rotation.eager), ALL, gradient=_eager),
         Provider("F.rms_norm", _torch_rms_norm, (*OPS, NORM_ADD_NORM), gemma=False, gradient=_torch_rms_norm),
-        Provider("torch.compile", _torch_compile, ALL, gradient=gradients.compiled(_torch_compile)),
-        Provider("liger", _liger, gradient=gradients.liger_new, **LIGER),
+        Provider(
+            "torch.compile",
+            _with_rotation(_torch_compile, rotation.compiled),
+            ALL,
+            gradient=gradients.compiled(_torch_compile),
+        ),
+        Provider(
+            "liger", _with_rotation(_liger, rotation.liger), (*OPS, QK_NORM_ROPE), gradient=gradients.liger_new, **LIGER
+        ),
         Provider(
             "liger:in_place",
             _liger,

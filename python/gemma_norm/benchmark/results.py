@@ -55,7 +55,7 @@ class Result:
 def make(point: Point, provider: str, weight: str, outcome: Timing | Exception, copy: Timing | None) -> Result:
     result = Result(
         point.suite, point.name, str(point.dtype).removeprefix("torch."), point.rows, point.hidden,
-        str(point.heads) if point.heads else "contiguous", point.cache, point.threads, provider, weight,
+        point.layout, point.cache, point.threads, provider, weight,
     )  # fmt: skip
     if isinstance(outcome, Exception):
         return replace(result, note=describe(outcome))

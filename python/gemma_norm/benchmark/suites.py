@@ -8,7 +8,19 @@ from itertools import product
 
 import torch
 
-from .cases import ADD_RMS_NORM, BACKWARD, BOTH, GATED_RMS_NORM, NORM_ADD_NORM, OPS, RMS_NORM, Heads, Point
+from .cases import (
+    ADD_RMS_NORM,
+    BACKWARD,
+    BOTH,
+    GATED_RMS_NORM,
+    NORM_ADD_NORM,
+    OPS,
+    QK_NORM_ROPE,
+    RMS_NORM,
+    Heads,
+    Point,
+)
+from .rotation import ROTATIONS, TOKENS
 
 LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
 FORWARD_HIDDEN = (64, 128, 256, 512, 1024, 2048, 2880, 3584, 4096, 5120, 7168, 8192, 12288, 16384, 32768, 65536, 131072)
@@ -100,6 +112,19 @@ def norm_add(choice: Choice) -> Iterator[Point]:
         yield Point("norm-add", op, r, h, dtype, device, cache, t)
 
 
+def qk_rope(choice: Choice) -> Iterator[Point]:
+    """``--hidden`` selects head sizes, ``--rows`` tokens."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = (0,) if device == "cuda" else sorted({1, torch.get_num_threads()})
+    tokens = choice.pick(choice.rows, TOKENS, (1, 64))
+    for dtype, (size, r), t, n in product(choice.dtypes or (torch.bfloat16,), ROTATIONS.items(), threads, tokens):
+        if choice.hidden and size not in choice.hidden:
+            continue
+        rows = n * r.heads
+        cache = "cold" if device == "cuda" and rows * size * dtype.itemsize > 4 * 2**20 else "hot"
+        yield Point("qk-rope", QK_NORM_ROPE, rows, size, dtype, device, cache, t, rotation=r)
+
+
 def host(choice: Choice) -> Iterator[Point]:
     """Calls with so little work that the GPU is never behind, so that they take the host's time.
 
@@ -186,6 +211,12 @@ SUITES = {
         norm_add,
         "norm, residual addition and norm as between the blocks of Gemma 3, beside an addition and one norm",
         needs_gpu=False,
+    ),
+    "qk-rope": Suite(
+        qk_rope,
+        "the norms and the rotation of query and key heads, on a GPU in CUDA graphs",
+        needs_gpu=False,
+        hidden=tuple(ROTATIONS),
     ),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False, host=True),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
