@@ -189,6 +189,17 @@ def test_the_functions_of_transformers_are_known():
     assert rotation(qwen3_5) == Rotation(full=True, partial=True)
 
 
+def test_a_function_is_tried_on_the_cpu_whatever_the_default_device_and_dtype_are():
+    rotation.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert rotation(whole).full
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -170,19 +170,24 @@ def rotation(function: Any) -> Rotation:
 
 def _rotates(function: Callable[..., Any], rotary: int) -> bool:
     random = torch.Generator().manual_seed(0)
-    for dtype, batch in itertools.product(DTYPES, (1, 2)):
-        q, k = (torch.randn(2, heads, 5, 8, generator=random).to(dtype) for heads in (3, 1))
-        cos, sin = (torch.randn(batch, 5, rotary, generator=random).to(dtype) for _ in range(2))
-        try:
-            with torch.no_grad():
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device="cpu", dtype=torch.float32)
+
+    # On the CPU, also where the program has made another device the default.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        for dtype, batch in itertools.product(DTYPES, (1, 2)):
+            q, k = (randn(2, heads, 5, 8).to(dtype) for heads in (3, 1))
+            cos, sin = (randn(batch, 5, rotary).to(dtype) for _ in range(2))
+            try:
                 got = function(q.clone(), k.clone(), cos.clone(), sin.clone())
-        except Exception:
-            return False
-        wanted = [_rotated(t, cos.unsqueeze(1), sin.unsqueeze(1)) for t in (q, k)]
-        if not (isinstance(got, tuple) and len(got) == 2 and all(isinstance(t, Tensor) for t in got)):
-            return False
-        if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, wanted, strict=True)):
-            return False
+            except Exception:
+                return False
+            wanted = [_rotated(t, cos.unsqueeze(1), sin.unsqueeze(1)) for t in (q, k)]
+            if not (isinstance(got, tuple) and len(got) == 2 and all(isinstance(t, Tensor) for t in got)):
+                return False
+            if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, wanted, strict=True)):
+                return False
     return True
 
 
