@@ -241,6 +241,28 @@ def test_onnx(context, way):
     torch.testing.assert_close([torch.from_numpy(t) for t in got], [y, s])
 
 
+class Rotated(torch.nn.Module):
+    def forward(self, x, gate):
+        weight, angles = torch.full((16,), 0.5), torch.full((3, 16), 0.25)
+        y = gemma_norm.gated_rms_norm(x, gate, weight, sigmoid=True, norm_before_gate=False)
+        q, k = (t.reshape(3, -1, 16) for t in (y, gate))
+        return gemma_norm.qk_norm_rope(q, k, weight, weight, angles, angles, gemma=True, interleaved=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_keeps_options_that_are_given_by_name():
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript: pip install 'gemma-norm[test]'")
+    from onnx.reference import ReferenceEvaluator
+
+    x, gate, module = randn(3, 16), randn(3, 16, seed=1), Rotated()
+    with torch.no_grad():
+        program = torch.onnx.export(module, (x, gate), dynamo=True)
+        want = module(x, gate)
+    names = [value.name for value in program.model.graph.inputs]
+    got = ReferenceEvaluator(program.model_proto).run(None, dict(zip(names, (x.numpy(), gate.numpy()), strict=True)))
+    torch.testing.assert_close([torch.from_numpy(t) for t in got], list(want))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_cuda_graph():
     x, residual, weight, post = arguments("cuda", torch.bfloat16)
