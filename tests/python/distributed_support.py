@@ -5,6 +5,7 @@ They are started once for all checks. Each check runs in all of them at the same
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import traceback
 from collections.abc import Callable
@@ -41,7 +42,8 @@ class Ranks:
                 try:
                     said = connection.recv()
                 except EOFError:
-                    said = "the process has ended"
+                    self.processes[rank].join(SECONDS)
+                    said = f"the process has ended, exit code {self.processes[rank].exitcode}"
                 if said:
                     failed.append(f"rank {rank} of {self.size}: {said}")
             if not ready:
@@ -74,6 +76,7 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, device: str, store: str, connection: Connection) -> None:
+    faulthandler.enable()  # a process that a signal ends says where it was
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     if device == "cuda":
