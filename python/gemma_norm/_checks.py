@@ -339,8 +339,9 @@ def _check_like_x(call: Checked, name: str, t: Tensor, strides: bool, check_dtyp
     check_dtype()
     x = call.x
     for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
-        shape = f"{call.x_name}'s shape {list(x.shape)}"
-        _require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
+        # One f-string: Dynamo puts quotes around the text of one within another, if that has symbolic sizes.
+        text = f"{call.label}: {name} must have {call.x_name}'s shape {list(x.shape)}, got {list(t.shape)}"
+        _require(same, text)
     _check_rows(call.label, name, t, strides)
 
 
@@ -349,8 +350,8 @@ def _check_heads(call: Checked, name: str, t: Tensor, strides: bool, check_dtype
     x = call.x
     same_dimensions = ((*t.shape[:-2], *t.shape[-1:]), (*x.shape[:-2], *x.shape[-1:]))
     for same in (t.dim() == x.dim(), *(n == m for n, m in zip(*same_dimensions, strict=False))):
-        shape = f"{call.x_name}'s shape {list(x.shape)}, but for the number of heads"
-        _require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
+        but = f"{call.x_name}'s shape {list(x.shape)}, but for the number of heads, got {list(t.shape)}"
+        _require(same, f"{call.label}: {name} must have " + but)
     _require(t.shape[-2] >= 1, f"{call.label}: {name} must have at least one head, got shape {list(t.shape)}")
     _check_rows(call.label, name, t, strides)
 
