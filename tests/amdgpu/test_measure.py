@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toolchain import ROOT
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="measure.sh names the commit that it ran: needs a git clone")
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git clone, whose commit is named")
 STAND_INS = {
     # Reads what it is given, so that measure.sh finds its check passed, and fails where told to.
     "python": 'case "$*" in -) exec cat >/dev/null;; *"$FAILS"*) exit 3;; esac\necho "python $* PYTHONPATH=$PYTHONPATH '
