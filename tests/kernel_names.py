@@ -39,9 +39,8 @@ class KernelName:
 
 @dataclass(frozen=True)
 class BackwardName:
-    terms: (
-        str  # "PlainTerms" or "GatedTerms"; "sums" of the kernel that adds up dweight, which has only threads besides
-    )
+    kernel: str  # "rows", "one row", "two passes", "sum of chunks" or "sum of rows"
+    terms: str  # "PlainTerms" or "GatedTerms"; the sum of chunks has none, and no types
     x: str  # element types
     dout: str
     scope: str
@@ -50,10 +49,13 @@ class BackwardName:
     threads: int
     aligned: bool
 
+    @property
+    def sums(self) -> bool:
+        """It adds up dweight, and has no dx."""
+        return self.kernel.startswith("sum")
+
     def __str__(self) -> str:
-        if self.terms == "sums":
-            return "sum of chunks"
-        words = [self.scope, f"{self.vectors} vectors of {self.rows} rows", f"{self.threads} threads"]
+        words = [self.kernel, self.scope, f"{self.vectors} vectors of {self.rows} rows", f"{self.threads} threads"]
         words += [f"{self.x} x", f"{self.dout} dout", self.terms]
         return ", ".join(words + (["aligned"] if self.aligned else []))
 
@@ -77,7 +79,9 @@ class RopeName:
 # void gemma_norm::gpu::rotate_heads<gemma_norm::bfloat16, float, float, 2, true>(...)
 ROPE_PATTERN = re.compile(r"void gemma_norm::gpu::rotate_heads<(.*?)>\(")
 # void gemma_norm::gpu::backpropagate_rows<gemma_norm::gpu::PlainTerms<gemma_norm::float16, ...>, ...>(...)
-BACKWARD_PATTERN = re.compile(r"void gemma_norm::gpu::backpropagate_\w+<gemma_norm::gpu::(\w+)<(.*?)>, (.*)>\(")
+BACKWARD_PATTERN = re.compile(
+    r"void gemma_norm::gpu::(backpropagate_\w+|sum_rows)<gemma_norm::gpu::(\w+)<(.*?)>(?:, (.*?))? ?>\("
+)
 # void gemma_norm::gpu::normalize_rows<gemma_norm::Variant<gemma_norm::RmsNorm, ...>, ...>(...)
 PATTERN = re.compile(r"void gemma_norm::gpu::normalize_\w+<gemma_norm::Variant<(.*?)>, (.*)>\(")
 
@@ -89,17 +93,26 @@ def scope_of(word: str) -> str:
 def parse_backward(demangled: str) -> BackwardName | None:
     """None where this is no kernel of the backward operators."""
     if re.match(r"gemma_norm::gpu::.*sum_chunks\(", demangled):
-        return BackwardName("sums", "", "", "block", 0, 0, 1024, False)
+        return BackwardName("sum of chunks", "", "", "", "block", 0, 0, 1024, False)
     matched = BACKWARD_PATTERN.match(demangled)
     if not matched:
         return None
-    types = [word.removeprefix("gemma_norm::") for word in matched[2].split(", ")]
-    *numbers, aligned = matched[3].split(", ")
-    if len(numbers) == 1:  # backpropagate_in_two_passes has the number of threads alone
-        scope, vectors, rows, threads = "two passes", 1, 1, int(numbers[0])
-    else:
-        scope, (vectors, rows, threads, _) = scope_of(numbers[0]), map(int, numbers[1:])
-    return BackwardName(matched[1], types[0], types[-1], scope, vectors, rows, threads, aligned == "true")
+    function, terms, types, numbers = matched.groups()
+    names = [word.removeprefix("gemma_norm::") for word in types.split(", ")]  # gated terms have one
+    x, dout = names[0], names[-1]
+    words = [word for word in (numbers or "").split(", ") if word]
+    if function == "sum_rows":
+        threads = 1024 if x == "float" else 512
+        return BackwardName("sum of rows", terms, x, dout, "block", 1, 4, threads, True)
+    if function == "backpropagate_in_two_passes":
+        return BackwardName("two passes", terms, x, dout, "two passes", 1, 1, int(words[0]), words[-1] == "true")
+    scope, vectors, *others = words
+    if function == "backpropagate_one_row":
+        return BackwardName("one row", terms, x, dout, scope_of(scope), int(vectors), 1, int(others[0]), True)
+    rows, threads, _, aligned = others
+    return BackwardName(
+        "rows", terms, x, dout, scope_of(scope), int(vectors), int(rows), int(threads), aligned == "true"
+    )
 
 
 def parse(demangled: str) -> KernelName | BackwardName | RopeName:

@@ -60,6 +60,12 @@ GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) { return load(p); }
 GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
   *reinterpret_cast<uint2*>(p) = make_uint2(v.word[0], v.word[1]);
 }
+// From L2: this multiprocessor's own cache may still hold what was there before the kernel that wrote it.
+GEMMA_NORM_DEVICE Vector16 load_early(const Vector16* p) { return vector16(__ldcg(reinterpret_cast<const uint4*>(p))); }
+GEMMA_NORM_DEVICE Vector8 load_early(const Vector8* p) {
+  const uint2 v = __ldcg(reinterpret_cast<const uint2*>(p));
+  return {v.x, v.y};
+}
 constexpr bool kPrefetches = true;
 GEMMA_NORM_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 constexpr bool kLoadsBeforeStores = false;

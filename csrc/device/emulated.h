@@ -89,14 +89,23 @@ void wait_for_previous_kernel(Pointers...) {
 inline void allow_next_kernel() {}
 
 template <class Vector>
-void check_access(const Vector* p) {
+void check_alignment(const Vector* p) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(Vector))
     fail("an access to a vector at an address that is no multiple of its size");
+}
+template <class Vector>
+void check_access(const Vector* p) {
+  check_alignment(p);
   if (!here.waited_for_previous_kernel) fail("an access to memory before wait_for_previous_kernel");
 }
 template <class Vector>
 Vector load(const Vector* p) {
   check_access(p);
+  return *p;
+}
+template <class Vector>
+Vector load_early(const Vector* p) {
+  check_alignment(p);
   return *p;
 }
 template <class Vector>

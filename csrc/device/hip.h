@@ -109,6 +109,10 @@ GEMMA_NORM_DEVICE Vector8 load_once(const Vector8* p) {
 GEMMA_NORM_DEVICE void store_once(Vector8* p, Vector8 v) {
   __builtin_nontemporal_store(UInt2{v.word[0], v.word[1]}, (GlobalUInt2*)p);
 }
+template <class Vector>
+GEMMA_NORM_DEVICE Vector load_early(const Vector* p) {  // kernels do not overlap
+  return load(p);
+}
 constexpr bool kPrefetches = false;  // only gfx12 has an instruction for it
 GEMMA_NORM_DEVICE void prefetch(const void*) {}
 // CDNA counts outstanding loads and stores in one counter. After a branch around a store, compilers do not know how

@@ -48,6 +48,8 @@
 //   wait_for_previous_kernel(p...)   waits until the previous kernel's writes are visible, if launches overlap; the
 //                                    pointers p are computed before the wait
 //   allow_next_kernel()              the next kernel may start, if launches overlap
+//   load_early(p)                    a load before wait_for_previous_kernel(), of memory that the previous kernel does
+//                                    not write; that kernel must have waited before it allowed this one to start
 //
 //   kHasClusters                     some target of this toolkit has thread block clusters
 //   kTargetHasClusters               the target being compiled for has them; only then the following are called, by

@@ -3,52 +3,11 @@
 // Block number c of a launch has the rows c, c + chunks, c + 2 chunks, ..., so blocks that run at the same time work on
 // rows that are neighbours in memory. Each thread keeps the sum of dout * n over its rows in registers;
 // backward_sums.cuh makes dweight of them.
-//
-// A row needs one exchange between its threads, of two sums: of x^2, and of g * x. mean(g * n) is the latter times
-// rstd / hidden.
 #pragma once
 
-#include "backward_rows.cuh"
-#include "backward_sums.cuh"
-#include "backward_terms.cuh"
-#include "reduce.cuh"
+#include "backward_step.cuh"
 
 namespace gemma_norm::gpu {
-
-// The sums that a row needs: of x^2, and of g * x.
-template <int kCount>
-GEMMA_NORM_DEVICE void add_products(const float (&x)[kCount], const float (&dout)[kCount], const float (&w)[kCount],
-                                    float* sums) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    sums[0] = device::fma(x[i], x[i], sums[0]);
-    sums[1] = device::fma(dout[i] * w[i], x[i], sums[1]);
-  }
-}
-
-// What all elements of a row need: rstd, and mean(g * n).
-struct RowStatistics {
-  float rstd, mean;
-
-  RowStatistics() = default;
-  GEMMA_NORM_DEVICE RowStatistics(const RowParams& p, const float* sums, bool has_row) {
-    rstd = has_row ? reciprocal_std<true>(sums[0], p) : 0.0f;
-    mean = sums[1] * p.inv_hidden * rstd;
-  }
-  // The sum of g * x can be beyond float32 though that of g * n is not. It is then computed anew, from n.
-  GEMMA_NORM_DEVICE bool overflowed() const { return !(mean - mean == 0.0f); }
-  template <int kCount>
-  GEMMA_NORM_DEVICE void add_products(const float (&x)[kCount], const float (&dout)[kCount], const float (&w)[kCount],
-                                      float* sum) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) *sum = device::fma(dout[i] * w[i], x[i] * rstd, *sum);
-  }
-  GEMMA_NORM_DEVICE void replace_mean(const RowParams& p, float sum) {
-    if (overflowed()) mean = sum * p.inv_hidden;
-  }
-
-  GEMMA_NORM_DEVICE float ds(float n, float g) const { return rstd * device::fma(-n, mean, g); }
-};
 
 // Computes dx of rows that are held in registers, and partial sums of dweight. kWave: each row has a power of two of
 // lanes of one wave, and a block works on several groups of rows at a time. kBlock: a row has all threads of the block.
@@ -57,29 +16,26 @@ template <class Terms, Scope kScope, int kVectors, int kRows, int kThreads, int 
 GEMMA_NORM_KERNEL(kThreads, (kAligned ? kResident / kThreads : 1))
 backpropagate_rows(RowParams p, Launch launch, Partials partials) {
   using X = typename Terms::X;
-  constexpr int kCount = Terms::kCount, kUses = 2;
+  constexpr int kCount = Terms::kCount;
   using Loaded = typename Terms::Loaded[kVectors];
   // The next rows are loaded into registers if these, what is held of the present rows and the sums take at most half
   // of a thread's. Otherwise registers would be spilled, and the next rows are only brought closer (T112).
   constexpr int kHeldBytes =
       kRows * (2 * sizeof(Loaded) + kVectors * sizeof(typename Terms::Held)) + kVectors * kCount * sizeof(float);
   constexpr bool kAhead = !kAligned || !device::kPrefetches || 2 * kHeldBytes <= kRegisterBytes / kResident;
-  const int thread = device::thread_index(), threads = launch.block_threads;
-  const int group = kScope == Scope::kWave ? thread >> launch.log2_slots : 0;
-  const int groups = kScope == Scope::kWave ? threads >> launch.log2_slots : 1;
-  const int slot = kScope == Scope::kWave ? thread & ((1 << launch.log2_slots) - 1) : thread;
+  const BlockPlace<kScope> place(launch);
   const int step = item_step(launch);
-  const int hidden = static_cast<int>(p.hidden), end_of_slot = slot < launch.slots ? hidden : 0;
-  const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, slot, k); };
+  const int end_of_slot = place.slot < launch.slots ? static_cast<int>(p.hidden) : 0;
+  const auto first = [&](int k) { return first_item<kAligned, X, int>(launch, place.slot, k); };
   const int rows = static_cast<int>(p.rows), chunk = static_cast<int>(device::block_index());
-  const int stride = static_cast<int>(partials.chunks) * groups;
+  const int stride = static_cast<int>(partials.chunks) * place.groups;
   const auto end_of = [&](const ShortRowSteps& at) { return at.row < rows ? end_of_slot : 0; };
 
   device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
   device::allow_next_kernel();
   Loaded next[kAhead ? kRows : 1];
   const ShortRowSteps row_step(p, stride);
-  ShortRowSteps row(p, chunk + static_cast<int>(partials.chunks) * group);  // the first of those that come next
+  ShortRowSteps row(p, chunk + static_cast<int>(partials.chunks) * place.group);  // the first of those that come next
   const auto load = [&](Loaded(&to)[kRows]) {
     ShortRowSteps at = row;
 #pragma unroll
@@ -131,92 +87,54 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
         for (int k = 0; k < kVectors; ++k)
           if (first(k) < end_of(ahead)) Terms::prefetch(p, ahead, first(k));
     }
-    const auto each_vector = [&](int r, const auto& visit) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        float s[kCount], u[kCount], w[kCount];
-        Terms::values(p, now[r][k], held[r][k], s, u);
-        factors.load(k, w);
-        visit(k, s, u, w);
-      }
-    };
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int k = 0; k < kVectors; ++k)
         Terms::template hold<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k]);
-
-    float sums[2 * kRows] = {};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      each_vector(r, [&](int, auto& s, auto& u, auto& w) { add_products(s, u, w, &sums[2 * r]); });
-    sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
-    RowStatistics statistics[kRows];
-    bool overflowed = false;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      statistics[r] = RowStatistics(p, &sums[2 * r], at[r].row < rows);
-      overflowed = overflowed || statistics[r].overflowed();
-    }
-    if (device::any_lane(overflowed)) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        sums[2 * r] = sums[2 * r + 1] = 0.0f;
-        each_vector(r, [&](int, auto& s, auto& u, auto& w) { statistics[r].add_products(s, u, w, &sums[2 * r]); });
-      }
-      sum_over_row<kScope, kThreads, kUses>(sums, launch, use++);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) statistics[r].replace_mean(p, sums[2 * r]);
-    }
-
-    wait_for_next();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      each_vector(r, [&](int k, auto& s, auto& u, auto& w) {
-        float ds[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          s[i] *= statistics[r].rstd;
-          dweight[k][i] = device::fma(u[i], s[i], dweight[k][i]);
-          ds[i] = statistics[r].ds(s[i], u[i] * w[i]);
-        }
-        Terms::template store<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k], s, w, ds);
-      });
+    backpropagate_step<Terms, kScope, kThreads, kAligned>(p, launch, at, now, held, factors, first, step, end_of, use,
+                                                          dweight, wait_for_next);
   }
+  put_dweight<kScope, kThreads, kAligned>(p, launch, partials, chunk, place, first, dweight);
+}
 
-  struct Sums {
-    float of_groups[kThreads * kVectors * kCount];
-  };
-  put_sums<kAligned>(p, partials, chunk, [&](const auto& put) {
-    if constexpr (kScope == Scope::kWave) {
-      // Adds up the groups of the block, in order.
-      float* const all = device::shared_memory<Sums>().of_groups;
-      const int lanes = 1 << launch.log2_slots, count = kVectors * lanes * kCount;
+// The same for a block each of whose groups has one row: without a loop, and with nothing between the launch and the
+// loads but what they need.
+template <class Terms, Scope kScope, int kVectors, int kThreads>
+GEMMA_NORM_KERNEL(kThreads, 1)
+backpropagate_one_row(RowParams p, Launch launch, Partials partials) {
+  using X = typename Terms::X;
+  const BlockPlace<kScope> place(launch);
+  const auto first = [&](int k) { return first_item<true, X, int>(launch, place.slot, k); };
+  const int chunk = static_cast<int>(device::block_index());
+  const ShortRowSteps at[1] = {{p, chunk + static_cast<int>(partials.chunks) * place.group}};
+  const int end_of_slot = place.slot < launch.slots ? static_cast<int>(p.hidden) : 0;
+  const int end = at[0].row < p.rows ? end_of_slot : 0;
+  const char* const weights = weights_of(p, chunk);
+
+  device::wait_for_previous_kernel(p.data[kX], p.data[kDOut], p.data[kDX], p.data[kWeight]);
+  device::allow_next_kernel();
+  typename Terms::Loaded now[1][kVectors];
+  typename Terms::Held held[1][kVectors];
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k)
+  for (int k = 0; k < kVectors; ++k) Terms::template load<true, Reuse::kNone>(p, at[0], first(k), 1, end, now[0][k]);
+  Factors<X> weight[kVectors];
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) all[group * count + (i * kVectors + k) * lanes + slot] = dweight[k][i];
-      device::block_barrier();
-      for (int column = thread; column < hidden; column += threads) {
-        // Where in a group's sums the column is: its item i of vector k of its slot.
-        const int vector = column / kCount;
-        const int k = launch.whole_vectors ? vector / launch.slots : column / (launch.slots * kCount);
-        const int i = launch.whole_vectors ? column % kCount : column % (launch.slots * kCount) / launch.slots;
-        const int of = launch.whole_vectors ? vector % launch.slots : column % launch.slots;
-        float sum = 0.0f;
-        for (int g = 0; g < groups; ++g) sum += all[g * count + (i * kVectors + k) * lanes + of];
-        const float one[1] = {sum};
-        put(column, 1, hidden, one);
-      }
-    } else {
+  for (int k = 0; k < kVectors; ++k) weight[k].template load<true>(p, weights, first(k), 1, end_of_slot);
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
+  for (int k = 0; k < kVectors; ++k) Terms::template hold<true>(p, at[0], first(k), 1, end, now[0][k], held[0][k]);
+  RegisterFactors<X, kVectors> factors;
 #pragma unroll
-        for (int i = 0; i < kCount; i += kItems<float>)
-          put(first(k) + i * step, step, end_of_slot, reinterpret_cast<const float(&)[kItems<float>]>(dweight[k][i]));
-      }
-    }
-  });
+  for (int k = 0; k < kVectors; ++k) weight[k].unpack(p, factors.w[k]);
+  int use = 0;
+  float dweight[kVectors][Terms::kCount] = {};
+  const RowStatistics statistics = backpropagate_step<Terms, kScope, kThreads, true>(
+      p, launch, at, now, held, factors, first, 1, [&](const ShortRowSteps&) { return end; }, use, dweight, [] {});
+  if (partials.to == SumsTo::kRows) {
+    if (place.slot == 0 && end != 0) partials.sums[at[0].row] = statistics.rstd;
+    return;
+  }
+  put_dweight<kScope, kThreads, true>(p, launch, partials, chunk, place, first, dweight);
 }
 
 // The same for rows that are too large for the registers of a block, and for unaligned rows of more than a wave. Each
@@ -244,7 +162,9 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
         Terms::template load<kAligned, Reuse::kSome>(p, row, first, step, end, loaded);
         Terms::template hold<kAligned>(p, row, first, step, end, loaded, held);
         Terms::values(p, loaded, held, s, u);
-        load_factors<X, kAligned>(p, weights, first, step, end, w);
+        Factors<X> factors;
+        factors.template load<kAligned>(p, weights, first, step, end);
+        factors.unpack(p, w);
         visit(first, s, u, w, loaded, held);
       }
     };

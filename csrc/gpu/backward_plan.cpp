@@ -42,6 +42,7 @@ BackwardPlan make_backward_plan(const RowParams& params, bool aligned, int32_t w
   const int64_t groups = groups_of(params);
   plan.chunks = std::min<int64_t>(kernel->chunks, divide_up(params.rows, plan.groups()));
   plan.chunks = std::max(plan.chunks / groups * groups, std::min(groups, params.rows));
+  plan.one_row = aligned && has_one_row_kernel(*kernel) && params.rows <= plan.chunks * plan.groups();
   return plan;
 }
 

@@ -15,6 +15,8 @@ struct BackwardPlan {
   int32_t block_threads;  // threads of a block
   bool whole_vectors;     // hidden is a multiple of the number of elements in a vector
   int64_t chunks;         // of the rows: one for each block of the launch
+  bool one_row;           // rows are aligned, and each group of a block has at most one of them, for which there are
+                          // kernels without a loop
 
   // Rows that a block works on at a time.
   int32_t groups() const { return scope == Scope::kWave ? block_threads >> log2_slots : 1; }

@@ -8,39 +8,63 @@ namespace gemma_norm::gpu {
 // The weights of a block's rows. If the rows are groups, all of these are the same group of their rows, because the
 // number of groups divides the number of chunks.
 GEMMA_NORM_DEVICE const char* weights_of(const RowParams& p, int64_t chunk) {
-  const int64_t bytes = p.dtypes[kWeight] == DType::kFloat32 ? 4 : 2;
-  return static_cast<const char*>(p.data[kWeight]) + chunk % p.sizes[1] * p.strides[kWeight][1] * bytes;
+  const char* const weights = static_cast<const char*>(p.data[kWeight]);
+  if (p.strides[kWeight][1] == 0) return weights;  // without a division, which the first load would wait for
+  return weights + chunk % p.sizes[1] * p.strides[kWeight][1] * (p.dtypes[kWeight] == DType::kFloat32 ? 4 : 2);
 }
 
-// The factors of n: weight, 1 + weight, or 1 if there is no weight. The dtype of the weight is known at run time only,
-// since a block loads its weights once for all its rows.
-template <class X, bool kAligned, class Index>
-GEMMA_NORM_DEVICE void load_factors(const RowParams& p, const char* weights, Index first, int step, Index end,
-                                    float (&w)[kItems<X>]) {
-  const auto load = [&](auto item) {
-    using W = decltype(item);
-    constexpr int kLoads = kItems<X> > kItems<W> ? kItems<X> / kItems<W> : 1, kEach = kItems<X> / kLoads;
+// The factors of n for one vector of x: weight, 1 + weight, or 1 if there is no weight. The dtype of the weight is
+// known at run time only, since a block loads its weights once for all its rows.
+template <class X>
+class Factors {
+  static constexpr int kCount = kItems<X>;
+  template <class W>
+  static constexpr int kLoads = kCount > kItems<W> ? kCount / kItems<W> : 1;
+
+ public:
+  // Starts the loads.
+  template <bool kAligned, class Index>
+  GEMMA_NORM_DEVICE void load(const RowParams& p, const char* weights, Index first, int step, Index end) {
+    visit(p, [&](auto item) {
+      using W = decltype(item);
+      constexpr int kEach = kCount / kLoads<W>;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const Index at = first + static_cast<Index>(i) * kEach * step;
-      const Vector16 v = load_items<kAligned, Reuse::kSome, kEach>(reinterpret_cast<const W*>(weights), at, step, end);
-      unpack_items<W>(v, reinterpret_cast<float(&)[kEach]>(w[i * kEach]));
-    }
-    // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
-    if constexpr (sizeof(W) > sizeof(X))
-      for (float& f : w) f = device::keep_nan(f);
-#pragma unroll
-    for (float& f : w) f += p.weight_offset;
-  };
-  switch (p.dtypes[kWeight]) {
-    case DType::kFloat32: return load(float());
-    case DType::kFloat16: return load(float16());
-    case DType::kBFloat16: return load(bfloat16());
-    default:
-#pragma unroll
-      for (float& f : w) f = 1.0f;
+      for (int i = 0; i < kLoads<W>; ++i) {
+        const Index at = first + static_cast<Index>(i) * kEach * step;
+        v_[i] = load_items<kAligned, Reuse::kSome, kEach>(reinterpret_cast<const W*>(weights), at, step, end);
+      }
+    });
   }
-}
+  GEMMA_NORM_DEVICE void unpack(const RowParams& p, float (&w)[kCount]) const {
+#pragma unroll
+    for (float& f : w) f = 1.0f;
+    visit(p, [&](auto item) {
+      using W = decltype(item);
+      constexpr int kEach = kCount / kLoads<W>;
+#pragma unroll
+      for (int i = 0; i < kLoads<W>; ++i) unpack_items<W>(v_[i], reinterpret_cast<float(&)[kEach]>(w[i * kEach]));
+      // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
+      if constexpr (sizeof(W) > sizeof(X))
+        for (float& f : w) f = device::keep_nan(f);
+#pragma unroll
+      for (float& f : w) f += p.weight_offset;
+    });
+  }
+
+ private:
+  // Calls visit() with an element of the weight's dtype, unless there is no weight.
+  template <class Visit>
+  static GEMMA_NORM_DEVICE void visit(const RowParams& p, const Visit& visit) {
+    switch (p.dtypes[kWeight]) {
+      case DType::kFloat32: return visit(float());
+      case DType::kFloat16: return visit(float16());
+      case DType::kBFloat16: return visit(bfloat16());
+      default: return;
+    }
+  }
+
+  Vector16 v_[kLoads<float>];
+};
 
 // Rows that are `step` apart, of which there are less than 2^31. The coordinates of the first are found by division,
 // and those of the others by addition, without branches, so that the next loads start at once. Rows have two dimensions
@@ -49,7 +73,8 @@ struct ShortRowSteps {
   int outer, inner, row;
 
   ShortRowSteps() = default;
-  GEMMA_NORM_DEVICE ShortRowSteps(const RowParams& p, int row) : row(row) {
+  GEMMA_NORM_DEVICE ShortRowSteps(const RowParams& p, int row) : outer(0), inner(row), row(row) {
+    if (p.sizes[0] == 1) return;
     const uint32_t size = static_cast<uint32_t>(p.sizes[1]);
     outer = static_cast<uint32_t>(row) / size;
     inner = row - outer * static_cast<int>(size);
@@ -101,14 +126,25 @@ class LongRowSteps {
   int64_t index_, rows_step_;
 };
 
-// The factors of a thread's vectors, for all rows of its block. They are in shared memory, since a thread has no
+// The factors of a thread's vectors, in registers.
+template <class X, int kVectors>
+struct RegisterFactors {
+  float w[kVectors][kItems<X>];
+
+  GEMMA_NORM_DEVICE void load(int k, float (&to)[kItems<X>]) const {
+#pragma unroll
+    for (int i = 0; i < kItems<X>; ++i) to[i] = w[k][i];
+  }
+};
+
+// The same for all rows of a block. They are in shared memory, since a thread has no
 // registers for them (T103), each where only its own thread reads it. Long rows read the weights from the caches for
 // each row.
 template <class X, int kVectors, int kThreads, bool kAligned, class First>
 class HeldFactors {
   static constexpr int kCount = kItems<X>;
   static constexpr bool kShared = kVectors * kCount * kThreads * sizeof(float) <= 32 * 1024;
-  struct Factors {
+  struct Shared {
     Vector16 vectors[kShared ? kVectors * kCount / kItems<float> : 1][kShared ? kThreads : 1];
   };
 
@@ -119,7 +155,7 @@ class HeldFactors {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         float w[kCount];
-        load_factors<X, kAligned>(p, weights, first(k), step, end, w);
+        load_now(k, w);
 #pragma unroll
         for (int i = 0; i < kCount; i += kItems<float>)
           place(k, i) = pack_items<float>(reinterpret_cast<float(&)[kItems<float>]>(w[i]));
@@ -128,7 +164,7 @@ class HeldFactors {
   }
   GEMMA_NORM_DEVICE void load(int k, float (&w)[kCount]) const {
     if constexpr (!kShared) {
-      load_factors<X, kAligned>(p_, weights_, first_(k), step_, end_, w);
+      load_now(k, w);
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; i += kItems<float>)
@@ -137,8 +173,13 @@ class HeldFactors {
   }
 
  private:
+  GEMMA_NORM_DEVICE void load_now(int k, float (&w)[kCount]) const {
+    Factors<X> factors;
+    factors.template load<kAligned>(p_, weights_, first_(k), step_, end_);
+    factors.unpack(p_, w);
+  }
   GEMMA_NORM_DEVICE static Vector16& place(int k, int i) {
-    return device::shared_memory<Factors>().vectors[(k * kCount + i) / kItems<float>][device::thread_index()];
+    return device::shared_memory<Shared>().vectors[(k * kCount + i) / kItems<float>][device::thread_index()];
   }
 
   const RowParams& p_;

@@ -4,7 +4,8 @@
 //   prefetch() has them brought closer instead
 //   hold()    what is needed of the row besides, once it is its turn
 //   wait_for() see device::wait_for_load
-//   values()  s, which was normalised, and u, the gradient of n * w, where n = s * rstd and w is the weight's factor
+//   values()  s, which was normalised, and u, the gradient of n * w, where n = s * rstd and w is the weight's factor;
+//             without Held, it is computed anew
 //   store()   dx, and dgate if there is a gate, from ds, the gradient of s
 //
 // The kernels compute the rest from s and u: ds = rstd * (u * w - n * mean(u * w * n)), and dweight, the sum of u * n.
@@ -28,8 +29,8 @@ struct PlainTerms {
     Vector16 dsum;
   };
 
-  template <bool kAligned, Reuse kReuse, class At, class Index>
-  static GEMMA_NORM_DEVICE void load(const RowParams& p, const At& at, Index first, int step, Index end, Loaded& v) {
+  template <bool kAligned, Reuse kReuse, class At, class Index, class End>
+  static GEMMA_NORM_DEVICE void load(const RowParams& p, const At& at, Index first, int step, End end, Loaded& v) {
     v.x = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kX), first, step, end);
     v.dout = load_items<kAligned, kReuse, kCount>(at.template pointer<Y>(p, kDOut), first, step, end);
   }
@@ -47,8 +48,11 @@ struct PlainTerms {
     device::wait_for_load(v.x);
     device::wait_for_load(v.dout);
   }
-  static GEMMA_NORM_DEVICE void values(const RowParams&, const Loaded& v, const Held&, float (&s)[kCount],
+  static GEMMA_NORM_DEVICE void values(const RowParams& p, const Loaded& v, const Held&, float (&s)[kCount],
                                        float (&u)[kCount]) {
+    values(p, v, s, u);
+  }
+  static GEMMA_NORM_DEVICE void values(const RowParams&, const Loaded& v, float (&s)[kCount], float (&u)[kCount]) {
     unpack_items<X>(v.x, s);
     unpack_items<Y>(v.dout, u);
   }
@@ -81,8 +85,8 @@ struct GatedTerms {
     float logistic[kCount];  // of the gate, since computing it takes more time than all else
   };
 
-  template <bool kAligned, Reuse kReuse, class At, class Index>
-  static GEMMA_NORM_DEVICE void load(const RowParams& p, const At& at, Index first, int step, Index end, Loaded& v) {
+  template <bool kAligned, Reuse kReuse, class At, class Index, class End>
+  static GEMMA_NORM_DEVICE void load(const RowParams& p, const At& at, Index first, int step, End end, Loaded& v) {
     v.x = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kX), first, step, end);
     v.dout = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kDOut), first, step, end);
     v.gate = load_items<kAligned, kReuse, kCount>(at.template pointer<X>(p, kGate), first, step, end);
@@ -92,8 +96,7 @@ struct GatedTerms {
   }
   template <bool kAligned, class At, class Index>
   static GEMMA_NORM_DEVICE void hold(const RowParams&, const At&, Index, int, Index, const Loaded& v, Held& held) {
-    unpack_items<X>(v.gate, held.logistic);
-    activate<formulas::Activation::kSigmoid>(held.logistic);
+    compute(v, held);
   }
   static GEMMA_NORM_DEVICE void wait_for(const Loaded& v) {
     device::wait_for_load(v.x);
@@ -114,6 +117,11 @@ struct GatedTerms {
       s[i] = p.norm_before_gate ? s[i] : s[i] * a;
     }
   }
+  static GEMMA_NORM_DEVICE void values(const RowParams& p, const Loaded& v, float (&s)[kCount], float (&u)[kCount]) {
+    Held held;
+    compute(v, held);
+    values(p, v, held, s, u);
+  }
   template <bool kAligned, class At, class Index>
   static GEMMA_NORM_DEVICE void store(const RowParams& p, const At& at, Index first, int step, Index end,
                                       const Loaded& v, const Held& held, const float (&n)[kCount],
@@ -133,6 +141,12 @@ struct GatedTerms {
     }
     store_items<kAligned, kCount>(at.template pointer<X>(p, kDX), first, step, end, pack_items<X>(ds));
     store_items<kAligned, kCount>(at.template pointer<X>(p, kDGate), first, step, end, pack_items<X>(gate));
+  }
+
+ private:
+  static GEMMA_NORM_DEVICE void compute(const Loaded& v, Held& held) {
+    unpack_items<X>(v.gate, held.logistic);
+    activate<formulas::Activation::kSigmoid>(held.logistic);
   }
 };
 

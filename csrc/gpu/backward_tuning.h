@@ -40,10 +40,20 @@ constexpr BackwardTuning kBackwardKernels[] = {
     {2048, Scope::kBlock, 4, 512, {{1, 512}, {1, 512}}, 132},
     {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, {}, 264},
 };
+// Whether there is a kernel for blocks whose groups have one row each. With four vectors a thread has too few registers
+// for one.
+constexpr bool has_one_row_kernel(const BackwardTuning& kernel) {
+  return kernel.scope != Scope::kTwoPasses && kernel.vectors < 4;
+}
 constexpr int kBackwardKernelCount = sizeof kBackwardKernels / sizeof kBackwardKernels[0];
 
 // The columns of dweight that a block of sum_chunks() has, and the threads of a column: at least one for so many
 // chunks (T108). With the least number, a block has 64 threads, so that it has whole waves on every GPU.
-constexpr int32_t kSumColumns = 32, kMinSumParts = 2, kMaxSumParts = 32, kChunksOfPart = 8;
+constexpr int32_t kSumColumns = 32, kLog2MinSumParts = 1, kLog2MaxSumParts = 5, kChunksOfPart = 8;
+constexpr int32_t kMaxSumParts = 1 << kLog2MaxSumParts;
+
+// sum_rows(): how many rows a thread has at most, and the threads that share the rows at least. With these, a block has
+// 64 threads.
+constexpr int32_t kRowsOfPart = 4, kMinRowParts = 16;
 
 }  // namespace gemma_norm

@@ -41,8 +41,15 @@ GEMMA_NORM_DEVICE bool operator<(Index, NoEnd) {
   return true;
 }
 
-// Whether this kernel or another will read the same memory again, so that it is worth a place in the caches.
-enum class Reuse { kNone, kSome };
+// Whether this kernel or another will read the same memory again, so that it is worth a place in the caches. kEarly:
+// see device::load_early.
+enum class Reuse { kNone, kSome, kEarly };
+
+template <Reuse kReuse, class Vector>
+GEMMA_NORM_DEVICE Vector load_vector(const Vector* p) {
+  if constexpr (kReuse == Reuse::kEarly) return device::load_early(p);
+  return kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
+}
 
 // Loads and stores of kCount elements of a row. They are a whole Vector16 or its first 8 bytes. Elements past the end
 // of the row are read as 0 and not written. With kAligned, a vector is one access. Otherwise each element is an access
@@ -53,14 +60,10 @@ GEMMA_NORM_DEVICE Vector16 load_items(const T* row, Index first, int step, End e
   static_assert(kWhole || 2 * kCount == kItems<T>);
   Vector16 v{};
   if constexpr (kAligned && kWhole) {
-    if (first < end) {
-      const Vector16* p = reinterpret_cast<const Vector16*>(row + first);
-      v = kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
-    }
+    if (first < end) v = load_vector<kReuse>(reinterpret_cast<const Vector16*>(row + first));
   } else if constexpr (kAligned) {
     if (first < end) {
-      const Vector8* p = reinterpret_cast<const Vector8*>(row + first);
-      const Vector8 half = kReuse == Reuse::kNone ? device::load_once(p) : device::load(p);
+      const Vector8 half = load_vector<kReuse>(reinterpret_cast<const Vector8*>(row + first));
       v.word[0] = half.word[0];
       v.word[1] = half.word[1];
     }

@@ -5,6 +5,7 @@
 #include "gpu/backward_launch.cuh"
 
 #include <set>
+#include <utility>
 
 namespace gemma_norm {
 
@@ -16,10 +17,14 @@ std::set<const void*> all_backward_kernels() {
     RowParams p{};
     p.dtypes[kX] = x;
     p.dtypes[kDOut] = dout;
-    for (int kernel = 0; kernel < kBackwardKernelCount; ++kernel)
-      for (const bool aligned : {false, true})
-        if (const auto function = gpu::find_backward_kernel<Op>(p, kernel, aligned))
+    for (BackwardPlan plan{}; plan.kernel < kBackwardKernelCount; ++plan.kernel)
+      for (const auto& [aligned, one_row] : {std::pair{false, false}, {true, false}, {true, true}}) {
+        plan.one_row = one_row;
+        if (const auto function = gpu::find_backward_kernel<Op>(p, plan, aligned))
           all.insert(reinterpret_cast<const void*>(function));
+      }
+    gpu::visit_terms<Op>(
+        p, [&](auto terms) { all.insert(reinterpret_cast<const void*>(&gpu::sum_rows<decltype(terms)>)); });
   };
   for (const DType x : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) add(x, x);
   if (!Op::kGated) add(DType::kFloat32, DType::kFloat16), add(DType::kFloat32, DType::kBFloat16);

@@ -191,10 +191,32 @@ std::vector<Case> many_rows_gradient_cases(bool gated) {
   return cases;
 }
 
+std::vector<Case> two_rows_gradient_cases(bool gated) {
+  Drawing drawing(gated);
+  std::vector<Case> cases;
+  for (size_t d = 0; d < (gated ? kGatedGradientDTypes : std::size(kGradientDTypes)); ++d) {
+    int64_t last_row_vectors = 0;
+    for (const BackwardTuning& kernel : kBackwardKernels) {
+      if (!has_one_row_kernel(kernel)) continue;
+      Case c = drawing.draw(kGradientDTypes[d], (last_row_vectors + 1) * items_of(kGradientDTypes[d][0]));
+      last_row_vectors = kernel.row_vectors;
+      RowParams p{};
+      p.hidden = c.hidden;
+      p.dtypes[kX] = c.dtype;
+      p.rows = 1;
+      c.rows = {"rows", {int64_t{kernel.chunks} * make_backward_plan(p, true, 32).groups() + 2}, {0}, 0};
+      c.alignment = Alignment::kWhole;
+      cases.push_back(c);
+    }
+  }
+  return cases;
+}
+
 std::vector<Case> gradient_cases() {
   std::vector<Case> cases;
   for (const bool gated : {false, true})
-    for (const auto& some : {few_rows_gradient_cases(gated), many_rows_gradient_cases(gated)})
+    for (const auto& some :
+         {few_rows_gradient_cases(gated), two_rows_gradient_cases(gated), many_rows_gradient_cases(gated)})
       cases.insert(cases.end(), some.begin(), some.end());
   return cases;
 }

@@ -29,6 +29,8 @@ std::vector<Case> few_rows_gradient_cases(bool gated);
 // its loop behind it when it comes to the last ones, of which there are too few for all blocks. (Not the gated norm's
 // longest rows.)
 std::vector<Case> many_rows_gradient_cases(bool gated);
+// Of each dtype, and of each kernel for which few rows have a kernel of their own: so many rows that a block has two.
+std::vector<Case> two_rows_gradient_cases(bool gated);
 
 // All of these.
 std::vector<Case> gradient_cases();

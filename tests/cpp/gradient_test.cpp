@@ -17,6 +17,13 @@ class Gradients : public testing::TestWithParam<const char*> {
     if (const std::string why = target().missing(); !why.empty()) GTEST_SKIP() << target().name() << ": " << why;
   }
   Target& target() { return find_target(GetParam()); }
+  // One in three, since they take long, and AreRightForManyRows has each kernel already.
+  void check_some_of_two_rows(bool gated) {
+    std::vector<Case> some;
+    const std::vector<Case> all = two_rows_gradient_cases(gated);
+    for (size_t i = 0; i < all.size(); i += 3) some.push_back(all[i]);
+    for_each_case(some, [&](const Case& c) { return check_gradients(target(), c); });
+  }
   // Emulated GPUs have the same bits at both wave widths.
   Target* alike() { return target().name() == "emulated64" ? &find_target("emulated32") : nullptr; }
 };
@@ -29,6 +36,8 @@ TEST_P(Gradients, AreRightForManyRows) {
   for_each_case(many_rows_gradient_cases(false), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
 
+TEST_P(Gradients, AreRightForTwoRowsOfABlock) { check_some_of_two_rows(false); }
+
 class GatedGradients : public Gradients {};
 
 TEST_P(GatedGradients, AreRightForFewRows) {
@@ -38,6 +47,8 @@ TEST_P(GatedGradients, AreRightForFewRows) {
 TEST_P(GatedGradients, AreRightForManyRows) {
   for_each_case(many_rows_gradient_cases(true), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
+
+TEST_P(GatedGradients, AreRightForTwoRowsOfABlock) { check_some_of_two_rows(true); }
 
 INSTANTIATE_TEST_SUITE_P(, GatedGradients, testing::Values("emulated32", "emulated64", "cpu", "cuda"),
                          [](const auto& info) { return info.param; });

@@ -381,7 +381,7 @@ TEST_F(BackwardPlans, FitTheGpu) {
       }
     }
   });
-  EXPECT_EQ(0, kSumColumns * kMinSumParts % 64) << "blocks of sum_chunks have whole waves";
+  EXPECT_EQ(0, (kSumColumns << kLog2MinSumParts) % 64) << "blocks of sum_chunks have whole waves";
 }
 
 TEST_F(BackwardPlans, CoverTheRowExactly) {
@@ -406,6 +406,17 @@ TEST_F(BackwardPlans, CoverTheRowExactly) {
       count(plan, hidden, float{});
     else if (dtype == DType::kFloat16)
       count(plan, hidden, float16{});
+  });
+}
+
+TEST_F(BackwardPlans, HaveAKernelOfTheirOwnForOneRowOfAGroup) {
+  for_all([&](int64_t hidden, DType dtype, bool aligned) {
+    const BackwardPlan one = plan_of(hidden, dtype, 1, aligned);
+    const BackwardTuning& kernel = kBackwardKernels[one.kernel];
+    EXPECT_EQ(aligned && kernel.scope != Scope::kTwoPasses && kernel.vectors < 4, one.one_row);
+    const int64_t most = int64_t{kernel.chunks} * one.groups();
+    EXPECT_EQ(one.one_row, plan_of(hidden, dtype, most, aligned).one_row);
+    EXPECT_FALSE(plan_of(hidden, dtype, most + 1, aligned).one_row);
   });
 }
 
