@@ -103,7 +103,7 @@ def parse_backward(demangled: str) -> BackwardName | None:
     words = [word for word in (numbers or "").split(", ") if word]
     if function == "sum_rows":
         threads = 1024 if x == "float" else 512
-        return BackwardName("sum of rows", terms, x, dout, "block", 1, 4, threads, True)
+        return BackwardName("sum of rows", terms, x, dout, "block", 1, 4, threads, words[0] == "true")
     if function == "backpropagate_in_two_passes":
         return BackwardName("two passes", terms, x, dout, "two passes", 1, 1, int(words[0]), words[-1] == "true")
     scope, vectors, *others = words

@@ -92,8 +92,8 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k)
         Terms::template hold<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k]);
-    backpropagate_step<Terms, kScope, kThreads, kAligned>(p, launch, at, now, held, factors, first, step, end_of, use,
-                                                          dweight, wait_for_next);
+    backpropagate_step<Terms, kScope, kThreads, kAligned>(p, launch, partials, place, at, now, held, factors, first,
+                                                          step, end_of, use, dweight, wait_for_next);
   }
   put_dweight<kScope, kThreads, kAligned>(p, launch, partials, chunk, place, first, dweight);
 }
@@ -128,12 +128,9 @@ backpropagate_one_row(RowParams p, Launch launch, Partials partials) {
   for (int k = 0; k < kVectors; ++k) weight[k].unpack(p, factors.w[k]);
   int use = 0;
   float dweight[kVectors][Terms::kCount] = {};
-  const RowStatistics statistics = backpropagate_step<Terms, kScope, kThreads, true>(
-      p, launch, at, now, held, factors, first, 1, [&](const ShortRowSteps&) { return end; }, use, dweight, [] {});
-  if (partials.to == SumsTo::kRows) {
-    if (place.slot == 0 && end != 0) partials.sums[at[0].row] = statistics.rstd;
-    return;
-  }
+  const auto end_of = [&](const ShortRowSteps&) { return end; };
+  backpropagate_step<Terms, kScope, kThreads, true>(p, launch, partials, place, at, now, held, factors, first, 1,
+                                                    end_of, use, dweight, [] {});
   put_dweight<kScope, kThreads, true>(p, launch, partials, chunk, place, first, dweight);
 }
 
@@ -178,6 +175,7 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
       sum_over_row<Scope::kBlock, kThreads, 2>(sums, launch, use++);
       statistics.replace_mean(p, sums[0]);
     }
+    if (partials.to == SumsTo::kRows && slot == 0) partials.sums[row.index()] = statistics.rstd;
     each_vector([&](int64_t first, auto& s, auto& u, auto& w, auto& loaded, auto& held) {
       float ds[kCount];
 #pragma unroll
@@ -186,7 +184,7 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
         ds[i] = statistics.ds(s[i], u[i] * w[i]);
       }
       Terms::template store<kAligned>(p, row, first, step, end, loaded, held, s, w, ds);
-      if (partials.to == SumsTo::kNowhere) return;
+      if (partials.to != SumsTo::kMemory) return;
       float* const to = partials.row(chunk);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {

@@ -83,12 +83,14 @@ RowParams two_dimensions(RowParams p) {
   return p;
 }
 
-// Whether rows can be read anew once the kernel of the rows has run.
-bool keeps_its_inputs(const RowParams& p) {
+// Whether sum_rows() can compute dweight: it has threads for all rows, counts in 32 bits, and finds the rows as they
+// were.
+bool has_few_rows(const RowParams& p) {
+  const int64_t most = groups_of(p) * kMaxSumParts * kRowsOfPart;
+  bool kept = true;
   for (const Operand out : {kDX, kDGate})
-    for (const Operand in : {kX, kDOut, kGate})
-      if (p.data[out] && p.data[out] == p.data[in]) return false;
-  return true;
+    for (const Operand in : {kX, kDOut, kGate}) kept = kept && !(p.data[out] && p.data[out] == p.data[in]);
+  return kept && p.rows <= most && most < INT32_MAX && p.hidden < INT32_MAX / 2;
 }
 
 device::Error sum_partials(const RowParams& params, Partials partials, int64_t chunks, const DeviceFacts& facts,
@@ -104,14 +106,16 @@ device::Error sum_partials(const RowParams& params, Partials partials, int64_t c
 }
 
 template <class Op>
-device::Error sum_rows_of(const RowParams& params, Partials partials, const DeviceFacts& facts, device::Stream stream) {
-  const int64_t groups = groups_of(params), rows = (params.rows + groups - 1) / groups;
+device::Error sum_rows_of(const RowParams& params, bool aligned, Partials partials, const DeviceFacts& facts,
+                          device::Stream stream) {
+  const int64_t groups = groups_of(params), rows = params.rows / groups;
   int32_t parts = kMinRowParts;
   while (parts * kRowsOfPart < rows) parts *= 2;
   return visit_terms<Op>(params, [&](auto terms) {
     using Terms = decltype(terms);
+    const auto kernel = aligned ? &sum_rows<Terms, true> : &sum_rows<Terms, false>;
     const Grid grid{groups * ((params.hidden + kSumColumns - 1) / kSumColumns), kSumColumns / Terms::kCount * parts, 1};
-    return device::launch(&sum_rows<Terms>, grid, stream, facts, params, partials, static_cast<int32_t>(groups), parts);
+    return device::launch(kernel, grid, stream, facts, params, partials, static_cast<int32_t>(groups), parts);
   });
 }
 
@@ -140,8 +144,7 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
     const BackwardPlan plan = plan_of(params);
     const bool alone = slices.count == 1 && plan.chunks == groups_of(params) && plan.scope != Scope::kTwoPasses &&
                        reinterpret_cast<uintptr_t>(params.data[kDWeight]) % kVectorBytes == 0;
-    const bool few = slices.count == 1 && plan.one_row && keeps_its_inputs(params) &&
-                     params.rows <= groups_of(params) * kMaxSumParts * kRowsOfPart;
+    const bool few = slices.count == 1 && has_few_rows(params);
     partials.to = alone ? SumsTo::kDWeight : few ? SumsTo::kRows : SumsTo::kMemory;
   }
   const int64_t floats = partials.to == SumsTo::kMemory ? chunks * params.hidden : params.rows;
@@ -159,7 +162,7 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   if (partials.to == SumsTo::kMemory && error == device::kSuccess)
     error = sum_partials(params, partials, chunks, facts, stream);
   if (partials.to == SumsTo::kRows && error == device::kSuccess)
-    error = sum_rows_of<Op>(params, partials, facts, stream);
+    error = sum_rows_of<Op>(params, aligned(params), partials, facts, stream);
   if (error == device::kSuccess) return Status::kOk;
   std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", call.op->name, device::error_text(error));
   return Status::kDeviceError;

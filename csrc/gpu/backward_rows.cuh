@@ -102,6 +102,7 @@ class LongRowSteps {
   GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, int64_t start, int64_t step)
       : p_(p), at_(p, start), step_(p, step), index_(start), rows_step_(step) {}
 
+  GEMMA_NORM_DEVICE int64_t index() const { return index_; }
   GEMMA_NORM_DEVICE bool has_row() const { return index_ < p_.rows; }
   GEMMA_NORM_DEVICE void next() {
     index_ += rows_step_;

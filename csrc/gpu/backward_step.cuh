@@ -63,14 +63,16 @@ struct BlockPlace {
 
 // The rows of a step, kRows of each group: from what was loaded of them, computes dx and adds to dweight. All threads
 // of a block call this together, since they exchange; `use` counts the exchanges. before_stores() is called once dx is
-// known. Returns the statistics of the last row.
+// known.
 template <class Terms, Scope kScope, int kThreads, bool kAligned, int kRows, int kVectors, class Factors, class First,
           class EndOf, class BeforeStores>
-GEMMA_NORM_DEVICE RowStatistics
-backpropagate_step(const RowParams& p, const Launch& launch, const ShortRowSteps (&at)[kRows],
-                   const typename Terms::Loaded (&now)[kRows][kVectors], typename Terms::Held (&held)[kRows][kVectors],
-                   const Factors& factors, const First& first, int step, const EndOf& end_of, int& use,
-                   float (&dweight)[kVectors][Terms::kCount], const BeforeStores& before_stores) {
+GEMMA_NORM_DEVICE void backpropagate_step(const RowParams& p, const Launch& launch, const Partials& partials,
+                                          const BlockPlace<kScope>& place, const ShortRowSteps (&at)[kRows],
+                                          const typename Terms::Loaded (&now)[kRows][kVectors],
+                                          typename Terms::Held (&held)[kRows][kVectors], const Factors& factors,
+                                          const First& first, int step, const EndOf& end_of, int& use,
+                                          float (&dweight)[kVectors][Terms::kCount],
+                                          const BeforeStores& before_stores) {
   constexpr int kCount = Terms::kCount, kUses = 2;
   const auto each_vector = [&](int r, const auto& visit) {
 #pragma unroll
@@ -117,7 +119,11 @@ backpropagate_step(const RowParams& p, const Launch& launch, const ShortRowSteps
       }
       Terms::template store<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k], s, w, ds);
     });
-  return statistics[kRows - 1];
+  if (partials.to == SumsTo::kRows && place.slot == 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (at[r].row < p.rows) partials.sums[at[r].row] = statistics[r].rstd;
+  }
 }
 
 // Hands over a block's sums of dweight, first adding up those of its groups, in order.

@@ -129,8 +129,8 @@ sum_chunks(RowParams p, Partials partials, int32_t chunks, int32_t log2_parts) {
 
 // Computes dweight of rows whose rstd is in `partials`. A block has kSumColumns columns of one group, and `parts`
 // threads for each vector of them; thread i of a vector has rows i, i + parts, ... of the group, at most kRowsOfPart.
-// It loads them while the kernel before still computes dx.
-template <class Terms>
+// It loads aligned rows while the kernel before still computes dx.
+template <class Terms, bool kAligned>
 GEMMA_NORM_KERNEL(kSumColumns / Terms::kCount * kMaxSumParts, 1)
 sum_rows(RowParams p, Partials partials, int32_t groups, int32_t parts) {
   constexpr int kCount = Terms::kCount, kVectors = kSumColumns / kCount;
@@ -144,23 +144,31 @@ sum_rows(RowParams p, Partials partials, int32_t groups, int32_t parts) {
   const int first = first_column + thread % kVectors * kCount, last_row = static_cast<int>(p.rows) - 1;
   const auto has_row = [&](int r) { return group + (part + r * parts) * groups <= last_row; };
   const auto row = [&](int r) { return has_row(r) ? group + (part + r * parts) * groups : last_row; };
-  // What does not exist is loaded from where something is, and left out of the sum. So the loads have no conditions,
-  // and go out back to back.
-  const int from = first < hidden ? first : 0;
   ShortRowSteps at[kRowsOfPart];
 #pragma unroll
   for (int r = 0; r < kRowsOfPart; ++r) at[r] = ShortRowSteps(p, row(r));
   typename Terms::Loaded loaded[kRowsOfPart];
+  if constexpr (kAligned) {
+    // What does not exist is loaded from where something is, and left out of the sum. So the loads have no conditions,
+    // and go out back to back.
+    const int from = first < hidden ? first : 0;
 #pragma unroll
-  for (int r = 0; r < kRowsOfPart; ++r)
-    Terms::template load<true, Reuse::kEarly>(p, at[r], from, 1, NoEnd(), loaded[r]);
+    for (int r = 0; r < kRowsOfPart; ++r)
+      Terms::template load<true, Reuse::kEarly>(p, at[r], from, 1, NoEnd(), loaded[r]);
+  }
   device::wait_for_previous_kernel(partials.sums, p.data[kDWeight]);
   device::allow_next_kernel();
+  if constexpr (!kAligned) {
+#pragma unroll
+    for (int r = 0; r < kRowsOfPart; ++r)
+      Terms::template load<false, Reuse::kSome>(p, at[r], first, 1, hidden, loaded[r]);
+  }
   float rstd[kRowsOfPart], sum[kCount] = {};
 #pragma unroll
   for (int r = 0; r < kRowsOfPart; ++r) rstd[r] = partials.sums[row(r)];
 #pragma unroll
   for (int r = 0; r < kRowsOfPart; ++r) {
+    if (group + r * parts * groups > last_row) break;  // no thread has such a row
     float s[kCount], u[kCount];
     Terms::values(p, loaded[r], s, u);
 #pragma unroll

@@ -23,8 +23,10 @@ std::set<const void*> all_backward_kernels() {
         if (const auto function = gpu::find_backward_kernel<Op>(p, plan, aligned))
           all.insert(reinterpret_cast<const void*>(function));
       }
-    gpu::visit_terms<Op>(
-        p, [&](auto terms) { all.insert(reinterpret_cast<const void*>(&gpu::sum_rows<decltype(terms)>)); });
+    gpu::visit_terms<Op>(p, [&](auto terms) {
+      all.insert(reinterpret_cast<const void*>(&gpu::sum_rows<decltype(terms), false>));
+      all.insert(reinterpret_cast<const void*>(&gpu::sum_rows<decltype(terms), true>));
+    });
   };
   for (const DType x : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) add(x, x);
   if (!Op::kGated) add(DType::kFloat32, DType::kFloat16), add(DType::kFloat32, DType::kBFloat16);
