@@ -92,8 +92,13 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k)
         Terms::template hold<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k]);
-    backpropagate_step<Terms, kScope, kThreads, kAligned>(p, launch, partials, place, at, now, held, factors, first,
-                                                          step, end_of, use, dweight, wait_for_next);
+    backpropagate_step<Terms, kScope, kThreads, kAligned>(p, launch, at, now, held, factors, first, step, end_of, use,
+                                                          dweight, [&](const auto& statistics) {
+                                                            wait_for_next();
+                                                            // Few aligned rows have the kernel below.
+                                                            if constexpr (!kAligned)
+                                                              store_rstd(p, partials, place, at, statistics);
+                                                          });
   }
   put_dweight<kScope, kThreads, kAligned>(p, launch, partials, chunk, place, first, dweight);
 }
@@ -129,8 +134,9 @@ backpropagate_one_row(RowParams p, Launch launch, Partials partials) {
   int use = 0;
   float dweight[kVectors][Terms::kCount] = {};
   const auto end_of = [&](const ShortRowSteps&) { return end; };
-  backpropagate_step<Terms, kScope, kThreads, true>(p, launch, partials, place, at, now, held, factors, first, 1,
-                                                    end_of, use, dweight, [] {});
+  backpropagate_step<Terms, kScope, kThreads, true>(
+      p, launch, at, now, held, factors, first, 1, end_of, use, dweight,
+      [&](const auto& statistics) { store_rstd(p, partials, place, at, statistics); });
   put_dweight<kScope, kThreads, true>(p, launch, partials, chunk, place, first, dweight);
 }
 
@@ -159,9 +165,7 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
         Terms::template load<kAligned, Reuse::kSome>(p, row, first, step, end, loaded);
         Terms::template hold<kAligned>(p, row, first, step, end, loaded, held);
         Terms::values(p, loaded, held, s, u);
-        Factors<X> factors;
-        factors.template load<kAligned>(p, weights, first, step, end);
-        factors.unpack(p, w);
+        Factors<X>().template read<kAligned>(p, weights, first, step, end, w);
         visit(first, s, u, w, loaded, held);
       }
     };

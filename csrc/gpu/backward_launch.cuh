@@ -84,10 +84,11 @@ RowParams two_dimensions(RowParams p) {
 }
 
 // Whether sum_rows() can compute dweight: it has threads for all rows, counts in 32 bits, and finds the rows as they
-// were.
+// were. Aligned rows must be short enough for a kernel that leaves their rstd; others are treated alike, for the same
+// bits.
 bool has_few_rows(const RowParams& p) {
   const int64_t most = groups_of(p) * kMaxSumParts * kRowsOfPart;
-  bool kept = true;
+  bool kept = has_one_row_kernel(kBackwardKernels[make_backward_plan(p, true, 32).kernel]);
   for (const Operand out : {kDX, kDGate})
     for (const Operand in : {kX, kDOut, kGate}) kept = kept && !(p.data[out] && p.data[out] == p.data[in]);
   return kept && p.rows <= most && most < INT32_MAX && p.hidden < INT32_MAX / 2;

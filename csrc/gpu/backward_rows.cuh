@@ -25,33 +25,48 @@ class Factors {
   // Starts the loads.
   template <bool kAligned, class Index>
   GEMMA_NORM_DEVICE void load(const RowParams& p, const char* weights, Index first, int step, Index end) {
-    visit(p, [&](auto item) {
-      using W = decltype(item);
-      constexpr int kEach = kCount / kLoads<W>;
-#pragma unroll
-      for (int i = 0; i < kLoads<W>; ++i) {
-        const Index at = first + static_cast<Index>(i) * kEach * step;
-        v_[i] = load_items<kAligned, Reuse::kSome, kEach>(reinterpret_cast<const W*>(weights), at, step, end);
-      }
-    });
+    visit(p, [&](auto item) { load_as<decltype(item), kAligned>(weights, first, step, end); });
   }
   GEMMA_NORM_DEVICE void unpack(const RowParams& p, float (&w)[kCount]) const {
-#pragma unroll
-    for (float& f : w) f = 1.0f;
+    fill(w);
+    visit(p, [&](auto item) { unpack_as<decltype(item)>(p, w); });
+  }
+  // Both at once, which takes fewer registers.
+  template <bool kAligned, class Index>
+  GEMMA_NORM_DEVICE void read(const RowParams& p, const char* weights, Index first, int step, Index end,
+                              float (&w)[kCount]) {
+    fill(w);
     visit(p, [&](auto item) {
-      using W = decltype(item);
-      constexpr int kEach = kCount / kLoads<W>;
-#pragma unroll
-      for (int i = 0; i < kLoads<W>; ++i) unpack_items<W>(v_[i], reinterpret_cast<float(&)[kEach]>(w[i * kEach]));
-      // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
-      if constexpr (sizeof(W) > sizeof(X))
-        for (float& f : w) f = device::keep_nan(f);
-#pragma unroll
-      for (float& f : w) f += p.weight_offset;
+      load_as<decltype(item), kAligned>(weights, first, step, end);
+      unpack_as<decltype(item)>(p, w);
     });
   }
 
  private:
+  static GEMMA_NORM_DEVICE void fill(float (&w)[kCount]) {
+#pragma unroll
+    for (float& f : w) f = 1.0f;
+  }
+  template <class W, bool kAligned, class Index>
+  GEMMA_NORM_DEVICE void load_as(const char* weights, Index first, int step, Index end) {
+    constexpr int kEach = kCount / kLoads<W>;
+#pragma unroll
+    for (int i = 0; i < kLoads<W>; ++i) {
+      const Index at = first + static_cast<Index>(i) * kEach * step;
+      v_[i] = load_items<kAligned, Reuse::kSome, kEach>(reinterpret_cast<const W*>(weights), at, step, end);
+    }
+  }
+  template <class W>
+  GEMMA_NORM_DEVICE void unpack_as(const RowParams& p, float (&w)[kCount]) const {
+    constexpr int kEach = kCount / kLoads<W>;
+#pragma unroll
+    for (int i = 0; i < kLoads<W>; ++i) unpack_items<W>(v_[i], reinterpret_cast<float(&)[kEach]>(w[i * kEach]));
+    // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
+    if constexpr (sizeof(W) > sizeof(X))
+      for (float& f : w) f = device::keep_nan(f);
+#pragma unroll
+    for (float& f : w) f += p.weight_offset;
+  }
   // Calls visit() with an element of the weight's dtype, unless there is no weight.
   template <class Visit>
   static GEMMA_NORM_DEVICE void visit(const RowParams& p, const Visit& visit) {
@@ -175,9 +190,7 @@ class HeldFactors {
 
  private:
   GEMMA_NORM_DEVICE void load_now(int k, float (&w)[kCount]) const {
-    Factors<X> factors;
-    factors.template load<kAligned>(p_, weights_, first_(k), step_, end_);
-    factors.unpack(p_, w);
+    Factors<X>().template read<kAligned>(p_, weights_, first_(k), step_, end_, w);
   }
   GEMMA_NORM_DEVICE static Vector16& place(int k, int i) {
     return device::shared_memory<Shared>().vectors[(k * kCount + i) / kItems<float>][device::thread_index()];

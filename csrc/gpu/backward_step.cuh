@@ -62,12 +62,11 @@ struct BlockPlace {
 };
 
 // The rows of a step, kRows of each group: from what was loaded of them, computes dx and adds to dweight. All threads
-// of a block call this together, since they exchange; `use` counts the exchanges. before_stores() is called once dx is
-// known.
+// of a block call this together, since they exchange; `use` counts the exchanges. before_stores() gets the
+// statistics.
 template <class Terms, Scope kScope, int kThreads, bool kAligned, int kRows, int kVectors, class Factors, class First,
           class EndOf, class BeforeStores>
-GEMMA_NORM_DEVICE void backpropagate_step(const RowParams& p, const Launch& launch, const Partials& partials,
-                                          const BlockPlace<kScope>& place, const ShortRowSteps (&at)[kRows],
+GEMMA_NORM_DEVICE void backpropagate_step(const RowParams& p, const Launch& launch, const ShortRowSteps (&at)[kRows],
                                           const typename Terms::Loaded (&now)[kRows][kVectors],
                                           typename Terms::Held (&held)[kRows][kVectors], const Factors& factors,
                                           const First& first, int step, const EndOf& end_of, int& use,
@@ -106,7 +105,7 @@ GEMMA_NORM_DEVICE void backpropagate_step(const RowParams& p, const Launch& laun
     for (int r = 0; r < kRows; ++r) statistics[r].replace_mean(p, sums[2 * r]);
   }
 
-  before_stores();
+  before_stores(statistics);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
     each_vector(r, [&](int k, auto& s, auto& u, auto& w) {
@@ -119,11 +118,16 @@ GEMMA_NORM_DEVICE void backpropagate_step(const RowParams& p, const Launch& laun
       }
       Terms::template store<kAligned>(p, at[r], first(k), step, end_of(at[r]), now[r][k], held[r][k], s, w, ds);
     });
-  if (partials.to == SumsTo::kRows && place.slot == 0) {
+}
+
+// Leaves the rstd of each row for sum_rows().
+template <Scope kScope, int kRows>
+GEMMA_NORM_DEVICE void store_rstd(const RowParams& p, const Partials& partials, const BlockPlace<kScope>& place,
+                                  const ShortRowSteps (&at)[kRows], const RowStatistics (&statistics)[kRows]) {
+  if (partials.to != SumsTo::kRows || place.slot != 0) return;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (at[r].row < p.rows) partials.sums[at[r].row] = statistics[r].rstd;
-  }
+  for (int r = 0; r < kRows; ++r)
+    if (at[r].row < p.rows) partials.sums[at[r].row] = statistics[r].rstd;
 }
 
 // Hands over a block's sums of dweight, first adding up those of its groups, in order.

@@ -168,7 +168,9 @@ sum_rows(RowParams p, Partials partials, int32_t groups, int32_t parts) {
   for (int r = 0; r < kRowsOfPart; ++r) rstd[r] = partials.sums[row(r)];
 #pragma unroll
   for (int r = 0; r < kRowsOfPart; ++r) {
-    if (group + r * parts * groups > last_row) break;  // no thread has such a row
+    // Computing the gate's activation takes long, so it is left out where no thread has such a row. Without a gate, the
+    // branch would take longer.
+    if (Terms::kGated && group + r * parts * groups > last_row) break;
     float s[kCount], u[kCount];
     Terms::values(p, loaded[r], s, u);
 #pragma unroll
