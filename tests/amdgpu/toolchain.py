@@ -45,6 +45,7 @@ class Target:
     registers: int  # vector registers a SIMD has for each lane
     granule: int  # in which they are allocated
     max_waves: int  # a SIMD holds
+    like: str = ""  # another target with the same instructions for our kernels
 
     def waves(self, registers: int) -> int:
         """How many waves a SIMD holds whose kernel needs that many registers."""
@@ -64,11 +65,11 @@ TARGETS = {
         Target("gfx942", 9402, "clang", 64, 512, 8, 8),
         Target("gfx950", 9500, "zig", 64, 512, 8, 8),
         Target("gfx1100", 11000, "clang", 32, 1536, 24, 16),
-        Target("gfx1101", 11001, "clang", 32, 1536, 24, 16),
-        Target("gfx1102", 11002, "clang", 32, 1024, 16, 16),
+        Target("gfx1101", 11001, "clang", 32, 1536, 24, 16, like="gfx1100"),
+        Target("gfx1102", 11002, "clang", 32, 1024, 16, 16, like="gfx1100"),
         Target("gfx1150", 11500, "clang", 32, 1024, 16, 16),
-        Target("gfx1151", 11501, "clang", 32, 1536, 24, 16),
-        Target("gfx1200", 12000, "clang", 32, 1536, 24, 16),
+        Target("gfx1151", 11501, "clang", 32, 1536, 24, 16, like="gfx1150"),
+        Target("gfx1200", 12000, "clang", 32, 1536, 24, 16, like="gfx1201"),
         Target("gfx1201", 12001, "clang", 32, 1536, 24, 16),
         Target("gfx1250", 12500, "zig", 32, 1024, 16, 16),
     )
