@@ -179,7 +179,7 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
       sum_over_row<Scope::kBlock, kThreads, 2>(sums, launch, use++);
       statistics.replace_mean(p, sums[0]);
     }
-    if (partials.to == SumsTo::kRows && slot == 0) partials.sums[row.index()] = statistics.rstd;
+    if (!kAligned && partials.to == SumsTo::kRows && slot == 0) partials.sums[row.index()] = statistics.rstd;
     each_vector([&](int64_t first, auto& s, auto& u, auto& w, auto& loaded, auto& held) {
       float ds[kCount];
 #pragma unroll

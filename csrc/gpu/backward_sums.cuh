@@ -166,6 +166,9 @@ sum_rows(RowParams p, Partials partials, int32_t groups, int32_t parts) {
   float rstd[kRowsOfPart], sum[kCount] = {};
 #pragma unroll
   for (int r = 0; r < kRowsOfPart; ++r) rstd[r] = partials.sums[row(r)];
+  // Else compilers would move the loads of a gated norm behind the branch below.
+#pragma unroll
+  for (int r = 0; r < kRowsOfPart; ++r) Terms::wait_for(loaded[r]);
 #pragma unroll
   for (int r = 0; r < kRowsOfPart; ++r) {
     // Computing the gate's activation takes long, so it is left out where no thread has such a row. Without a gate, the
