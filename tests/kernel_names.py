@@ -68,15 +68,20 @@ class RopeName:
     weight: str
     angles: str
     vectors: int
-    aligned: bool
+    partner: str  # where the other element of a pair is
     threads = 128
+
+    @property
+    def aligned(self) -> bool:
+        return self.partner != "memory"
 
     def __str__(self) -> str:
         words = [f"{self.vectors} vectors", f"{self.x} x", f"{self.weight} weight", f"{self.angles} angles"]
-        return ", ".join(["rope", *words] + (["aligned"] if self.aligned else []))
+        return ", ".join(["rope", *words, f"partner in {self.partner}"])
 
 
-# void gemma_norm::gpu::rotate_heads<gemma_norm::bfloat16, float, float, 2, true>(...)
+PARTNERS = ("vector", "thread", "other lane", "memory")
+# void gemma_norm::gpu::rotate_heads<gemma_norm::bfloat16, float, float, 2, (gemma_norm::gpu::Partner)1>(...)
 ROPE_PATTERN = re.compile(r"void gemma_norm::gpu::rotate_heads<(.*?)>\(")
 # void gemma_norm::gpu::backpropagate_rows<gemma_norm::gpu::PlainTerms<gemma_norm::float16, ...>, ...>(...)
 BACKWARD_PATTERN = re.compile(
@@ -120,8 +125,8 @@ def parse(demangled: str) -> KernelName | BackwardName | RopeName:
     if backward := parse_backward(demangled):
         return backward
     if rope := ROPE_PATTERN.match(demangled):
-        x, weight, angles, vectors, aligned = (word.removeprefix("gemma_norm::") for word in rope[1].split(", "))
-        return RopeName(x, weight, angles, int(vectors), aligned == "true")
+        x, weight, angles, vectors, partner = (word.removeprefix("gemma_norm::") for word in rope[1].split(", "))
+        return RopeName(x, weight, angles, int(vectors), PARTNERS[int(re.sub(r"\D", "", partner))])
     matched = PATTERN.match(demangled)
     if not matched:
         raise ValueError(f"not a kernel of this project: {demangled}")

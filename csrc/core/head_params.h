@@ -22,17 +22,17 @@ struct HeadParams {
   int64_t cache_rows, cache_stride;  // cache_rows is 0 if cos and sin are given
   int64_t axis_stride;               // from one of a token's positions to the next; 0 if it has one
   int32_t mrope_interleaved;
-  int32_t sections[2];  // of the height and of the width
+  // Pairs begin to end - 1 take the position of the height and that of the width or, with mrope_interleaved, those of
+  // them that have its turn.
+  int32_t begin[2], end[2];
 
   // Which of a token's positions the pair takes.
   GEMMA_NORM_ANYWHERE int axis(int pair) const {
     if (!axis_stride) return 0;
-    if (mrope_interleaved) {
-      const int axis = pair % 3;
-      return axis != 0 && pair / 3 < (axis == 1 ? sections[0] : sections[1]) ? axis : 0;
-    }
-    const int pairs = rotary / 2;
-    return pair >= pairs - sections[1] ? 2 : pair >= pairs - sections[1] - sections[0] ? 1 : 0;
+    const auto takes = [&](int axis) {
+      return pair >= begin[axis - 1] && pair < end[axis - 1] && (!mrope_interleaved || pair % 3 == axis);
+    };
+    return takes(2) ? 2 : takes(1) ? 1 : 0;
   }
   GEMMA_NORM_ANYWHERE int pair_of(int i) const {
     const int half = rotary / 2;
@@ -68,7 +68,11 @@ inline HeadParams head_params(const Call& call) {
   if (options.mrope_section.count) {
     h.axis_stride = call.tensors[kPositions]->strides[0];
     h.mrope_interleaved = options.mrope_interleaved;
-    for (int i = 0; i < 2; ++i) h.sections[i] = static_cast<int32_t>(options.mrope_section.sizes[i + 1]);
+    const auto size = [&](int axis) { return static_cast<int32_t>(options.mrope_section.sizes[axis]); };
+    for (int i = 0, at = size(0); i < 2; at += size(++i)) {
+      h.begin[i] = h.mrope_interleaved ? 0 : at;
+      h.end[i] = h.mrope_interleaved ? 3 * size(i + 1) : at + size(i + 1);
+    }
   }
   return h;
 }

@@ -127,6 +127,33 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+template <class T>
+GEMMA_NORM_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+GEMMA_NORM_DEVICE uint32_t multiply_pairs<bfloat16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 v =
+      __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
+template <>
+GEMMA_NORM_DEVICE uint32_t multiply_pairs<float16>(uint32_t a, uint32_t b) {
+  const __half2 v = __hmul2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
+template <class T>
+GEMMA_NORM_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
+template <>
+GEMMA_NORM_DEVICE uint32_t add_pairs<bfloat16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 v =
+      __hadd2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
+template <>
+GEMMA_NORM_DEVICE uint32_t add_pairs<float16>(uint32_t a, uint32_t b) {
+  const __half2 v = __hadd2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
 template <class... Values>
 GEMMA_NORM_DEVICE void need_together(Values...) {}
 

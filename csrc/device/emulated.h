@@ -207,6 +207,7 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream, const DeviceFact
 
 }  // namespace gemma_norm::device
 
+#include "pairs.h"
 #include "reciprocal_root.h"
 #include "scalar.h"
 

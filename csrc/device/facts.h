@@ -12,7 +12,7 @@ struct DeviceFacts {
   int64_t max_threads;     // the largest number of threads in a launch (HIP: 2^32 - 1)
   bool overlap_launch;     // the next kernel may start before this one ends (programmatic dependent launch)
   int32_t max_cluster;     // blocks of the largest thread block cluster; 1 if the GPU has no clusters
-  int32_t processors = 0;  // streaming multiprocessors; needed only with clusters or overlap_launch
+  int32_t processors = 0;  // streaming multiprocessors or compute units
 };
 
 // How many threads a launch starts.

@@ -80,6 +80,10 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
   return v;
 }
 
+GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) {
+  return as_float(__builtin_amdgcn_ds_bpermute((threadIdx.x ^ distance) * 4, as_bits(v)));
+}
+
 // The lanes of a wave run together, so only the compiler must keep the order.
 GEMMA_NORM_DEVICE void wave_barrier() {
   asm volatile("" ::: "memory");
@@ -211,15 +215,18 @@ inline const char* error_text(Error e) {
 // The facts of the current device, queried once for each device.
 static Error facts(DeviceFacts* result, const void*) {
   constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else the wave width
+  static std::atomic<int> known[kMaxDevices];  // 0: not yet; else the wave width + 128 * processors
   int device;
   if (const Error e = hipGetDevice(&device)) return e;
-  int width = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (width == 0) {
+  int state = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (state == 0) {
+    int width, processors;
     if (const Error e = hipDeviceGetAttribute(&width, hipDeviceAttributeWarpSize, device)) return e;
-    if (device < kMaxDevices) known[device].store(width, std::memory_order_relaxed);
+    if (const Error e = hipDeviceGetAttribute(&processors, hipDeviceAttributeMultiprocessorCount, device)) return e;
+    state = width + 128 * processors;
+    if (device < kMaxDevices) known[device].store(state, std::memory_order_relaxed);
   }
-  *result = {width, (int64_t{1} << 32) - 1, false, 1, 0};
+  *result = {state % 128, (int64_t{1} << 32) - 1, false, 1, state / 128};
   return kSuccess;
 }
 
@@ -233,6 +240,7 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 }  // namespace gemma_norm::device
 
 #include "no_clusters.h"
+#include "pairs.h"
 #include "reciprocal_root.h"
 #include "scalar.h"
 

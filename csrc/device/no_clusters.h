@@ -7,7 +7,6 @@ namespace gemma_norm::device {
 GEMMA_NORM_DEVICE int64_t cluster_index() { return 0; }
 GEMMA_NORM_DEVICE int cluster_rank() { return 0; }
 GEMMA_NORM_DEVICE int cluster_blocks() { return 1; }
-GEMMA_NORM_DEVICE float value_of_lane(int, float v) { return v; }
 struct Inbox {};
 GEMMA_NORM_DEVICE void open_inbox(Inbox*, int) {}
 GEMMA_NORM_DEVICE void wait_for_inboxes() {}

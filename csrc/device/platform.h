@@ -13,7 +13,9 @@
 //   wave_barrier()                   no lane of the wave goes on before all have come here, and the order of their
 //                                    accesses to memory before and after is kept; all lanes must call it
 //   value_of_lane(distance, v)       the v of the lane whose index is this lane's ^ distance; all lanes must call
-//                                    it; only on devices with clusters
+//                                    it
+//   multiply_pairs<T>(a, b) add_pairs<T>(a, b)  for words of two 16-bit elements of type T: the bits of the float32
+//                                    operation, rounded to T
 //   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in
 //                                    the caches
 //   load(p)                          for one that will be read again

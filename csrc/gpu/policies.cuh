@@ -243,8 +243,8 @@ struct SquareSum {
   }
 };
 
-template <bool kQuick>
-GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const RowParams& p) {
+template <bool kQuick, class Params>
+GEMMA_NORM_DEVICE float reciprocal_std(float square_sum, const Params& p) {
   return device::reciprocal_root<kQuick>(device::fma(square_sum, p.inv_hidden, p.eps));
 }
 

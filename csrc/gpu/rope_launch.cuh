@@ -1,6 +1,7 @@
 // Checks a call of qk_norm_rope and launches its kernel.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 
 #include "../core/check.h"
@@ -11,30 +12,37 @@ namespace gemma_norm::gpu {
 namespace {  // unnamed, because the tests link the CUDA and the emulated versions into one program
 
 struct RopeKernel {
-  void (*function)(RowParams, HeadParams, RopeLaunch);
+  void (*function)(RopeParams);
   int32_t resident_threads;  // at least this many fit on a multiprocessor
 };
 
 // The kernel for a plan whose slots own so many vectors. Only float32 heads of more than 256 elements have four.
+template <class X, class W, class A, int kVectors, Partner kPartner>
+constexpr RopeKernel make_rope_kernel() {
+  return {&rotate_heads<X, W, A, kVectors, kPartner>, rope_resident_threads<X, W, A>(kVectors, kPartner)};
+}
 template <class X, class W, class A, int kVectors>
-RopeKernel rope_kernel(bool aligned) {
-  if (!aligned) return {&rotate_heads<X, W, A, kVectors, false>, kRopeThreads};
-  return {&rotate_heads<X, W, A, kVectors, true>, rope_resident_threads<X, W, A>(kVectors)};
+RopeKernel rope_kernel(Partner partner) {
+  static constexpr RopeKernel kTable[] = {make_rope_kernel<X, W, A, kVectors, Partner::kInVector>(),
+                                          make_rope_kernel<X, W, A, kVectors, Partner::kInThread>(),
+                                          make_rope_kernel<X, W, A, kVectors, Partner::kInOtherLane>(),
+                                          make_rope_kernel<X, W, A, kVectors, Partner::kInMemory>()};
+  return kTable[static_cast<int>(partner)];
 }
 template <class X, class W, class A>
-RopeKernel rope_kernel_of(int vectors, bool aligned) {
+RopeKernel rope_kernel_of(int vectors, Partner partner) {
   if constexpr (sizeof(X) == sizeof(float))
-    if (vectors == 4) return rope_kernel<X, W, A, 4>(aligned);
-  return rope_kernel<X, W, A, 2>(aligned);
+    if (vectors == 4) return rope_kernel<X, W, A, 4>(partner);
+  return rope_kernel<X, W, A, 2>(partner);
 }
 
 // Without a weight, the kernel for weights of x's dtype serves. `angles` is the dtype of the cosines and sines.
-inline RopeKernel find_rope_kernel(DType x, DType weight, DType angles, int vectors, bool aligned) {
+inline RopeKernel find_rope_kernel(DType x, DType weight, DType angles, int vectors, Partner partner) {
   const auto find = [&](auto element) -> RopeKernel {
     using X = decltype(element);
     const auto with_weight = [&](auto weight_element) -> RopeKernel {
       using W = decltype(weight_element);
-      return angles == x ? rope_kernel_of<X, W, X>(vectors, aligned) : rope_kernel_of<X, W, float>(vectors, aligned);
+      return angles == x ? rope_kernel_of<X, W, X>(vectors, partner) : rope_kernel_of<X, W, float>(vectors, partner);
     };
     if (weight == DType::kOther || weight == x) return with_weight(X());
     if constexpr (sizeof(X) == sizeof(float))
@@ -53,68 +61,126 @@ inline bool is_multiple(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Whether the heads are whole, aligned vectors, and the weights too. The strides of the tokens are in `p`, those of the
+// Whether the heads, the weights and the angles of each vector of a head are whole, aligned vectors. (The cosines and
+// sines of neighbours that are a pair are half a vector in a cache.) The strides of the tokens are in `p`, those of the
 // heads in `h`.
 inline bool has_aligned_heads(const RowParams& p, const HeadParams& h) {
   const int64_t item = size_of(p.dtypes[kX]), items = kVectorBytes / item;
   bool aligned = p.hidden % items == 0 && h.rotary % items == 0 && (h.interleaved || h.rotary / 2 % items == 0);
-  for (const Operand o : {kX, kKey, kOut, kKeyOut}) {
-    aligned = aligned && is_multiple(p.data[o], kVectorBytes);
-    for (const int64_t stride : p.strides[o]) aligned = aligned && stride % items == 0;
-  }
+  const auto check = [&](Operand o, int64_t bytes) {
+    bytes = bytes < kVectorBytes ? bytes : kVectorBytes;
+    aligned = aligned && is_multiple(p.data[o], bytes);
+    for (const int64_t stride : p.strides[o]) {
+      const int64_t step = stride * size_of(p.dtypes[o]);
+      aligned = aligned && step % bytes == 0 && step >> 32 == 0;
+    }
+  };
+  for (const Operand o : {kX, kKey, kOut, kKeyOut}) check(o, kVectorBytes);
+  for (int i = 0; i < 2; ++i) aligned = aligned && (h.strides[i] | h.out_strides[i]) * item >> 32 == 0;
+  for (const Operand o : {kWeight, kKeyWeight}) check(o, items * size_of(p.dtypes[o]));
   for (int i = 0; i < 2; ++i) aligned = aligned && h.strides[i] % items == 0 && h.out_strides[i] % items == 0;
-  for (const Operand o : {kWeight, kKeyWeight}) {
-    const int64_t bytes = items * size_of(p.dtypes[o]);
-    aligned = aligned && is_multiple(p.data[o], bytes < kVectorBytes ? bytes : kVectorBytes);
+  if (!h.cache_rows) {
+    check(kCos, kVectorBytes);
+    check(kSin, kVectorBytes);
+  } else {
+    const int64_t item = size_of(p.dtypes[kCosSinCache]), bytes = h.interleaved ? items * item / 2 : items * item;
+    check(kCosSinCache, bytes);
+    for (const int64_t offset : {h.cache_stride * item, h.rotary / 2 * item})
+      aligned = aligned && offset % (bytes < kVectorBytes ? bytes : kVectorBytes) == 0;
   }
   return aligned;
 }
 
-// Whether the cosines and sines of each vector of a head are whole, aligned vectors.
-inline bool has_aligned_angles(const RowParams& p, const HeadParams& h) {
-  const int64_t items = kVectorBytes / size_of(p.dtypes[kX]);
+inline Partner partner_of(const LaunchPlan& plan, const RowParams& p, const HeadParams& h) {
+  if (!has_aligned_heads(p, h)) return Partner::kInMemory;
+  if (h.interleaved) return Partner::kInVector;
+  const int64_t items = kVectorBytes / size_of(p.dtypes[kX]), vectors = h.rotary / items;
+  if (vectors == plan.slots * plan.vectors) return Partner::kInThread;
+  // A lane finds another by flipping one bit of its own number.
+  return vectors <= plan.slots && (vectors & (vectors - 1)) == 0 ? Partner::kInOtherLane : Partner::kInMemory;
+}
+
+inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const LaunchPlan& plan) {
+  const int64_t item = size_of(p.dtypes[kX]);
+  const auto of_tokens = [&](Operand o) -> OfTokens {
+    const int64_t bytes = size_of(p.dtypes[o]);
+    if (p.row_dims == 1) return {p.data[o], {0, p.strides[o][0] * bytes}};
+    return {p.data[o], {p.strides[o][0] * bytes, p.strides[o][1] * bytes}};
+  };
+  RopeParams r{};
+  r.x[0] = {of_tokens(kX), h.strides[0] * item}, r.x[1] = {of_tokens(kKey), h.strides[1] * item};
+  r.out[0] = {of_tokens(kOut), h.out_strides[0] * item}, r.out[1] = {of_tokens(kKeyOut), h.out_strides[1] * item};
+  r.weights[0] = p.data[kWeight], r.weights[1] = p.data[kKeyWeight];
   if (h.cache_rows) {
-    const int64_t item = size_of(p.dtypes[kCosSinCache]);
-    return !h.interleaved && !h.axis_stride && is_multiple(p.data[kCosSinCache], kVectorBytes) &&
-           h.cache_stride * item % kVectorBytes == 0 && h.rotary / 2 % items == 0 &&
-           h.rotary / 2 * item % kVectorBytes == 0;
+    char* const cache = static_cast<char*>(p.data[kCosSinCache]);
+    r.cos = {cache, {}};
+    r.sin = {cache + h.rotary / 2 * size_of(p.dtypes[kCosSinCache]), {}};
+    r.positions = of_tokens(kPositions);
+  } else {
+    r.cos = of_tokens(kCos), r.sin = of_tokens(kSin);
   }
-  bool aligned = true;
-  for (const Operand o : {kCos, kSin}) {
-    aligned = aligned && is_multiple(p.data[o], kVectorBytes);
-    for (const int64_t stride : p.strides[o]) aligned = aligned && stride * size_of(p.dtypes[o]) % kVectorBytes == 0;
-  }
-  return aligned;
+  r.h = h;
+  r.rows = {plan.slots, __builtin_ctz(plan.group_threads), kRopeThreads, plan.vectors, plan.whole_vectors};
+  r.inner_tokens = Divider(p.row_dims == 2 ? p.sizes[1] : INT32_MAX);
+  r.hidden = static_cast<int32_t>(p.hidden);
+  r.fills_groups = plan.group_threads * plan.vectors * kVectorBytes == p.hidden * item;
+  r.partner_distance = h.rotary / 2 * static_cast<int32_t>(item) / kVectorBytes;
+  r.int32_positions = p.dtypes[kPositions] == DType::kInt32;
+  r.heads_of_q = static_cast<uint32_t>(h.heads[0]), r.heads = static_cast<uint32_t>(h.heads[0] + h.heads[1]);
+  r.eps = p.eps, r.inv_hidden = p.inv_hidden, r.weight_offset = p.data[kWeight] ? p.weight_offset : 1.0f;
+  return r;
 }
 
-inline Partner partner_of(const LaunchPlan& plan, const HeadParams& h, int64_t items, bool aligned) {
-  if (aligned && h.interleaved) return Partner::kInVector;
-  return aligned && h.rotary == plan.slots * plan.vectors * items ? Partner::kInThread : Partner::kInOtherLane;
+// How many heads of a token a group of lanes works on. As many threads as fit on the GPU are enough, and more than
+// kMostHeads heads a group were no faster (T133).
+constexpr int64_t kMostHeads = 5;
+inline int64_t heads_of_group(int64_t threads, const DeviceFacts& facts, const RopeKernel& kernel) {
+  const int64_t fit = int64_t{facts.processors} * kernel.resident_threads;
+  return std::min(kMostHeads, fit ? (threads + fit - 1) / fit : kMostHeads);
 }
 
 inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const DeviceFacts& facts,
                                   device::Stream stream) {
-  const int64_t items = kVectorBytes / size_of(p.dtypes[kX]);
   const LaunchPlan plan = make_plan(p.hidden, p.dtypes[kX], facts);
-  const bool aligned = has_aligned_heads(p, h);
+  const Partner partner = partner_of(plan, p, h);
   const RopeKernel kernel = find_rope_kernel(p.dtypes[kX], p.dtypes[kWeight],
-                                             p.dtypes[h.cache_rows ? kCosSinCache : kCos], plan.vectors, aligned);
-  const int64_t heads_of_block = kRopeThreads / plan.group_threads;
-  const int64_t limit = facts.max_threads / kRopeThreads, most = limit < INT32_MAX ? limit : INT32_MAX;  // blocks
-  const int64_t all = p.rows * (h.heads[0] + h.heads[1]);
-  RopeLaunch launch{{plan.slots, __builtin_ctz(plan.group_threads), kRopeThreads, plan.vectors, plan.whole_vectors},
-                    partner_of(plan, h, items, aligned),
-                    aligned && has_aligned_angles(p, h),
-                    0,
-                    0};
+                                             p.dtypes[h.cache_rows ? kCosSinCache : kCos], plan.vectors, partner);
+  const int64_t groups_of_block = kRopeThreads / plan.group_threads;
+  const int64_t most_blocks = std::min<int64_t>(facts.max_threads / kRopeThreads, INT32_MAX / groups_of_block);
+  const int64_t most_groups = most_blocks * groups_of_block, heads = h.heads[0] + h.heads[1];
+  int64_t each = partner == Partner::kInMemory ? 1 : heads_of_group(p.rows * heads * plan.group_threads, facts, kernel);
+  if (partner != Partner::kInMemory) each = std::max(each, (heads + most_groups - 1) / most_groups);
+  const int64_t groups_of_token = std::min((heads + each - 1) / each, most_groups);
+  const int64_t most = most_groups / groups_of_token;  // tokens of a launch
+
+  RopeParams r = rope_params(p, h, plan);
+  r.groups_of_block = static_cast<int32_t>(groups_of_block);
+  r.groups_of_token = Divider(groups_of_token);
+  r.heads_of_group = static_cast<int32_t>(each);
   device::Error error = device::kSuccess;
-  for (; launch.first < all && error == device::kSuccess; launch.first += launch.count) {
-    const int64_t left = all - launch.first;
-    launch.count = left < most * heads_of_block ? left : most * heads_of_block;
-    const int64_t blocks = (launch.count + heads_of_block - 1) / heads_of_block;
-    launch.rows.room_for_next = 2 * blocks * kRopeThreads <= int64_t{facts.processors} * kernel.resident_threads;
-    error = device::launch(kernel.function, {blocks, kRopeThreads, 1}, stream, facts, p, h, launch);
+  const auto launch = [&](int64_t outer, int64_t inner, int64_t tokens) {
+    RopeParams from = r;
+    for (OfTokens* of : {&from.x[0].tokens, &from.x[1].tokens, &from.out[0].tokens, &from.out[1].tokens, &from.cos,
+                         &from.sin, &from.positions})
+      if (of->data) of->data = static_cast<char*>(of->data) + outer * of->strides[0] + inner * of->strides[1];
+    from.groups = static_cast<uint32_t>(tokens * groups_of_token);
+    const int64_t blocks = (from.groups + groups_of_block - 1) / groups_of_block;
+    from.rows.room_for_next = 2 * blocks * kRopeThreads <= int64_t{facts.processors} * kernel.resident_threads;
+    for (int64_t head = 0; head < heads && error == device::kSuccess; head += groups_of_token * each) {
+      from.first_head = static_cast<uint32_t>(head);
+      error = device::launch(kernel.function, {blocks, kRopeThreads, 1}, stream, facts, from);
+    }
+  };
+  if (p.rows <= most) {
+    launch(0, 0, p.rows);
+    return error;
   }
+  // So many tokens take several launches, each of which has tokens of one dimension.
+  const int64_t inner_tokens = p.row_dims == 2 ? p.sizes[1] : p.rows;
+  r.inner_tokens = Divider(INT32_MAX);
+  for (int64_t outer = 0; outer < p.rows / inner_tokens; ++outer)
+    for (int64_t inner = 0; inner < inner_tokens && error == device::kSuccess; inner += most)
+      launch(outer, inner, std::min(most, inner_tokens - inner));
   return error;
 }
 
@@ -130,7 +196,7 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   const HeadParams heads = head_params(call);
   DeviceFacts facts;
   device::Error error =
-      device::facts(&facts, reinterpret_cast<const void*>(&rotate_heads<float, float, float, 2, true>));
+      device::facts(&facts, reinterpret_cast<const void*>(&rotate_heads<float, float, float, 2, Partner::kInThread>));
   for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
     error = launch_heads(slices.count == 1 ? params : select_slice(params, slices, i), heads, facts, stream);
   if (error == device::kSuccess) return Status::kOk;

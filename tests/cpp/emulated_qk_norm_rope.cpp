@@ -13,8 +13,9 @@ std::set<const void*> rope_kernels() {
   std::set<const void*> all;
   const auto add = [&](DType x, DType weight, DType angles) {
     for (const int vectors : {2, 4})
-      for (const bool aligned : {false, true})
-        all.insert(reinterpret_cast<const void*>(gpu::find_rope_kernel(x, weight, angles, vectors, aligned).function));
+      for (const gpu::Partner partner :
+           {gpu::Partner::kInVector, gpu::Partner::kInThread, gpu::Partner::kInOtherLane, gpu::Partner::kInMemory})
+        all.insert(reinterpret_cast<const void*>(gpu::find_rope_kernel(x, weight, angles, vectors, partner).function));
   };
   for (const DType weight : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
     add(DType::kFloat32, weight, DType::kFloat32);

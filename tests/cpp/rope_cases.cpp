@@ -324,18 +324,18 @@ std::vector<RopeCase> rope_cases() {
         for (const auto& [head_dim, rotary] : kSizes) {
           const auto fits = [&](DType d) { return d == DType::kFloat32 || d == x; };
           if (!fits(angles) || !(fits(weight) || weight == DType::kOther || x == DType::kFloat32)) continue;
-          for (int i = 0; i < 2; ++i) {
+          for (int i = 0; i < 3; ++i) {
             RopeCase c;
             c.x = x, c.weight = weight, c.angles = angles;
             c.head_dim = head_dim, c.rotary = rotary;
-            c.layout = i ? static_cast<Layout>(random() % static_cast<int>(Layout::kLayouts)) : Layout::kRows;
+            c.layout = i == 1 ? static_cast<Layout>(random() % static_cast<int>(Layout::kLayouts)) : Layout::kRows;
             const std::vector<int64_t> tokens[] = {{}, {1}, {5}, {2, 3}, {2, 1, 2, 2}, {11}};
             c.tokens = tokens[random() % std::size(tokens)];
             c.heads[0] = 1 + random() % 6, c.heads[1] = 1 + random() % 3;
             c.in_place = one_in(2);
             c.cache = one_in(2);
             c.index = one_in(2) ? DType::kInt32 : DType::kInt64;
-            c.interleaved = one_in(3);
+            c.interleaved = i == 2 || (i == 1 && one_in(3));
             c.shared_angles = !c.cache && !c.tokens.empty() && one_in(3);
             c.sections = c.cache ? random() % 3 : 0;
             c.round_rotation = angles == x && one_in(2);
