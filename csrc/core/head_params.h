@@ -22,8 +22,8 @@ struct HeadParams {
   int64_t cache_rows, cache_stride;  // cache_rows is 0 if cos and sin are given
   int64_t axis_stride;               // from one of a token's positions to the next; 0 if it has one
   int32_t mrope_interleaved;
-  // Pairs begin to end - 1 take the position of the height and that of the width or, with mrope_interleaved, those of
-  // them that have its turn.
+  // Pairs begin to end - 1 take the position of the height, axis 1, and that of the width, axis 2; with
+  // mrope_interleaved, those of them with pair % 3 == axis.
   int32_t begin[2], end[2];
 
   // Which of a token's positions the pair takes.
@@ -69,9 +69,10 @@ inline HeadParams head_params(const Call& call) {
     h.axis_stride = call.tensors[kPositions]->strides[0];
     h.mrope_interleaved = options.mrope_interleaved;
     const auto size = [&](int axis) { return static_cast<int32_t>(options.mrope_section.sizes[axis]); };
-    for (int i = 0, at = size(0); i < 2; at += size(++i)) {
-      h.begin[i] = h.mrope_interleaved ? 0 : at;
-      h.end[i] = h.mrope_interleaved ? 3 * size(i + 1) : at + size(i + 1);
+    const int32_t begin[2] = {size(0), size(0) + size(1)};
+    for (int i = 0; i < 2; ++i) {
+      h.begin[i] = h.mrope_interleaved ? 0 : begin[i];
+      h.end[i] = h.mrope_interleaved ? 3 * size(i + 1) : begin[i] + size(i + 1);
     }
   }
   return h;

@@ -95,7 +95,8 @@ backpropagate_rows(RowParams p, Launch launch, Partials partials) {
     backpropagate_step<Terms, kScope, kThreads, kAligned>(p, launch, at, now, held, factors, first, step, end_of, use,
                                                           dweight, [&](const auto& statistics) {
                                                             wait_for_next();
-                                                            // Few aligned rows have the kernel below.
+                                                            // Aligned rows whose rstd is wanted have the kernel below;
+                                                            // see has_few_rows().
                                                             if constexpr (!kAligned)
                                                               store_rstd(p, partials, place, at, statistics);
                                                           });

@@ -84,14 +84,14 @@ RowParams two_dimensions(RowParams p) {
 }
 
 // Whether sum_rows() can compute dweight: it has threads for all rows, counts in 32 bits, and finds the rows as they
-// were. Aligned rows must be short enough for a kernel that leaves their rstd; others are treated alike, for the same
-// bits.
+// were. Aligned rows must be so few and short that they have a kernel that leaves their rstd; others are treated alike,
+// so that the sum over the rows has the same order.
 bool has_few_rows(const RowParams& p) {
   const int64_t most = groups_of(p) * kMaxSumParts * kRowsOfPart;
-  bool kept = has_one_row_kernel(kBackwardKernels[make_backward_plan(p, true, 32).kernel]);
+  bool kept = make_backward_plan(p, true, 32).one_row;
   for (const Operand out : {kDX, kDGate})
     for (const Operand in : {kX, kDOut, kGate}) kept = kept && !(p.data[out] && p.data[out] == p.data[in]);
-  return kept && p.rows <= most && most < INT32_MAX && p.hidden < INT32_MAX / 2;
+  return kept && p.rows <= most && most < INT32_MAX;
 }
 
 device::Error sum_partials(const RowParams& params, Partials partials, int64_t chunks, const DeviceFacts& facts,

@@ -153,7 +153,7 @@ struct RegisterFactors {
   }
 };
 
-// The same for all rows of a block. They are in shared memory, since a thread has no
+// The factors of a thread's vectors for all rows of a block. They are in shared memory, since a thread has no
 // registers for them (T103), each where only its own thread reads it. Long rows read the weights from the caches for
 // each row.
 template <class X, int kVectors, int kThreads, bool kAligned, class First>

@@ -53,7 +53,7 @@ constexpr int32_t kSumColumns = 32, kLog2MinSumParts = 1, kLog2MaxSumParts = 5, 
 constexpr int32_t kMaxSumParts = 1 << kLog2MaxSumParts;
 
 // sum_rows(): how many rows a thread has at most, and the threads that share the rows at least. With these, a block has
-// 64 threads.
+// at least 64 threads.
 constexpr int32_t kRowsOfPart = 4, kMinRowParts = 16;
 
 }  // namespace gemma_norm

@@ -43,8 +43,8 @@ struct Divider {
     while (int64_t{1} << (shift - 31) < by) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
   }
-  // For n < 2^31. The multiplier is at most 1 / divisor too large in units of 2^-shift * divisor, which is too little
-  // to reach the next quotient.
+  // For n < 2^31. The multiplier exceeds 2^shift / divisor by less than 1, so the product is too large by less than
+  // 2^shift / divisor, and the quotient is exact.
   GEMMA_NORM_DEVICE uint32_t operator()(uint32_t n) const {
     return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
   }
@@ -60,7 +60,7 @@ struct OfHeads {
   int64_t stride;  // from head to head, in bytes
 };
 
-// All that the kernel needs, and no more: a GPU's first access to each 64 bytes of a kernel's parameters takes time.
+// What the kernel needs, put together, since a GPU's first access to each 64 bytes of a kernel's parameters takes time.
 struct RopeParams {
   OfHeads x[2], out[2];  // of q and of k
   const void* weights[2];

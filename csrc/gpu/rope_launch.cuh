@@ -61,7 +61,8 @@ inline bool is_multiple(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Whether the heads, the weights and the angles of each vector of a head are whole, aligned vectors. (The cosines and
+// Whether the heads, the weights and the angles of each vector of a head are whole, aligned vectors, and all strides of
+// tokens and heads are less than 2^32 bytes, as the kernels for aligned heads multiply in 32 bits. (The cosines and
 // sines of neighbours that are a pair are half a vector in a cache.) The strides of the tokens are in `p`, those of the
 // heads in `h`.
 inline bool has_aligned_heads(const RowParams& p, const HeadParams& h) {
@@ -76,15 +77,17 @@ inline bool has_aligned_heads(const RowParams& p, const HeadParams& h) {
     }
   };
   for (const Operand o : {kX, kKey, kOut, kKeyOut}) check(o, kVectorBytes);
-  for (int i = 0; i < 2; ++i) aligned = aligned && (h.strides[i] | h.out_strides[i]) * item >> 32 == 0;
   for (const Operand o : {kWeight, kKeyWeight}) check(o, items * size_of(p.dtypes[o]));
-  for (int i = 0; i < 2; ++i) aligned = aligned && h.strides[i] % items == 0 && h.out_strides[i] % items == 0;
+  for (int i = 0; i < 2; ++i)
+    for (const int64_t stride : {h.strides[i], h.out_strides[i]})
+      aligned = aligned && stride % items == 0 && stride * item >> 32 == 0;
   if (!h.cache_rows) {
     check(kCos, kVectorBytes);
     check(kSin, kVectorBytes);
   } else {
     const int64_t item = size_of(p.dtypes[kCosSinCache]), bytes = h.interleaved ? items * item / 2 : items * item;
     check(kCosSinCache, bytes);
+    check(kPositions, 4);
     for (const int64_t offset : {h.cache_stride * item, h.rotary / 2 * item})
       aligned = aligned && offset % (bytes < kVectorBytes ? bytes : kVectorBytes) == 0;
   }
@@ -121,7 +124,8 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Lau
   }
   r.h = h;
   r.rows = {plan.slots, __builtin_ctz(plan.group_threads), kRopeThreads, plan.vectors, plan.whole_vectors};
-  r.inner_tokens = Divider(p.row_dims == 2 ? p.sizes[1] : INT32_MAX);
+  // A larger size has more tokens than a launch, and launch_heads() then divides by nothing.
+  r.inner_tokens = Divider(p.row_dims == 2 && p.sizes[1] < INT32_MAX ? p.sizes[1] : INT32_MAX);
   r.hidden = static_cast<int32_t>(p.hidden);
   r.fills_groups = plan.group_threads * plan.vectors * kVectorBytes == p.hidden * item;
   r.partner_distance = h.rotary / 2 * static_cast<int32_t>(item) / kVectorBytes;
@@ -178,7 +182,7 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
   // So many tokens take several launches, each of which has tokens of one dimension.
   const int64_t inner_tokens = p.row_dims == 2 ? p.sizes[1] : p.rows;
   r.inner_tokens = Divider(INT32_MAX);
-  for (int64_t outer = 0; outer < p.rows / inner_tokens; ++outer)
+  for (int64_t outer = 0; outer < p.rows / inner_tokens && error == device::kSuccess; ++outer)
     for (int64_t inner = 0; inner < inner_tokens && error == device::kSuccess; inner += most)
       launch(outer, inner, std::min(most, inner_tokens - inner));
   return error;
@@ -194,6 +198,11 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   if (const Status status = check(call, &params, &slices, message); status != Status::kOk) return status;
   if (slices.count == 0) return Status::kOk;
   const HeadParams heads = head_params(call);
+  if (heads.heads[0] + heads.heads[1] > INT32_MAX) {
+    std::snprintf(message->text, sizeof message->text, "%s: q and k must have less than 2^31 heads, got %lld and %lld",
+                  call.op->name, static_cast<long long>(heads.heads[0]), static_cast<long long>(heads.heads[1]));
+    return Status::kInvalidArgument;
+  }
   DeviceFacts facts;
   device::Error error =
       device::facts(&facts, reinterpret_cast<const void*>(&rotate_heads<float, float, float, 2, Partner::kInThread>));

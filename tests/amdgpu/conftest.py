@@ -23,9 +23,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("TINYGRAD"):
         return
     targets = [getattr(item, "callspec", None) and item.callspec.params.get("target") for item in items]
-    left_out = [item for item, target in zip(items, targets, strict=True) if target and TARGETS[target].like]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    chosen = [not (target and TARGETS[target].like) for target in targets]
+    config.hook.pytest_deselected(items=[item for item, keep in zip(items, chosen, strict=True) if not keep])
+    items[:] = [item for item, keep in zip(items, chosen, strict=True) if keep]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

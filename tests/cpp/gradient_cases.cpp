@@ -212,12 +212,27 @@ std::vector<Case> two_rows_gradient_cases(bool gated) {
   return cases;
 }
 
+std::vector<Case> grouped_gradient_cases() {
+  Drawing drawing(true);
+  std::vector<Case> cases;
+  for (const auto& [row_vectors, groups] : {std::pair{128, 6}, {512, 2}}) {
+    Case c = drawing.draw(kGradientDTypes[0], row_vectors * items_of(kGradientDTypes[0][0]));
+    c.operands = Operands::kGatedGradients;
+    c.rows = {"rows", {100}, {0}, 0};
+    c.alignment = Alignment::kWhole;
+    Drawing::group(&c, groups);
+    cases.push_back(c);
+  }
+  return cases;
+}
+
 std::vector<Case> gradient_cases() {
   std::vector<Case> cases;
   for (const bool gated : {false, true})
     for (const auto& some :
          {few_rows_gradient_cases(gated), two_rows_gradient_cases(gated), many_rows_gradient_cases(gated)})
       cases.insert(cases.end(), some.begin(), some.end());
+  for (const Case& c : grouped_gradient_cases()) cases.push_back(c);
   return cases;
 }
 

@@ -31,6 +31,8 @@ std::vector<Case> few_rows_gradient_cases(bool gated);
 std::vector<Case> many_rows_gradient_cases(bool gated);
 // Of each dtype, and of each kernel for which few rows have a kernel of their own: so many rows that a block has two.
 std::vector<Case> two_rows_gradient_cases(bool gated);
+// Few rows of a group, but so many groups that a block has two.
+std::vector<Case> grouped_gradient_cases();
 
 // All of these.
 std::vector<Case> gradient_cases();

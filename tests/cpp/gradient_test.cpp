@@ -44,6 +44,10 @@ TEST_P(GatedGradients, AreRightForFewRows) {
   for_each_case(few_rows_gradient_cases(true), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
 
+TEST_P(GatedGradients, AreRightForFewRowsOfManyGroups) {
+  for_each_case(grouped_gradient_cases(), [&](const Case& c) { return check_gradients(target(), c); });
+}
+
 TEST_P(GatedGradients, AreRightForManyRows) {
   for_each_case(many_rows_gradient_cases(true), [&](const Case& c) { return check_gradients(target(), c, alike()); });
 }
