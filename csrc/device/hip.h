@@ -81,7 +81,8 @@ GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
 }
 
 GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) {
-  return as_float(__builtin_amdgcn_ds_bpermute((threadIdx.x ^ distance) * 4, as_bits(v)));
+  const int lane = (static_cast<int>(threadIdx.x) ^ distance) & (wave_width() - 1);
+  return as_float(__builtin_amdgcn_ds_bpermute(lane * 4, as_bits(v)));
 }
 
 // The lanes of a wave run together, so only the compiler must keep the order.
