@@ -10,10 +10,24 @@
 
 namespace gemma_norm {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kOther, kInt32, kInt64 };
+enum class DType : int32_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kOther,
+  kInt32,
+  kInt64,
+  // What operators quantise to. The float8 formats are those of PyTorch's dtypes of the same names.
+  kInt8,
+  kFloat8E4M3FN,
+  kFloat8E4M3FNUZ,
+  kFloat8E5M2,
+};
 
 constexpr bool is_float(DType dtype) { return dtype < DType::kOther; }
+constexpr bool is_quantized(DType dtype) { return dtype >= DType::kInt8; }
 constexpr int64_t size_of(DType dtype) {
+  if (is_quantized(dtype)) return 1;
   return dtype == DType::kInt64 ? 8 : dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
 }
 
@@ -48,9 +62,11 @@ enum Operand : int32_t {
   kSin,          // [..., rotary]
   kCosSinCache,  // [max, rotary]
   kPositions,    // [...] or [3, ...], integers
+  kScale,        // one number, by which a quantised result is to be multiplied; or scale_ub, an upper bound of |y|
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
   kKeyOut,       // [..., k_heads, hidden]
+  kScaleOut,     // [..., groups], by which the elements of each group of a quantised result are to be multiplied
   // Gradients. d<operand> is the gradient of <operand>.
   kDOut,     // [..., hidden]
   kDSum,     // [..., hidden]; of residual_out
@@ -72,9 +88,11 @@ constexpr const char* kOperandNames[kOperands] = {"x",
                                                   "sin",
                                                   "cos_sin_cache",
                                                   "positions",
+                                                  "scale",
                                                   "out",
                                                   "residual_out",
                                                   "k_out",
+                                                  "scale_out",
                                                   "dout",
                                                   "dsum",
                                                   "dx",
@@ -104,6 +122,13 @@ struct Options {
   bool interleaved = false;        // the elements of a pair are neighbours; otherwise half of the rotated ones apart
   bool mrope_interleaved = false;  // the pairs of the three sections take turns; otherwise they come one after another
   Sections mrope_section;
+  // Of an operator that quantises.
+  DType dtype = DType::kFloat8E4M3FN;    // of the result
+  const char* dtype_name = "";           // for messages; it names the dtype even where `dtype` is kOther
+  int64_t scale_group_size = kWholeRow;  // this many elements of a row have a scale of their own
+  bool round_first = false;              // round y to x's dtype before it is quantised
+  bool scale_ue8m0 = false;              // scales are powers of two
+  bool column_major_scale = false;       // a new scale_out has its last dimension outermost in memory
 };
 
 struct OpInfo;

@@ -73,6 +73,8 @@ class Checker {
       case Extent::kPositions:
         return check_dtype(rule, t) && check_shape_of_positions(rule, t) &&
                (t.dims == 0 || check_last_dimension(rule, t));
+      case Extent::kOne: return check_dtype(rule, t) && check_one(rule, t);
+      case Extent::kScales: return check_dtype(rule, t) && check_scales(rule, t);
     }
     return false;
   }
@@ -105,6 +107,11 @@ class Checker {
       case DTypes::kInteger:
         return t.dtype == DType::kInt32 || t.dtype == DType::kInt64 ||
                invalid("%s must have dtype int32 or int64, got %s", name_of(rule), t.dtype_name);
+      case DTypes::kFloat32:
+        return t.dtype == DType::kFloat32 || invalid("%s must have dtype float32, got %s", name_of(rule), t.dtype_name);
+      case DTypes::kQuantized:
+        return t.dtype == call_.options.dtype || !is_quantized(call_.options.dtype) ||
+               invalid("%s must have dtype %s, got %s", name_of(rule), call_.options.dtype_name, t.dtype_name);
     }
     return false;
   }
@@ -197,6 +204,25 @@ class Checker {
     return same || invalid("%s must have shape %s, got %s", name_of(rule), ShapeText(want).text, ShapeText(t).text);
   }
 
+  bool check_one(const OperandRule& rule, const Tensor& t) {
+    int64_t elements = 1;
+    for (int d = 0; d < t.dims; ++d) elements *= t.sizes[d];
+    return elements == 1 || invalid("%s must have one element, got shape %s", name_of(rule), ShapeText(t).text);
+  }
+
+  // The number of scales of a row is checked with the option scale_group_size.
+  bool check_scales(const OperandRule& rule, const Tensor& t) {
+    const int64_t size = call_.options.scale_group_size;
+    if (size <= 0) return true;
+    int64_t sizes[kMaxDims];
+    for (int d = 0; d < x().dims; ++d) sizes[d] = x().sizes[d];
+    sizes[x().dims - 1] = size < hidden() ? hidden() / size : 1;
+    const Tensor want{nullptr, sizes, nullptr, x().dims, t.dtype, ""};
+    bool same = t.dims == want.dims;
+    for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == sizes[d];
+    return same || invalid("%s must have shape %s, got %s", name_of(rule), ShapeText(want).text, ShapeText(t).text);
+  }
+
   bool check_hidden(const OperandRule& rule, const Tensor& t) {
     return (t.dims == 1 && t.sizes[0] == hidden()) || invalid("%s must have shape [%lld], got %s", name_of(rule),
                                                               static_cast<long long>(hidden()), ShapeText(t).text);
@@ -232,9 +258,20 @@ class Checker {
     if (options.round_each_step && weight && weight->dtype != x().dtype)
       return invalid("%s must have %s's dtype %s with round_each_step=True, got %s", name_of(kWeight), name_of(kX),
                      x().dtype_name, weight->dtype_name);
-    return options.group_size == kWholeRow || (options.group_size > 0 && hidden() % options.group_size == 0) ||
-           invalid("group_size must divide %s's last dimension %lld, got %lld", name_of(kX),
-                   static_cast<long long>(hidden()), static_cast<long long>(options.group_size));
+    return check_group("group_size", options.group_size) && (!call_.op->quantizes() || check_quantization());
+  }
+
+  bool check_group(const char* name, int64_t size) {
+    return size == kWholeRow || (size > 0 && hidden() % size == 0) ||
+           invalid("%s must divide %s's last dimension %lld, got %lld", name, name_of(kX),
+                   static_cast<long long>(hidden()), static_cast<long long>(size));
+  }
+
+  bool check_quantization() {
+    const Options& options = call_.options;
+    if (!is_quantized(options.dtype))
+      return invalid("dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8, got %s", options.dtype_name);
+    return check_group("scale_group_size", options.scale_group_size);
   }
 
   // Of an operator with a rotation: which tensors it has, and its options.
@@ -283,6 +320,7 @@ class Checker {
   // whose heads are other rows, nor the angles of a token, which are read for all its heads.
   bool check_memory() {
     const OpInfo& op = *call_.op;
+    if (const Tensor* const scales = call_.tensors[kScaleOut]) scales_.set(*scales);
     for (const OperandRule& a : op)
       for (const OperandRule* b = &a + 1; b < op.end(); ++b)
         if (a.written() && b->written() && overlap(tensor(a), tensor(*b)))
@@ -319,7 +357,22 @@ class Checker {
     return t.dims ? t : Tensor{t.data, &kOne, &kOne, 1, t.dtype, t.dtype_name};
   }
 
-  const Tensor& tensor(const OperandRule& rule) const { return *call_.tensors[rule.operand]; }
+  // Of the scales, which any stride may separate: the same elements as rows of one.
+  struct RowsOfOne : Tensor {
+    int64_t all_sizes[kMaxDims + 1], all_strides[kMaxDims + 1];
+    void set(const Tensor& t) {
+      Tensor::operator=(t);
+      for (int d = 0; d < t.dims; ++d) all_sizes[d] = t.sizes[d], all_strides[d] = t.strides[d];
+      all_sizes[dims] = all_strides[dims] = 1;
+      sizes = all_sizes;
+      strides = all_strides;
+      ++dims;
+    }
+  };
+
+  const Tensor& tensor(const OperandRule& rule) const {
+    return rule.extent == Extent::kScales ? scales_ : *call_.tensors[rule.operand];
+  }
 
   const char* name_of(const OperandRule& rule) const {
     const Tensor* const place = rule.in_place_of == kNoOperand ? nullptr : call_.tensors[rule.in_place_of];
@@ -328,6 +381,7 @@ class Checker {
 
   const Call& call_;
   Message* message_;
+  RowsOfOne scales_;
 };
 
 // The leading dimensions (where rows are heads, those of the tokens), collapsed: those of x's smallest strides come
@@ -455,6 +509,16 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
   p.round_each_step = options.round_each_step && x.dtype != DType::kFloat32;
   p.sigmoid = options.sigmoid;
   p.norm_before_gate = options.norm_before_gate;
+  if (call.op->quantizes()) {
+    p.round_first = options.round_first && x.dtype != DType::kFloat32;
+    p.scale_ue8m0 = options.scale_ue8m0;
+    p.format = format_of(options.dtype);
+    if (const Tensor* const scales = call.tensors[kScaleOut]) {
+      const int64_t size = options.scale_group_size, hidden = x.sizes[x.dims - 1];
+      p.scale_group = size < hidden ? size : hidden;
+      p.scale_stride = scales->strides[scales->dims - 1];
+    }
+  }
 
   const Dimensions dims(call, p.hidden);
   p.row_dims = dims.count < kMaxRowDims ? dims.count : kMaxRowDims;

@@ -18,6 +18,8 @@ enum class Extent : int8_t {
   kAngles,       // [..., rotary], with a contiguous last dimension
   kTable,        // [any number, rotary], with a contiguous last dimension; the same for all rows
   kPositions,    // [...], or with mrope_section [3, ...]
+  kOne,          // one element, any number of dimensions
+  kScales,       // [..., groups], where `...` are x's leading dimensions; any strides
 };
 
 enum class DTypes : int8_t {
@@ -30,6 +32,8 @@ enum class DTypes : int8_t {
   kXOrNarrower,   // x's; if x is float32, any of kFloat
   kLikeCos,       // cos's
   kInteger,       // int32 or int64
+  kFloat32,       // float32
+  kQuantized,     // that of the option dtype
 };
 
 enum class Use : int8_t {
@@ -55,7 +59,9 @@ struct OperandRule {
            extent == Extent::kHeads;
   }
   // Its elements differ between rows, or between tokens.
-  constexpr bool moves() const { return has_rows() || extent == Extent::kAngles || extent == Extent::kPositions; }
+  constexpr bool moves() const {
+    return has_rows() || extent == Extent::kAngles || extent == Extent::kPositions || extent == Extent::kScales;
+  }
   constexpr const char* name_of() const { return name ? name : kOperandNames[operand]; }
 };
 
@@ -106,6 +112,11 @@ struct OpInfo {
   constexpr bool has(Operand operand) const { return operands >> operand & 1; }
   // Rows are the heads of tokens.
   constexpr bool has_heads() const { return rules[0].extent == Extent::kRowsOfHeads; }
+  constexpr bool quantizes() const {
+    for (int i = 0; i < rule_count; ++i)
+      if (rules[i].dtypes == DTypes::kQuantized) return true;
+    return false;
+  }
   constexpr const char* name_of(Operand operand) const {
     for (int i = 0; i < rule_count; ++i)
       if (rules[i].operand == operand) return rules[i].name_of();

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../gemma_norm.h"
+#include "quantized.h"
 
 namespace gemma_norm {
 
@@ -29,6 +30,12 @@ struct RowParams {
   float inv_hidden;     // 1 / hidden
   float weight_offset;  // 1 with gemma; otherwise -0, because adding +0 would turn a weight of -0 into +0
   int32_t round_each_step, sigmoid, norm_before_gate;  // see Options; 32 bits, so that AMD's scalar loads can read them
+
+  // Of an operator that quantises.
+  int32_t round_first, scale_ue8m0;  // see Options
+  int64_t scale_group;               // elements that share a scale; 0 if the scale is given
+  int64_t scale_stride;              // from a group's scale to the next group's
+  QuantizedFormat format;
 };
 
 }  // namespace gemma_norm

@@ -26,6 +26,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "quantize.h"
 #include "rows.h"
 #include "squares.h"
 #include "weights.h"
@@ -77,8 +78,24 @@ class Normalizer {
   Normalizer(const RowParams& p, Factors factors, const RowPointers<C>& row, float rstd, bool nontemporal)
       : p_(p), factors_(factors), row_(row), rstd_(V::broadcast(rstd)), nontemporal_(nontemporal) {}
 
+  // y before it is rounded, kLanes elements from i on.
+  [[gnu::always_inline]] V unrounded(int64_t i) const {
+    return formula(s_at(i), factors_.template at<V>(row_.weight + i), row_.gate ? row_.gate + i : nullptr);
+  }
+  // The same where the row has only `rest` elements from i on.
+  [[gnu::always_inline]] V unrounded_rest(int64_t i, int64_t rest) const {
+    S s[kStep] = {};
+    X gate[kLanes] = {};
+    if (!C::kIsX && row_.sum)
+      copy(s, row_.sum + i, rest);
+    else
+      rest_of_sum<C>(p_, row_, i, rest, s);
+    if (C::Form::Formula::kGated && row_.gate) copy(gate, row_.gate + i, rest);
+    return formula(V::load(s), factors_.template rest_at<V>(row_.weight + i, rest), row_.gate ? gate : nullptr);
+  }
+
   [[gnu::always_inline]] void vector(int64_t i) const {
-    const V y = formula(s_at(i), factors_.template at<V>(row_.weight + i), row_.gate ? row_.gate + i : nullptr);
+    const V y = unrounded(i);
     if (V::kHasNontemporalStores && nontemporal_)
       y.store_nontemporal(row_.out + i);
     else
@@ -87,14 +104,8 @@ class Normalizer {
   [[gnu::always_inline]] void rest(int64_t i, int64_t hidden) const {
     for (; i + kLanes <= hidden; i += kLanes) vector(i);
     if (const int64_t rest = hidden - i) {
-      S s[kStep] = {};
-      X gate[kLanes] = {}, y[kLanes];
-      if (!C::kIsX && row_.sum)
-        copy(s, row_.sum + i, rest);
-      else
-        rest_of_sum<C>(p_, row_, i, rest, s);
-      if (C::Form::Formula::kGated && row_.gate) copy(gate, row_.gate + i, rest);
-      formula(V::load(s), factors_.template rest_at<V>(row_.weight + i, rest), row_.gate ? gate : nullptr).store(y);
+      X y[kLanes];
+      unrounded_rest(i, rest).store(y);
       copy(row_.out + i, y, rest);
     }
   }
@@ -212,6 +223,23 @@ void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool n
   normalize<C>(p, factors, row, rstd, nontemporal);
 }
 
+// One row after another, quantised.
+template <class C, class Factors>
+void run_quantized(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
+  using V = typename C::V;
+  RowCursor<RowPointers<C>> cursor(p, begin);
+  for (; begin < end; ++begin) {
+    RowPointers<C> row = cursor.next();
+    row.sum = row.residual_out;
+    const Normalizer<C, Factors> normalizer(p, factors, row, statistics<C>(p, row, false), false);
+    const auto values = [&](int64_t i, int64_t count, float* y) __attribute__((always_inline)) {
+      const V v = count == kLanes ? normalizer.unrounded(i) : normalizer.unrounded_rest(i, count);
+      (p.round_first ? rounded<V, typename C::X>(v) : v).store(y);
+    };
+    RowQuantizer(p, values, row.out, row.scales).run();
+  }
+}
+
 // The large buffers, here and below, are in functions that are not inlined, so that a call with few rows does not touch
 // their stack frames.
 template <class C, class Factors>
@@ -264,13 +292,17 @@ void compute_rows(const RowParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
   with_variant<Op, Float16, BFloat16>(p, [&](auto variant) {
     using C = Choice<V, Op, decltype(variant)>;
-    const Strategy strategy = choose<C>(p, end - begin);
+    const auto run = [&](auto factors) {
+      if constexpr (C::Form::kQuantizes)
+        run_quantized<C>(p, factors, begin, end);
+      else
+        run_strategy<C>(p, factors, choose<C>(p, end - begin), begin, end);
+    };
     if constexpr (C::kHasWeight) {
       using W = typename C::W;
-      run_strategy<C>(p, StoredWeights<typename C::X, W>{static_cast<const W*>(p.data[kWeight]), p.weight_offset},
-                      strategy, begin, end);
+      run(StoredWeights<typename C::X, W>{static_cast<const W*>(p.data[kWeight]), p.weight_offset});
     } else {
-      run_strategy<C>(p, Ones(), strategy, begin, end);
+      run(Ones());
     }
   });
   V::fence();

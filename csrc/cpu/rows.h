@@ -36,6 +36,7 @@ struct Choice {
   using X = typename Variant::X;
   using S = typename Variant::S;
   using W = typename Variant::W;
+  using Out = std::conditional_t<Form::kQuantizes, uint8_t, X>;
   static constexpr bool kRoundEachStep = Variant::kRoundEachStep, kHasWeight = Variant::kHasWeight;
   using Source = typename Form::Source;
   static constexpr bool kIsX = std::is_same_v<Source, InputSource>;  // s is x itself, so nothing need store it
@@ -49,9 +50,11 @@ template <class C>
 struct RowPointers {
   using X = typename C::X;
   using S = typename C::S;
-  X *x = nullptr, *gate = nullptr, *out = nullptr;
+  X *x = nullptr, *gate = nullptr;
+  typename C::Out* out = nullptr;
   S *residual = nullptr, *post = nullptr, *residual_out = nullptr;
   typename C::W* post_weight = nullptr;
+  float* scales = nullptr;
   S* sum = nullptr;    // the first pass stores s here for the second: residual_out or a buffer; null: it does not
   float x_rstd = 0;    // the rstd of x, if x is normalised before the residual is added
   int64_t weight = 0;  // the index of the row's first weight: 0, but for a group that of the group's first element
@@ -66,6 +69,7 @@ struct RowPointers {
     visit_if<kPost>(visit, post);
     visit_if<kResidualOut>(visit, residual_out);
     visit_if<kPostWeight>(visit, post_weight);
+    visit_if<kScaleOut>(visit, scales);
     if constexpr (C::Form::kGroups) visit(kWeight, weight);
   }
 

@@ -297,12 +297,65 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 
 }  // namespace gemma_norm::device
 
+#include "quantize_by_hand.h"
 #include "reciprocal_root.h"
 #include "scalar.h"
 
 namespace gemma_norm::device {
 
 using Arithmetic = Scalar;
+
+GEMMA_NORM_DEVICE uint32_t max_over_wave(uint32_t v) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, v);
+#else
+  return max_by_swaps(v);
+#endif
+}
+GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
+
+GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) {
+#if __CUDA_ARCH__ >= 890
+  const auto pack = [](uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; };
+  const auto e4m3 = [](float low, float high) {
+    uint16_t two;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+    return two;
+  };
+  if (format.dtype == DType::kFloat8E4M3FN) return pack(e4m3(f[0], f[1]), e4m3(f[2], f[3]));
+  if (format.dtype == DType::kFloat8E5M2) {
+    uint16_t low, high;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(low) : "f"(f[1]), "f"(f[0]));
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(high) : "f"(f[3]), "f"(f[2]));
+    return pack(low, high);
+  }
+  if (format.dtype == DType::kFloat8E4M3FNUZ) {
+    // The bits of a number in this format are those of its double in e4m3fn, but for what is beyond e4m3fn's largest,
+    // for NaN and for -0.
+    uint32_t word = pack(e4m3(2 * f[0], 2 * f[1]), e4m3(2 * f[2], 2 * f[3]));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t byte = word >> 8 * i & 0xffu;
+      if (fabsf(f[i]) > 232.0f) word |= 1u << 8 * i;
+      if (f[i] != f[i])
+        word = (word & ~(0xffu << 8 * i)) | 0x80u << 8 * i;
+      else if (byte == 0x80u)
+        word &= ~(0xffu << 8 * i);
+    }
+    return word;
+  }
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int32_t byte;
+    asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(byte) : "f"(f[i]));
+    word |= (byte & 0xffu) << 8 * i;
+  }
+  return word;
+#else
+  return quantize_by_hand(f, format);
+#endif
+}
 
 template <bool kQuick>
 GEMMA_NORM_DEVICE float reciprocal_root(float v) {

@@ -208,12 +208,17 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream, const DeviceFact
 }  // namespace gemma_norm::device
 
 #include "pairs.h"
+#include "quantize_by_hand.h"
 #include "reciprocal_root.h"
 #include "scalar.h"
 
 namespace gemma_norm::device {
 
 using Arithmetic = Scalar;
+
+inline uint32_t max_over_wave(uint32_t v) { return max_by_swaps(v); }
+inline void max_in_block(uint32_t* p, uint32_t v) { *p = *p < v ? v : *p; }
+inline uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) { return quantize_by_hand(f, format); }
 
 template <bool kQuick>
 float reciprocal_root(float v) {

@@ -242,6 +242,7 @@ Error launch(void (*kernel)(Args...), const Grid& grid, Stream stream, const Dev
 
 #include "no_clusters.h"
 #include "pairs.h"
+#include "quantize_by_hand.h"
 #include "reciprocal_root.h"
 #include "scalar.h"
 
@@ -272,6 +273,33 @@ struct Pair {
   }
 };
 using Arithmetic = Pair;
+
+GEMMA_NORM_DEVICE uint32_t max_over_wave(uint32_t v) { return max_by_swaps(v); }
+GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
+
+// gfx942's instructions round to the formats without a negative zero, later ones to the others.
+GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) {
+#if defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__)
+  constexpr DType kE4M3 = DType::kFloat8E4M3FNUZ, kE5M2 = DType::kOther;
+#elif defined(__gfx950__) || defined(__gfx1200__) || defined(__gfx1201__)
+  constexpr DType kE4M3 = DType::kFloat8E4M3FN, kE5M2 = DType::kFloat8E5M2;
+#endif
+#if defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || \
+    defined(__gfx1200__) || defined(__gfx1201__)
+  if (format.dtype == kE4M3 || format.dtype == kE5M2) {
+    float g[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) g[i] = f[i] == f[i] ? clamp(f[i], -format.largest, format.largest) : f[i];
+    if (format.dtype == kE4M3) {
+      const int low = __builtin_amdgcn_cvt_pk_fp8_f32(g[0], g[1], 0, false);
+      return __builtin_amdgcn_cvt_pk_fp8_f32(g[2], g[3], low, true);
+    }
+    const int low = __builtin_amdgcn_cvt_pk_bf8_f32(g[0], g[1], 0, false);
+    return __builtin_amdgcn_cvt_pk_bf8_f32(g[2], g[3], low, true);
+  }
+#endif
+  return quantize_by_hand(f, format);
+}
 
 template <bool kQuick>
 GEMMA_NORM_DEVICE float reciprocal_root(float v) {

@@ -22,7 +22,7 @@ struct Kernel {
 // elements takes registers, and a kernel that holds many vectors as well would spill some. Unaligned rows that need
 // more than a wave are therefore read in two passes, in the same shape and hence with the same result. Where x has a
 // norm of its own, so are those that need four vectors of a wave, and the longest rows, for which a thread has only 64
-// registers.
+// registers. Rows that are quantised are held only if they are aligned and a thread has more registers than that.
 template <class V, bool kAligned, size_t kRow>
 constexpr Kernel make_kernel() {
   constexpr KernelTuning kTuning = kKernels[kRow];
@@ -34,6 +34,9 @@ constexpr Kernel make_kernel() {
   if constexpr (((kScope == Scope::kCluster || kSpreadOnly) && !device::kHasClusters) ||
                 kResidentThreads<V, kRow> == 0 || (kSpreadOnly && !kAligned)) {
     return {};
+  } else if constexpr (V::Form::kQuantizes &&
+                       (!kAligned || kScope == Scope::kTwoPasses || kThreads == kMaxBlockThreads)) {
+    return {&normalize_in_two_passes<V, Scope::kTwoPasses, kMaxBlockThreads, false>, kMaxBlockThreads};
   } else if constexpr (kHolds) {
     return {&normalize_rows<V, kScope, kVectors, kThreads, kAligned>, kAligned ? kResidentThreads<V, kRow> : kThreads};
   } else if constexpr (kScope == Scope::kWave) {
@@ -73,11 +76,19 @@ VariantKernels find_kernels(const RowParams& p) {
 
 device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, RowParams p, LaunchPlan plan,
                           const DeviceFacts& facts, device::Stream stream) {
-  const bool aligned = is_aligned(p, plan.whole_vectors, kernels.row_dtype);
+  bool aligned = is_aligned(p, plan.whole_vectors, kernels.row_dtype);
+  GroupPlan groups_of_row{true, 0, 1};
+  if (info.quantizes()) {
+    groups_of_row = plan_groups(plan, p, kernels.row_dtype);
+    aligned = aligned && groups_of_row.held;
+    if (!aligned) plan = one_row_a_block(plan, facts);
+  }
   int64_t row_bytes = 0;
-  for (int o = 0; o < kOperands; ++o) row_bytes += p.data[o] ? p.hidden * size_of(p.dtypes[o]) : 0;
+  for (int o = 0; o < kOperands; ++o)
+    if (p.data[o] && o != kScale && o != kScaleOut) row_bytes += p.hidden * size_of(p.dtypes[o]);
   // Unaligned rows keep their plan: they are read in two passes, and spreading those was never measured.
-  if (aligned) plan = spread(plan, p.rows, row_bytes, facts);
+  // Neither is a row whose groups meet in the shared memory of one block.
+  if (aligned && groups_of_row.lanes == 1 << groups_of_row.log2_vectors) plan = spread(plan, p.rows, row_bytes, facts);
   if (prints_plans()) print_plan(info, p, kernels.row_dtype, plan, aligned);
   const Kernel kernel = kernels.by_alignment[aligned][plan.kernel];
   const int64_t most = max_blocks(plan, facts);
@@ -88,9 +99,14 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
                   groups = all < most ? all : most;
     const bool room =
         2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
-    const Launch launch{plan.slots,         __builtin_ctz(plan.group_threads / plan.slot_threads),
-                        plan.block_threads, plan.vectors,
-                        plan.whole_vectors, room};
+    const Launch launch{plan.slots,
+                        __builtin_ctz(plan.group_threads / plan.slot_threads),
+                        plan.block_threads,
+                        plan.vectors,
+                        plan.whole_vectors,
+                        room,
+                        groups_of_row.log2_vectors,
+                        groups_of_row.lanes};
     error = device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, p, launch);
   }
   return error;
@@ -111,7 +127,15 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   device::Error error = device::facts(&facts, reinterpret_cast<const void*>(any_kernel));
   if (error == device::kSuccess) {
     const VariantKernels kernels = find_kernels<Op>(params);
-    const LaunchPlan plan = make_plan(params.hidden, kernels.row_dtype, facts, kernels.held);
+    LaunchPlan plan = make_plan(params.hidden, kernels.row_dtype, facts, kernels.held);
+    if (call.op->quantizes() && plan.scope == Scope::kCluster) {
+      // Rows beyond the shapes of a block get the same bits whatever their groups are.
+      DeviceFacts alone = facts;
+      alone.max_cluster = 1;
+      if (const LaunchPlan block = make_plan(params.hidden, kernels.row_dtype, alone, kernels.held);
+          block.scope == Scope::kTwoPasses || !plan_groups(plan, params, kernels.row_dtype).held)
+        plan = block;
+    }
     for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
       error = launch_rows(*call.op, kernels, slices.count == 1 ? params : select_slice(params, slices, i), plan, facts,
                           stream);

@@ -80,10 +80,33 @@ LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const
   return wide;
 }
 
+GroupPlan plan_groups(const LaunchPlan& plan, const RowParams& p, DType row_dtype) {
+  if (plan.max_block_threads == kMaxBlockThreads || plan.scope == Scope::kTwoPasses) return {};
+  if (p.scale_group == 0 || p.scale_group == p.hidden) return {true, 0, 1};
+  const int64_t items = kVectorBytes / size_of(row_dtype), vectors = p.scale_group / items;
+  if (vectors * items != p.scale_group || vectors & (vectors - 1)) return {};
+  int32_t lanes = 1;  // on all GPUs alike
+  while (lanes < 32 && lanes < vectors && plan.slots % (2 * lanes) == 0) lanes *= 2;
+  const bool held = lanes == vectors || (plan.scope == Scope::kBlock && p.hidden / p.scale_group <= kMaxGroups);
+  return {held, __builtin_ctzll(vectors), lanes};
+}
+
+LaunchPlan one_row_a_block(const LaunchPlan& plan, const DeviceFacts& device) {
+  LaunchPlan one = plan;
+  one.kernel = kKernelCount - 1;
+  one.scope = Scope::kTwoPasses;
+  one.cluster = one.slot_threads = 1;
+  one.max_block_threads = kMaxBlockThreads;
+  one.block_threads = one.group_threads =
+      static_cast<int32_t>(divide_up(plan.slots, device.wave_width) * device.wave_width);
+  return one;
+}
+
 bool is_aligned(const RowParams& p, bool whole_vectors, DType row_dtype) {
   const int64_t items = kVectorBytes / size_of(row_dtype);
   bool aligned = whole_vectors;
   for (int o = 0; o < kOperands; ++o) {
+    if (o == kScale || o == kScaleOut) continue;
     const int64_t item = size_of(p.dtypes[o]), bytes = items * item < kVectorBytes ? items * item : kVectorBytes;
     uint64_t bits = reinterpret_cast<uintptr_t>(p.data[o]);
     for (const int64_t stride : p.strides[o]) bits |= stride * item;

@@ -38,6 +38,17 @@ LaunchPlan make_plan(int64_t hidden, DType dtype, const DeviceFacts& device, Hel
 // tree, so the bits are the same. Only GPUs with clusters do this, since it was measured on no others.
 LaunchPlan spread(const LaunchPlan& plan, int64_t rows, int64_t row_bytes, const DeviceFacts& device);
 
+// How the threads of a row find the largest elements of its groups, when it is quantised.
+struct GroupPlan {
+  bool held;             // the kernel that holds the row can; otherwise a block takes each row, in passes
+  int32_t log2_vectors;  // of a group
+  int32_t lanes;         // neighbouring lanes that have vectors of one group
+};
+GroupPlan plan_groups(const LaunchPlan& plan, const RowParams& params, DType row_dtype);
+
+// The plan with a block for each row, whatever its kernel was. The slots and hence the bits are the same.
+LaunchPlan one_row_a_block(const LaunchPlan& plan, const DeviceFacts& device);
+
 // Whether every access can be a whole, aligned vector. This depends on the addresses and strides of the call. It
 // decides which instructions access memory, but never the shape, and so no bits. A vector takes 16 bytes, or 8 in an
 // operand whose elements are half as wide as those of s.

@@ -262,8 +262,9 @@ struct FinishOf {
   static constexpr int kWeightCount = kCount / (kWeightVectors == 2 ? 2 : 1);
   // A float32 NaN can have all its fraction bits below those of bfloat16; see device::keep_nan.
   static constexpr bool kKeepNan = std::is_same_v<X, bfloat16> && sizeof(S) > sizeof(X);
+  using Out = std::conditional_t<V::Form::kQuantizes, uint8_t, X>;
 
-  X* out;
+  Out* out;
   const W* weight;
   const W* post_weight = nullptr;
   const X* gate = nullptr;
@@ -281,7 +282,7 @@ struct FinishOf {
   using Gate = std::conditional_t<Formula::kGated, GateVector, Nothing>;
 
   GEMMA_NORM_DEVICE FinishOf(const RowParams& p, const RowIndex& row, int start)
-      : out(row.pointer<X>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {
+      : out(row.pointer<Out>(p, kOut, start)), weight(static_cast<const W*>(p.data[kWeight]) + start), p(p) {
     if constexpr (V::Form::kGroups) weight = row.pointer<W>(p, kWeight, start);
     if constexpr (V::Form::kNormsX) post_weight = static_cast<const W*>(p.data[kPostWeight]) + start;
     if constexpr (Formula::kGated) gate = row.pointer<X>(p, kGate, start);
@@ -321,8 +322,10 @@ struct FinishOf {
     }
   }
 
-  GEMMA_NORM_DEVICE Vector16 norm(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd) const {
-    float y[kCount], f[kCount];
+  // y before it is rounded.
+  GEMMA_NORM_DEVICE void unrounded(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd,
+                                   float (&y)[kCount]) const {
+    float f[kCount];
     unpack_items<S>(s, y);
     if constexpr (V::kHasWeight) {
 #pragma unroll
@@ -347,7 +350,19 @@ struct FinishOf {
       else
         y[i] = Formula::apply(y[i], rstd, f[i], round);
     }
+  }
+  GEMMA_NORM_DEVICE Vector16 norm(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd) const {
+    float y[kCount];
+    unrounded(s, w, gate, rstd, y);
     return pack_items<X>(y);
+  }
+  // What is quantised.
+  GEMMA_NORM_DEVICE void to_quantize(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd,
+                                     float (&y)[kCount]) const {
+    unrounded(s, w, gate, rstd, y);
+    if (!p.round_first) return;
+#pragma unroll
+    for (float& f : y) f = rounded<X>(f);
   }
   template <bool kAligned, class Index, class End>
   GEMMA_NORM_DEVICE void store(Vector16 s, const HeldWeights& w, const Gate& gate, float rstd, Index first, int step,

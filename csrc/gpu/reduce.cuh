@@ -69,9 +69,9 @@ GEMMA_NORM_DEVICE void sum_over_block(float (&v)[kNumbers], const Launch& launch
   }
 }
 
-// Sums over the blocks of a cluster. Before, each block has its own sum in all its threads.
+// Gives every block of a cluster the numbers of all its blocks. Before, each block has its own in all its threads.
 template <int kUses, int kNumbers>
-GEMMA_NORM_DEVICE void sum_over_cluster(float (&v)[kNumbers], int use) {
+GEMMA_NORM_DEVICE const float (&exchange_in_cluster(const float (&v)[kNumbers], int use))[kNumbers][kMaxCluster] {
   auto& sums = device::shared_memory<ClusterSums<kNumbers, kUses>>();
   auto& of_blocks = sums.of_blocks[use % kUses];
   const int blocks = device::cluster_blocks(), thread = device::thread_index();
@@ -82,6 +82,13 @@ GEMMA_NORM_DEVICE void sum_over_cluster(float (&v)[kNumbers], int use) {
   }
   device::wait_for_numbers(&sums.inbox, use);
   if constexpr (kUses > 1) device::expect_numbers(&sums.inbox, kNumbers);
+  return of_blocks;
+}
+
+template <int kUses, int kNumbers>
+GEMMA_NORM_DEVICE void sum_over_cluster(float (&v)[kNumbers], int use) {
+  const int blocks = device::cluster_blocks();
+  const auto& of_blocks = exchange_in_cluster<kUses>(v, use);
 #pragma unroll
   for (int n = 0; n < kNumbers; ++n) {
     float sum[kMaxCluster];

@@ -24,6 +24,8 @@ struct Launch {
   int32_t vectors;
   bool whole_vectors;
   bool room_for_next = false;  // a second grid of this size would fit on the GPU at the same time
+  // Of a kernel that quantises: vectors that share a scale, and how many of them neighbouring lanes have at least.
+  int32_t log2_group_vectors = 0, group_lanes = 0;
 };
 
 // The index of the first element of the slot's k-th vector, and the step to the vector's next element.

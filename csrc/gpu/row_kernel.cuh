@@ -10,6 +10,7 @@
 #pragma once
 
 #include "policies.cuh"
+#include "quantize.cuh"
 #include "reduce.cuh"
 #include "row.cuh"
 #include "tuning.h"
@@ -19,14 +20,17 @@ namespace gemma_norm::gpu {
 template <class V>
 constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
-constexpr Held kHeld = V::Form::kGated     ? Held::kRowAndGates
-                       : V::Form::kNormsX  ? Held::kTwoRowsTwoWeights
-                       : V::Form::kTwoRows ? Held::kTwoRows
-                       : kWideWeights<V>   ? Held::kRowWideWeights
-                                           : Held::kRow;
-// Of the numbers that the threads of a row exchange: those of x, if it has a norm of its own, and those of s.
+constexpr Held kHeld = V::Form::kGated                            ? Held::kRowAndGates
+                       : V::Form::kNormsX                         ? Held::kTwoRowsTwoWeights
+                       : V::Form::kTwoRows || V::Form::kQuantizes ? Held::kTwoRows
+                       : kWideWeights<V>                          ? Held::kRowWideWeights
+                                                                  : Held::kRow;
+// Of the numbers that the threads of a row exchange: those of x, if it has a norm of its own, those of s, and the
+// largest element, if it decides the scale.
 template <class V>
-constexpr int kExchanges = V::Form::kNormsX ? 2 : 1;
+constexpr int kSums = V::Form::kNormsX ? 2 : 1;
+template <class V>
+constexpr int kExchanges = kSums<V> + V::Form::kQuantizes;
 template <class V, int kRow>
 constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int>(kHeld<V>)];
 
@@ -137,6 +141,9 @@ normalize_rows(RowParams p, Launch launch) {
   } else {
     load(end);
   }
+  const QuantizerOf<V> quantizer(p, row);
+  [[maybe_unused]] const Groups<kScope> groups{launch, place.slot};
+  if constexpr (V::Form::kQuantizes) groups.open();
   if constexpr (V::Form::kNormsX) {
     SquareSum<S> squares;
 #pragma unroll
@@ -185,22 +192,36 @@ normalize_rows(RowParams p, Launch launch) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) finish.activate_gate(gate[k]);
   }
-  sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, kExchanges<V> - 1);
+  sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, kSums<V> - 1);
   device::allow_next_kernel();
   const float rstd = reciprocal_std<Order::kQuickRoot>(sums[0], p);
 
+  if constexpr (V::Form::kQuantizes) {
+    float y[kVectors][Finish::kCount];
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    if (Order::kStoreOneByOne && !(first(k) < end)) break;
-    if constexpr (!Order::kEarlyWeights) {
-      if (k % Order::kBatch == 0)  // in batches, since the compiler moves no load up past a store
-        for (int i = k; i < k + Order::kBatch; ++i) {
-          finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
-          if constexpr (!Order::kWholeRows) finish.template load_gate<kAligned>(gate[i], first(i), step, end);
-        }
+    for (int k = 0; k < kVectors; ++k) {
+      if constexpr (!Order::kEarlyWeights) {
+        if (k % Order::kBatch == 0)
+          for (int i = k; i < k + Order::kBatch; ++i)
+            finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
+      }
+      finish.to_quantize(s[k], w[k], gate[k], rstd, y[k]);
     }
-    if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
-    finish.template store<kAligned>(s[k], w[k], gate[k], rstd, first(k), step, end);
+    quantize_held<V, kScope, kExchanges<V>>(quantizer, groups, finish.out, 1 << launch.log2_slots, y, first, end);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (Order::kStoreOneByOne && !(first(k) < end)) break;
+      if constexpr (!Order::kEarlyWeights) {
+        if (k % Order::kBatch == 0)  // in batches, since the compiler moves no load up past a store
+          for (int i = k; i < k + Order::kBatch; ++i) {
+            finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
+            if constexpr (!Order::kWholeRows) finish.template load_gate<kAligned>(gate[i], first(i), step, end);
+          }
+      }
+      if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
+      finish.template store<kAligned>(s[k], w[k], gate[k], rstd, first(k), step, end);
+    }
   }
 }
 
@@ -254,19 +275,29 @@ normalize_in_two_passes(RowParams p, Launch launch) {
   }
   float sums[SquareSum<S>::kNumbers];
   squares.total(sums);
-  sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, kExchanges<V> - 1);
+  sum_over_row<kScope, kThreads, kExchanges<V>>(sums, launch, kSums<V> - 1);
   device::allow_next_kernel();
   const float rstd = reciprocal_std<false>(sums[0], p);
 
-  for (int k = 0; k < launch.vectors; ++k) {
-    const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);
-    typename Finish::Gate gate;
-    typename Finish::HeldWeights w;
-    finish.template load_gate<kAligned>(gate, first, step, end);
-    finish.template load<kAligned>(w, finish.weight, first, step, end);
-    finish.activate_gate(gate);
-    const Vector16 s = source.template read_again<kAligned>(first, step, end);
-    finish.template store<kAligned>(s, w, gate, rstd, first, step, end);
+  if constexpr (V::Form::kQuantizes) {
+    const auto first = [&](int k) { return first_item<kAligned, S, int64_t>(launch, place.slot, k); };
+    const auto y_of = [&](int k, float(&y)[Finish::kCount]) {
+      typename Finish::HeldWeights w;
+      finish.template load<kAligned>(w, finish.weight, first(k), step, end);
+      finish.to_quantize(source.template read_again<kAligned>(first(k), step, end), w, {}, rstd, y);
+    };
+    quantize_in_passes<V>(Quantizer<V>(p, row), finish.out, launch, y_of, first, step, end);
+  } else {
+    for (int k = 0; k < launch.vectors; ++k) {
+      const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);
+      typename Finish::Gate gate;
+      typename Finish::HeldWeights w;
+      finish.template load_gate<kAligned>(gate, first, step, end);
+      finish.template load<kAligned>(w, finish.weight, first, step, end);
+      finish.activate_gate(gate);
+      const Vector16 s = source.template read_again<kAligned>(first, step, end);
+      finish.template store<kAligned>(s, w, gate, rstd, first, step, end);
+    }
   }
 }
 

@@ -19,6 +19,9 @@ enum class Scope : int32_t {
 
 constexpr int32_t kMaxBlockThreads = 1024;
 
+// The groups of a row whose largest elements a block keeps at a time, when it quantises.
+constexpr int32_t kMaxGroups = 1024;
+
 // What a thread holds for each vector of s that it owns. This determines how many registers it needs.
 enum class Held : int32_t {
   kRow,                // a row, and weights as wide as its elements

@@ -7,6 +7,7 @@
 #include "rms_norm.h"
 #include "rms_norm_add_rms_norm.h"
 #include "rms_norm_backward.h"
+#include "rms_norm_quant.h"
 
 namespace gemma_norm {
 
@@ -51,9 +52,9 @@ struct OpList {
   }
 };
 
-using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm>;
-using Ops =
-    OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormBackward, GatedRmsNormBackward, QkNormRope>;
+using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant>;
+using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant, RmsNormBackward,
+                   GatedRmsNormBackward, QkNormRope>;
 
 // Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);

@@ -20,8 +20,9 @@ struct Form {
   static constexpr bool kFloat32Rows = false;  // s is float32 even if x is not
   static constexpr bool kTakesFloat32 = true;  // x may be float32
   static constexpr bool kWeightIsOptional = true;
-  static constexpr bool kGemma = true;    // the operator has the option gemma
-  static constexpr bool kGroups = false;  // the operator has the option group_size: rows may have different weights
+  static constexpr bool kGemma = true;       // the operator has the option gemma
+  static constexpr bool kGroups = false;     // the operator has the option group_size: rows may have different weights
+  static constexpr bool kQuantizes = false;  // out has 8 bits
 };
 
 struct NoWeight {};

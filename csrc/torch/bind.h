@@ -4,10 +4,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
-#include <cctype>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -94,47 +91,6 @@ inline std::string to_string(Device device) {
   return device.index < 0 || name == "cpu" ? name : name + ":" + std::to_string(device.index);
 }
 
-inline const char* dtype_name(int32_t dtype) {
-  using torch::headeronly::ScalarType;
-  switch (static_cast<ScalarType>(dtype)) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexHalf: return "complex32";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: break;
-  }
-  // The Python name of every other dtype is its C++ name in lower case, such as float8_e4m3fn or uint16.
-  static const auto names = [] {
-    std::array<std::string, static_cast<size_t>(ScalarType::NumOptions) + 1> all;
-    for (size_t i = 0; i < all.size(); ++i)
-      for (const char* c = torch::headeronly::toString(static_cast<ScalarType>(i)); *c; ++c)
-        all[i] += static_cast<char>(std::tolower(static_cast<unsigned char>(*c)));
-    return all;
-  }();
-  return dtype >= 0 && dtype < static_cast<int32_t>(names.size()) ? names[dtype].c_str() : "an unknown dtype";
-}
-
-inline DType to_dtype(int32_t dtype) {
-  using torch::headeronly::ScalarType;
-  switch (static_cast<ScalarType>(dtype)) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Int: return DType::kInt32;
-    case ScalarType::Long: return DType::kInt64;
-    default: return DType::kOther;
-  }
-}
-
 inline Tensor view(const Handle& t) {
   Tensor v;
   int64_t dims, *sizes, *strides;
@@ -172,22 +128,50 @@ inline Handle empty(Device device, int64_t dims, const int64_t* sizes, const int
   return Handle(handle);
 }
 
-// A new row-major tensor of t's shape, dtype and device.
-inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device device) {
-  int64_t dims, *sizes, strides[kMaxDims];
-  int32_t dtype;
-  require_success(aoti_torch_get_dim(t.get(), &dims), "get_dim");
-  require_success(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
-  require_success(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
-  if (dims > kMaxDims)
-    throw std::runtime_error(std::string(op.name) + ": " + op.name_of(kX) + " must have at most " +
-                             std::to_string(kMaxDims) + " dimensions, got " + std::to_string(dims));
-  int64_t step = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = step;
-    step *= sizes[d] > 1 ? sizes[d] : 1;
+// The shape of a tensor that is yet to be made.
+struct Shape {
+  int64_t dims, sizes[kMaxDims];
+
+  Shape(const OpInfo& op, const Handle& t) {
+    int64_t* of;
+    require_success(aoti_torch_get_dim(t.get(), &dims), "get_dim");
+    require_success(aoti_torch_get_sizes(t.get(), &of), "get_sizes");
+    if (dims > kMaxDims)
+      throw std::runtime_error(std::string(op.name) + ": " + op.name_of(kX) + " must have at most " +
+                               std::to_string(kMaxDims) + " dimensions, got " + std::to_string(dims));
+    for (int64_t d = 0; d < dims; ++d) sizes[d] = of[d];
   }
-  return empty(device, dims, sizes, strides, dtype, step * size_of(to_dtype(dtype)));
+
+  // A row-major tensor; or one whose last dimension is the outermost in memory and whose others are row-major.
+  Handle make(Device device, int32_t dtype, bool column_major = false) const {
+    int64_t step = 1, strides[kMaxDims];
+    for (int64_t i = 0; i < dims; ++i) {
+      const int64_t d = column_major ? (2 * dims - 2 - i) % dims : dims - 1 - i;
+      strides[d] = step;
+      step *= sizes[d] > 1 ? sizes[d] : 1;
+    }
+    return empty(device, dims, sizes, strides, dtype, step * size_of(to_dtype(dtype)));
+  }
+};
+
+// A new tensor for the output of `rule`. Options are not checked yet.
+inline Handle new_output(const OpInfo& op, const OperandRule& rule, const Options& options,
+                         const Handle (&tensors)[kOperands], Device device) {
+  const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual
+                        : rule.dtypes == DTypes::kLikeWeight ? kWeight
+                        : rule.extent == Extent::kHeads      ? kKey
+                                                             : kX;
+  Shape shape(op, tensors[alike]);
+  int32_t dtype;
+  require_success(aoti_torch_get_dtype(tensors[alike].get(), &dtype), "get_dtype");
+  if (rule.dtypes == DTypes::kQuantized) dtype = to_scalar_type(options.dtype);
+  if (rule.extent != Extent::kScales) return shape.make(device, dtype);
+  if (shape.dims > 0) {
+    int64_t& last = shape.sizes[shape.dims - 1];
+    const int64_t size = options.scale_group_size;
+    last = size > 0 && size <= last ? last / size : 1;
+  }
+  return shape.make(device, to_scalar_type(DType::kFloat32), options.column_major_scale);
 }
 
 // An AtenTensorHandle points to an at::Tensor, which is one pointer to its TensorImpl.
@@ -299,13 +283,7 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   Services services{op, device, {}, {}, 0, Handle()};
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
-    if (rule.use == Use::kNew) {
-      const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual
-                            : rule.dtypes == DTypes::kLikeWeight ? kWeight
-                            : rule.extent == Extent::kHeads      ? kKey
-                                                                 : kX;
-      tensors[place] = empty_contiguous_like(op, tensors[alike], device);
-    }
+    if (rule.use == Use::kNew) tensors[place] = new_output(op, rule, call.options, tensors, device);
     if (rule.use == Use::kInPlace || rule.use == Use::kWritten) services.add(place, tensors[place]);
     if (!tensors[place]) continue;
     if (place == rule.operand) views[place] = view(tensors[place]);

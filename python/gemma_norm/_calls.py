@@ -29,7 +29,10 @@ def overridden(function: Callable[..., Any], op: Operator, tensors: tuple[Any, .
     if not op.written and _is_in_onnx_export():
         return op.definition(*args, **kwargs)
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors):
-        return op.overload(*args)  # raises; their __torch_function__ would take "rms_norm" for PyTorch's own
+        given = {a.name for a in op.overload._schema.arguments}
+        return op.overload(
+            *args, **{k: v for k, v in kwargs.items() if k in given}
+        )  # raises; their __torch_function__ would take "rms_norm" for PyTorch's own
     return handle_torch_function(function, tensors, *args, **kwargs)
 
 
@@ -70,10 +73,15 @@ _FLAGS = (
     "round_rotation",
     "interleaved",
     "mrope_interleaved",
+    "round_first",
+    "scale_ue8m0",
+    "column_major_scale",
 )
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "eps": ((Real, Tensor, torch.SymFloat), "a number"),
     "group_size": ((Integral, torch.SymInt, type(None)), "an integer or None"),
+    "scale_group_size": ((Integral, torch.SymInt, type(None)), "an integer or None"),
+    "dtype": ((torch.dtype, type(None)), "a torch.dtype or None"),
     "mrope_section": ((list, tuple, type(None)), "a list of three integers or None"),
     **{name: ((bool, torch.SymBool), "a bool") for name in _FLAGS},
 }

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
 # Each message, in C++ too, which says that a tensor must not be written contains one of these.
 UNWRITABLE = ("overlap", "inference tensor", "negated lazily", "got a DTensor")
 
@@ -31,6 +32,8 @@ class Extent(Enum):
     HEADS = "x's shape, but for the number of heads"
     ANGLES = "[..., rotary]: x's leading dimensions without the heads"
     TABLE = "[positions, rotary]"
+    ONE = "one element, any number of dimensions"
+    SCALES = "[..., groups]: x's leading dimensions; a result alone"
     POSITIONS = "x's leading dimensions without the heads; with mrope_section, [3, ...]"
 
 
@@ -44,6 +47,7 @@ class DTypes(Enum):
     X_OR_NARROWER = "x's; if x is float32, any of FLOAT"
     LIKE_COS = "cos's"
     INTEGER = "int32 or int64"
+    FLOAT32 = "float32"
 
 
 class Rule(NamedTuple):
@@ -70,6 +74,8 @@ COS = Rule(Extent.ANGLES, DTypes.X_OR_FLOAT32, optional=True)
 SIN = Rule(Extent.ANGLES, DTypes.LIKE_COS, optional=True)
 COS_SIN_CACHE = Rule(Extent.TABLE, DTypes.X_OR_FLOAT32, optional=True)
 POSITIONS = Rule(Extent.POSITIONS, DTypes.INTEGER, optional=True)
+ONE = Rule(Extent.ONE, DTypes.FLOAT32)
+OPTIONAL_ONE = ONE._replace(optional=True)
 MAX_HEAD_DIM = 512
 # The extents of tensors with rows that are normalised.
 WITH_ROWS = (Extent.ROWS, Extent.LIKE_X, Extent.ROWS_OF_HEADS, Extent.HEADS)
@@ -253,10 +259,19 @@ def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
     if each_step and weight is not None:
         rule = f"must have {call.x_name}'s dtype {dtype_name(x.dtype)} with round_each_step=True"
         _require(weight.dtype == x.dtype, f"{op}: {name} {rule}, got {dtype_name(weight.dtype)}")
-    size = arguments.get("group_size")
+    _check_group(call, "group_size", arguments)
+    if "dtype" in arguments:
+        dtype = arguments["dtype"]
+        rule = "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8"
+        _require(dtype is None or dtype in QUANTIZED_DTYPES, f"{op}: {rule}, got {dtype and dtype_name(dtype)}")
+        _check_group(call, "scale_group_size", arguments)
+
+
+def _check_group(call: Checked, name: str, arguments: Mapping[str, Any]) -> None:
+    size, hidden = arguments.get(name), call.x.shape[-1]
     if size is not None:
-        divides = size > 0 and x.shape[-1] % size == 0
-        _require(divides, f"{op}: group_size must divide {call.x_name}'s last dimension {x.shape[-1]}, got {size}")
+        divides = size > 0 and hidden % size == 0
+        _require(divides, f"{call.label}: {name} must divide {call.x_name}'s last dimension {hidden}, got {size}")
 
 
 def _check_angles(call: Checked, arguments: Mapping[str, Any]) -> None:
@@ -296,6 +311,8 @@ def _check_dtype(call: Checked, name: str, t: Tensor, dtypes: DTypes) -> None:
         _require(t.dtype in DTYPES, f"{op}: {name} must have dtype float32, float16 or bfloat16, got {got}")
     elif dtypes is DTypes.INTEGER:
         _require(t.dtype in INTEGERS, f"{op}: {name} must have dtype int32 or int64, got {got}")
+    elif dtypes is DTypes.FLOAT32:
+        _require(t.dtype == torch.float32, f"{op}: {name} must have dtype float32, got {got}")
     elif dtypes is DTypes.LIKE_X:
         _require(t.dtype == x.dtype, f"{op}: {name} must have {call.x_name}'s dtype {own}, got {got}")
     elif dtypes in _LIKE:
@@ -402,6 +419,11 @@ def _check_positions(call: Checked, name: str, t: Tensor, strides: bool, check_d
         _check_rows(call.label, name, t, strides)
 
 
+def _check_one(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
+    check_dtype()
+    _require(t.numel() == 1, f"{call.label}: {name} must have one element, got shape {list(t.shape)}")
+
+
 def _check_rows(op: str, name: str, t: Tensor, strides: bool) -> None:
     if strides:
         contiguous = t.stride(-1) == 1 or t.shape[-1] == 1
@@ -418,6 +440,7 @@ _CHECKS = {
     Extent.ANGLES: _check_angle,
     Extent.TABLE: _check_table,
     Extent.POSITIONS: _check_positions,
+    Extent.ONE: _check_one,
 }
 # The tensor whose dtype another must have.
 _LIKE = {DTypes.LIKE_RESIDUAL: "residual", DTypes.LIKE_WEIGHT: "weight", DTypes.LIKE_COS: "cos"}

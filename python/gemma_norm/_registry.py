@@ -56,7 +56,8 @@ class Operator:
     name: str
     """Its name in ``torch.ops.gemma_norm``, with the overload, such as "rms_norm.out"."""
     definition: Callable[..., Any]
-    """A differentiable function in plain PyTorch that writes nothing. It has the schema's parameters except ``out``."""
+    """A function in plain PyTorch that writes nothing, differentiable if the operator is. It has the parameters of the
+    schema except ``out``, and maybe those of other overloads."""
     rules: Mapping[str, Rule]
     """The rule for each tensor, by the argument's name, in the order of the checks."""
     functional: str
@@ -64,6 +65,11 @@ class Operator:
     more_results: tuple[str, ...] = ()
     """For each result after the first, the argument whose shape and dtype it has. The first has those of the
     first rule's."""
+    new_results: Callable[[Arguments], tuple[Tensor, ...]] | None = None
+    """For an operator that quantises, and has no derivative: makes its results of a call, empty. Of those, the last are
+    what it writes into arguments, if it does."""
+    extents: tuple[Extent, ...] = ()
+    """With ``new_results``: of each result."""
     derivative: type[torch.autograd.Function] | None = None
     """For a functional operator: its setup_context and backward. ``register`` adds the forward pass."""
 
@@ -99,6 +105,8 @@ class Operator:
     @functools.cached_property
     def results(self) -> tuple[Extent, ...]:
         """The extent of each result."""
+        if self.extents:
+            return self.extents
         return (self.rules[self.first].extent, *(self.rules[name].extent for name in self.more_results))
 
     @functools.cached_property
@@ -115,16 +123,20 @@ class Operator:
 
     def compute(self, arguments: Arguments) -> tuple[Tensor, ...]:
         names = inspect.signature(self.definition).parameters
-        results = self.definition(**{name: arguments[name] for name in names})
+        results = self.definition(**{name: arguments[name] for name in names if name in arguments})
         return results if isinstance(results, tuple) else (results,)
 
     def give(self, arguments: Arguments, results: tuple[Tensor, ...]) -> Any:
-        """Write ``results`` into the arguments that the operator writes, and return what the operator returns."""
-        if not self.written:
-            return results if len(results) > 1 else results[0]
-        for name, result in zip(self.written, results, strict=True):
+        """Write ``results`` into the arguments that the operator writes, and return what the operator returns.
+
+        The written ones are the last.
+        """
+        new = len(results) - len(self.written)
+        for name, result in zip(self.written, results[new:], strict=True):
             arguments[name].copy_(result)
-        return arguments.get("out")
+        if not new:
+            return arguments.get("out")
+        return results[:new] if new > 1 else results[0]
 
     # The implementations. Each takes its arguments as the dispatcher passes them.
 
@@ -134,12 +146,16 @@ class Operator:
         check_memory(self, arguments)
         _warn_once(arguments[self.first])
         results = self.compute(arguments)
-        return self.give(arguments, results if self.written else tuple(t.contiguous() for t in results))
+        as_they_are = self.written or self.new_results
+        return self.give(arguments, results if as_they_are else tuple(t.contiguous() for t in results))
 
     def fake(self, *args: Any, **kwargs: Any) -> Any:
         declare(self)
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments)
+        if self.new_results:
+            new = self.new_results(arguments)[: len(self.overload._schema.returns)]
+            return new if len(new) > 1 else new[0]
         if self.written:
             return arguments.get("out")
         results = tuple(arguments[name].new_empty(arguments[name].shape) for name in (self.first, *self.more_results))
@@ -158,6 +174,9 @@ class Operator:
         if self.written and not _only_functionalising():
             rule = "is not available inside a torch.func transform, which would see neither that nor the derivative"
             raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {self.call_instead}")
+        if self.new_results and _is_differentiating():
+            rule = "a quantised result has no derivative, got a call inside a transform that differentiates"
+            raise RuntimeError(f"{self.label}: {rule}: call {self.call_instead}")
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments, transformed=True)
         return self.give(arguments, self.compute(arguments))
@@ -185,7 +204,7 @@ class Operator:
     def negated(self, *args: Any, **kwargs: Any) -> Any:
         """For tensors with the negative bit, which PyTorch negates when they are read.
 
-        Only operators that return nothing need this. PyTorch's own fallback resolves the arguments of the others.
+        Operators that return an argument do not need this. PyTorch's own fallback resolves their arguments.
         """
         arguments = self.bind(args, kwargs)
         for name in self.written:
@@ -219,7 +238,7 @@ def register(*operators: Operator) -> None:
             op.derivative.forward = staticmethod(op.twin)  # type: ignore[method-assign]
             kernels["Autograd"] = _autograd(op)
         if op.written:
-            returns_argument = bool(op.overload._schema.returns)
+            returns_argument = any(result.alias_info is not None for result in op.overload._schema.returns)
             kernels |= {"Functionalize": op.functionalised} if returns_argument else {"Negative": op.negated}
         for key, kernel in kernels.items():
             _library.impl(op.name, kernel, key)
@@ -281,6 +300,13 @@ def _warn_once(x: Tensor) -> None:
         _warned.add(device)
         reason = why_not_native(device)
         warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {reason}", stacklevel=4)
+
+
+def _is_differentiating() -> bool:
+    """Whether an active transform is torch.func.grad, jvp or one that is made of them."""
+    functorch = torch._C._functorch
+    types = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return any(level.key() in types for level in functorch.get_interpreter_stack() or ())
 
 
 def _only_functionalising() -> bool:

@@ -93,7 +93,7 @@ def _rule(op: Shardable) -> Any:
         for dim in (None, *range(x.ndim - 1)):
 
             def place(extent: Extent, t: Any, dim: int | None = dim) -> Any:
-                if dim is None or extent in (Extent.HIDDEN, Extent.TABLE):
+                if dim is None or extent in (Extent.HIDDEN, Extent.TABLE, Extent.ONE):
                     return Replicate()
                 if extent not in (Extent.ANGLES, Extent.POSITIONS):
                     return Shard(dim)

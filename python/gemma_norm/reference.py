@@ -1,9 +1,9 @@
 """The numerical contract in plain PyTorch, the exact answer, and the distance of a result from it.
 
-``rms_norm``, ``add_rms_norm``, ``gated_rms_norm``, ``rms_norm_add_rms_norm`` and ``qk_norm_rope`` are the operators'
-definitions. They also run on devices without a native kernel. ``oracle`` computes the exact answer in float64.
-``ulp_error`` says how far a result is from it, and ``max_ulp_error`` how far it may be. The tests and
-``python -m gemma_norm`` use these.
+``rms_norm``, ``add_rms_norm``, ``gated_rms_norm``, ``rms_norm_add_rms_norm``, ``qk_norm_rope``, ``rms_norm_quant`` and
+``add_rms_norm_quant`` are the operators' definitions. They also run on devices without a native kernel. ``oracle``
+computes the exact answer in float64. ``ulp_error`` says how far a result is from it, and ``max_ulp_error`` how far it
+may be. The tests and ``python -m gemma_norm`` use these.
 """
 
 from __future__ import annotations
@@ -149,6 +149,103 @@ def qk_norm_rope(
         return torch.cat((turned, rest), dim=-1).to(x.dtype)
 
     return normed_and_rotated(q, q_weight), normed_and_rotated(k, k_weight)
+
+
+QUANTIZED_LARGEST = {
+    torch.float8_e4m3fn: 448.0,
+    torch.float8_e4m3fnuz: 240.0,
+    torch.float8_e5m2: 57344.0,
+    torch.int8: 127.0,
+}
+"""What operators quantise to, and the largest number of each."""
+
+
+def rms_norm_quant(
+    x: Tensor,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    round_each_step: bool = False,
+    dtype: torch.dtype | None = None,
+    scale_group_size: int | None = None,
+    scale_ub: Tensor | None = None,
+    round_first: bool = False,
+    scale_ue8m0: bool = False,
+    column_major_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """``(q, scale)``, or q alone if a scale is given: :func:`quantize` of the norm before it is rounded."""
+    y = _unrounded_norm(x.float(), x.dtype, weight, eps, gemma, round_each_step)
+    y = y.to(x.dtype).float() if round_first else y
+    return quantize(y, scale, dtype, scale_group_size, scale_ub, scale_ue8m0, column_major_scale)
+
+
+def add_rms_norm_quant(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    gemma: bool = False,
+    round_each_step: bool = False,
+    dtype: torch.dtype | None = None,
+    scale_group_size: int | None = None,
+    scale_ub: Tensor | None = None,
+    round_first: bool = False,
+    scale_ue8m0: bool = False,
+    column_major_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """``(q, scale, s)``, or ``(q, s)`` if a scale is given, with ``s = x + residual`` in the residual's dtype."""
+    s = (x + residual).to(residual.dtype)
+    y = _unrounded_norm(s.float(), x.dtype, weight, eps, gemma, round_each_step)
+    y = y.to(x.dtype).float() if round_first else y
+    return (*quantize(y, scale, dtype, scale_group_size, scale_ub, scale_ue8m0, column_major_scale), s)
+
+
+def quantize(
+    y: Tensor,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    scale_group_size: int | None = None,
+    scale_ub: Tensor | None = None,
+    scale_ue8m0: bool = False,
+    column_major_scale: bool = False,
+) -> tuple[Tensor, ...]:
+    """``(q, scale)`` of a float32 y, or q alone if a scale is given.
+
+    ``scale = max(|y|) / largest`` of each group of ``scale_group_size`` elements, or of the row, where the maximum is
+    at least 1e-10 and at most ``scale_ub``; with ``scale_ue8m0``, rounded up to a power of two. ``q`` is
+    ``y * (1 / scale)``, rounded to nearest even and limited to the range of the dtype.
+    """
+    dtype = dtype or torch.float8_e4m3fn
+    largest = QUANTIZED_LARGEST[dtype]
+    given = scale is not None
+    size = scale_group_size or y.shape[-1]
+    groups = y.reshape(*y.shape[:-1], y.shape[-1] // size, size)
+    if scale is None:
+        bound = groups.abs().amax(-1)
+        if scale_ub is not None:
+            bound = torch.where(bound > scale_ub.reshape(()), scale_ub.reshape(()), bound)
+        # By a tensor: on GPUs, PyTorch multiplies by the rounded reciprocal of a number instead.
+        scale = torch.where(bound < 1e-10, 1e-10, bound) / bound.new_full((), largest)
+        if scale_ue8m0:
+            mantissa, exponent = torch.frexp(scale)
+            power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+            scale = torch.where(scale < 2.0**127, power, scale)
+        factor = (1 / scale).unsqueeze(-1)
+    else:
+        factor = 1 / scale.reshape(())
+    v = (groups * factor).flatten(-2)
+    q = v.round().clamp(-128, 127).nan_to_num(0.0) if dtype is torch.int8 else v.clamp(-largest, largest)
+    q = q.to(dtype).contiguous()
+    if given:
+        return (q,)
+    return q, column_major(scale.contiguous()) if column_major_scale else scale.contiguous()
+
+
+def column_major(t: Tensor) -> Tensor:
+    """The same values with the last dimension outermost in memory, and the others row-major."""
+    return t.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)
 
 
 def rotate_half(n: Tensor, interleaved: bool) -> Tensor:

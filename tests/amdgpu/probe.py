@@ -33,7 +33,7 @@ class Tensor(ctypes.Structure):
 
 
 OPERANDS = ["x", "weight", "residual", "post", "gate", "post_weight", "k", "k_weight"]  # gemma_norm::Operand
-OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "out", "residual_out", "k_out"]
+OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "scale", "out", "residual_out", "k_out", "scale_out"]
 OPERANDS += ["dout", "dsum", "dx", "dgate", "dweight"]
 
 
@@ -45,7 +45,10 @@ class Options(ctypes.Structure):
     _fields_ = [("eps", ctypes.c_double), ("gemma", ctypes.c_bool), ("round_each_step", ctypes.c_bool),
                 ("sigmoid", ctypes.c_bool), ("norm_before_gate", ctypes.c_bool),
                 ("group_size", ctypes.c_int64), ("round_rotation", ctypes.c_bool), ("interleaved", ctypes.c_bool),
-                ("mrope_interleaved", ctypes.c_bool), ("mrope_section", Sections)]  # fmt: skip
+                ("mrope_interleaved", ctypes.c_bool), ("mrope_section", Sections),
+                ("dtype", ctypes.c_int32), ("dtype_name", ctypes.c_char_p), ("scale_group_size", ctypes.c_int64),
+                ("round_first", ctypes.c_bool), ("scale_ue8m0", ctypes.c_bool),
+                ("column_major_scale", ctypes.c_bool)]  # fmt: skip
 
 
 WHOLE_ROW = 2**63 - 1

@@ -111,6 +111,14 @@ def test_rounding_of_rare_values(probes: dict, run: tuple[str, str]) -> None:
     assert probes[run]["keeps_every_nan"] and probes[run]["rounds_tiny_roots"]
 
 
+def test_quantises_as_defined(run: tuple[str, str]) -> None:
+    done = run_script("probe_quant.py", artifacts(*run))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["calls"] >= 30
+    assert found["wrong"] == {}
+
+
 def test_memory_takes_twice_as_long_as_instructions(probes: dict, run: tuple[str, str], report: list[str]) -> None:
     """Except on the GPUs of model.LEAST_MARGINS. docs/amd.md has two of the tables that this reports."""
     calls = probes[run]["counts"]

@@ -20,7 +20,12 @@ namespace {
 DType dtype_of(const std::string& name) {
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
     if (name == dtype_name(dtype)) return dtype;
-  return DType::kOther;
+  static const std::map<std::string, DType> kQuantized = {{"int8", DType::kInt8},
+                                                          {"float8_e4m3fn", DType::kFloat8E4M3FN},
+                                                          {"float8_e4m3fnuz", DType::kFloat8E4M3FNUZ},
+                                                          {"float8_e5m2", DType::kFloat8E5M2}};
+  const auto found = kQuantized.find(name);
+  return found == kQuantized.end() ? DType::kOther : found->second;
 }
 
 // A tensor as Python describes it; strides count elements.
@@ -37,7 +42,8 @@ struct Memory {
 
 void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma,
          const EmulatedGpu& gpu, bool round_each_step, bool sigmoid, bool norm_before_gate,
-         std::optional<int64_t> group_size) {
+         std::optional<int64_t> group_size, const std::string& dtype, std::optional<int64_t> scale_group_size,
+         bool round_first, bool scale_ue8m0) {
   Options options;
   options.eps = eps;
   options.gemma = gemma;
@@ -45,10 +51,15 @@ void run(const std::string& op, const std::map<std::string, Memory>& tensors, do
   options.sigmoid = sigmoid;
   options.norm_before_gate = norm_before_gate;
   options.group_size = group_size.value_or(kWholeRow);
+  options.dtype = dtype_of(dtype);
+  options.dtype_name = dtype.c_str();
+  options.scale_group_size = scale_group_size.value_or(kWholeRow);
+  options.round_first = round_first;
+  options.scale_ue8m0 = scale_ue8m0;
   Call call{gemma_norm_op(op.c_str()), {}, options};
   Tensor views[kOperands];
   for (int o = 0; o < kOperands; ++o)
-    if (const auto found = tensors.find(kOperandNames[o]); found != tensors.end())
+    if (const auto found = tensors.find(call.op->name_of(static_cast<Operand>(o))); found != tensors.end())
       call.tensors[o] = &(views[o] = found->second.tensor());
   Message message{};
   switch (gemma_norm_emulated(&call, &gpu, &message)) {
@@ -75,7 +86,8 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
                                         py::arg("order") = 0, py::arg("processors") = 0);
   m.def("run", &run, py::arg("op"), py::arg("tensors"), py::arg("eps"), py::arg("gemma"), py::arg("gpu"),
         py::arg("round_each_step") = false, py::arg("sigmoid") = false, py::arg("norm_before_gate") = true,
-        py::arg("group_size") = py::none(),
+        py::arg("group_size") = py::none(), py::arg("dtype") = "float8_e4m3fn",
+        py::arg("scale_group_size") = py::none(), py::arg("round_first") = false, py::arg("scale_ue8m0") = false,
         "Runs an operator by its torch name on tensors by the names of its operands.");
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), py::arg("rows") = 1,
         "How a row of a plain norm of so many is laid over threads, in words.");

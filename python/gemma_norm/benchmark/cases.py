@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import rotation
+from . import quantised, rotation
 
 RMS_NORM = "rms_norm"
 ADD_RMS_NORM = "fused_add_rms_norm"
@@ -72,6 +72,8 @@ class Point:
     @property
     def bytes(self) -> int:
         """The least memory traffic, in bytes: each input is read once, and each output is written once."""
+        if self.op in quantised.QUANT_OPS:
+            return quantised.bytes_of(self.op, self.rows, self.hidden, self.dtype.itemsize)
         passes = [work for work in (FORWARD, BACKWARD) if self.work in (work, BOTH)]
         tensors = sum(_TENSORS[work][self.op] for work in passes)
         weights = sum(1 if work == FORWARD else 2 for work in passes)  # the backward pass writes a gradient too
@@ -119,14 +121,14 @@ class Inputs:
             return torch.randn(shape, generator=generator, device=point.device).to(point.dtype)
 
         self.point = point
-        self.written = point.op in IN_PLACE  # by the providers that work in place
+        self.written = point.op in (*IN_PLACE, *quantised.ADD_NORM)  # by the providers that work in place
         self.weight = normal(point.hidden).mul_(0.1)
         if point.op == QK_NORM_ROPE:
             self.sets = [rotation.empty(point) for _ in range(sets)]
             self.original = rotation.values(point, normal)
             self.restore()
             return
-        count = 1 if point.op == RMS_NORM else 2
+        count = 1 if point.op in (RMS_NORM, *quantised.NORM) else 2
         if point.op == GATED_RMS_NORM:  # x and gate are adjacent, which the provider copy_ needs
             shape = (2, point.rows, point.hidden)
             self.sets = [tuple(torch.empty(shape, dtype=point.dtype, device=point.device)) for _ in range(sets)]

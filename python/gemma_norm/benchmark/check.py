@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from gemma_norm import reference
 
-from . import rotation
+from . import quantised, rotation
 from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, Inputs, post_weight
 from .providers import Call, Provider
 
@@ -37,6 +37,8 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
     poison(inputs.original[0])
     outputs = call(*inputs.sets[0])
     y, *sums = outputs if isinstance(outputs, tuple) else (outputs,)
+    if inputs.point.op in quantised.QUANT_OPS:
+        return _check_quantised(provider, (y, *sums), inputs, gemma)
     if provider.copies:
         for got, source in zip((y, *sums), inputs.original, strict=False):
             _compare("the copy", got, source, 0.0)
@@ -90,6 +92,15 @@ def _check_rotation(provider: Provider, y: Tensor, z: Tensor, inputs: Inputs, ge
         error = rotation.error(got[rows], x[rows], weight, cos[rows], sin[rows], gemma)
         if error > bound:
             raise WrongResult(f"{name} is {error:.3g} units in the last place off, allowed are {bound:.3g}")
+
+
+def _check_quantised(provider: Provider, outputs: tuple[Tensor, ...], inputs: Inputs, gemma: bool) -> None:
+    if provider.copies or provider.name == "ours:norm alone":
+        return
+    error = quantised.error(inputs.point.op, outputs, inputs.original, inputs.weight, gemma)
+    bound = quantised.UNITS * (1.0 if provider.exact else PEERS)
+    if not error <= bound:
+        raise WrongResult(f"the result is {error:.3g} halves of a unit of float8 off, allowed are {bound:.3g}")
 
 
 def _some_rows(t: Tensor) -> Tensor:

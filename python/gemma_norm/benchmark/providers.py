@@ -36,7 +36,7 @@ from torch.nn import functional
 
 import gemma_norm
 
-from . import gradients, rotation
+from . import gradients, quantised, rotation
 from .cases import (
     ADD_RMS_NORM,
     BACKWARD,
@@ -95,8 +95,10 @@ class Provider:
         return point.work == FORWARD or self.gradient is not None or traffic
 
 
-def _with_rotation(make: Make, rotate: Make) -> Make:
-    return lambda op, weight, gemma: (rotate if op == QK_NORM_ROPE else make)(op, weight, gemma)
+def _with(make: Make, rotate: Make, quantise: Make) -> Make:
+    """``make``, but for the operators that rotate heads, and for those that quantise."""
+    others = {QK_NORM_ROPE: rotate, **dict.fromkeys(quantised.QUANT_OPS, quantise)}
+    return lambda op, weight, gemma: others.get(op, make)(op, weight, gemma)
 
 
 def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -276,31 +278,55 @@ def _in_place(function: Callable[..., Any], *options: Any) -> Call:
     return call
 
 
-ALL = (*OPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE)
+ALL = (*OPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, *quantised.QUANT_OPS)
 DERIVED = ("backward", "backward-few", "backward-cpu", "train-host")
 """The suites that time derivatives."""
 LIGER: Any = {"module": "liger_kernel.ops", "needs": ("LigerRMSNormFunction",)}
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("ours", _with_rotation(_ours, rotation.ours), ALL, exact=True, gradient=gradients.ours),
+        Provider("ours", _with(_ours, rotation.ours, quantised.ours), ALL, exact=True, gradient=gradients.ours),
         Provider("ours:rounded", rotation.ours_rounded, (QK_NORM_ROPE,), suites=("qk-rope",)),
         Provider("ours:norms", rotation.ours_norms, (QK_NORM_ROPE,), suites=("qk-rope",)),
+        Provider("ours:norm alone", quantised.norm_alone, quantised.QUANT_OPS, suites=("quant",)),
+        Provider("ours:two steps", quantised.two_steps, quantised.QUANT_OPS, suites=("quant",)),
+        Provider(
+            "flashinfer:quant",
+            quantised.flashinfer,
+            (quantised.NORM[0], quantised.ADD_NORM[0]),
+            gemma=False,
+            module="flashinfer.norm",
+            needs=("rmsnorm_quant",),
+        ),
+        Provider(
+            "vllm:quant",
+            quantised.vllm,
+            (quantised.NORM[1], quantised.ADD_NORM[1]),
+            gemma=False,
+            module="vllm._custom_ops",
+            needs=("rms_norm_dynamic_per_token_quant",),
+        ),
         Provider("ours:two calls", _two_calls, (NORM_ADD_NORM,), exact=True, suites=("norm-add",)),
         Provider("ours:torch.ops", _ours_op, exact=True, suites=("host",)),
         Provider("ours:module", _ours_module, exact=True, suites=("host",)),
-        Provider("copy_", _with_rotation(_copy, rotation.copy), ALL, copies=True, traffic=gradients.copy_traffic),
+        Provider(
+            "copy_", _with(_copy, rotation.copy, quantised.copy), ALL, copies=True, traffic=gradients.copy_traffic
+        ),
         Provider("torch.add", _copy, copies=True, suites=DERIVED, traffic=gradients.add_traffic),
-        Provider("eager", _with_rotation(_eager, rotation.eager), ALL, gradient=_eager),
+        Provider("eager", _with(_eager, rotation.eager, quantised.eager), ALL, gradient=_eager),
         Provider("F.rms_norm", _torch_rms_norm, (*OPS, NORM_ADD_NORM), gemma=False, gradient=_torch_rms_norm),
         Provider(
             "torch.compile",
-            _with_rotation(_torch_compile, rotation.compiled),
+            _with(_torch_compile, rotation.compiled, quantised.compiled),
             ALL,
             gradient=gradients.compiled(_torch_compile),
         ),
         Provider(
-            "liger", _with_rotation(_liger, rotation.liger), (*OPS, QK_NORM_ROPE), gradient=gradients.liger_new, **LIGER
+            "liger",
+            (lambda op, weight, gemma: (rotation.liger if op == QK_NORM_ROPE else _liger)(op, weight, gemma)),
+            (*OPS, QK_NORM_ROPE),
+            gradient=gradients.liger_new,
+            **LIGER,
         ),
         Provider(
             "liger:in_place",

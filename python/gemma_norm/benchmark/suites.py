@@ -20,6 +20,7 @@ from .cases import (
     Heads,
     Point,
 )
+from .quantised import QUANT_OPS
 from .rotation import ROTATIONS, TOKENS
 
 LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
@@ -41,6 +42,7 @@ GATED_ROWS = {  # hidden: rows. Below 2048 a token has 32 rows (heads), otherwis
 }
 NORM_ADD_HIDDEN = (1152, 2048, 2560, 3840, 5120, 5376)  # most are Gemma 3's
 NORM_ADD_ROWS = (1, 4, 16, 64, 8192)
+QUANT_SHAPES = ((1, 4096), (16, 4096), (64, 4096), (64, 5376), (8192, 4096), (4096, 8192))
 
 DERIVED_OPS = (RMS_NORM, ADD_RMS_NORM, GATED_RMS_NORM)
 BACKWARD_ROWS, BACKWARD_HIDDEN = (4096, 16384, 32768), (1024, 2048, 4096, 5120, 8192)
@@ -123,6 +125,17 @@ def qk_rope(choice: Choice) -> Iterator[Point]:
         rows = n * r.heads
         cache = "cold" if device == "cuda" and rows * size * dtype.itemsize > 4 * 2**20 else "hot"
         yield Point("qk-rope", QK_NORM_ROPE, rows, size, dtype, device, cache, t, rotation=r)
+
+
+def quant(choice: Choice) -> Iterator[Point]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = (0,) if device == "cuda" else sorted({1, torch.get_num_threads()})
+    shapes: Sequence[tuple[int, int]] = ((1, 4096), (64, 4096)) if choice.quick else QUANT_SHAPES
+    if choice.rows or choice.hidden:
+        shapes = list(product(choice.rows or (1, 64, 8192), choice.hidden or (4096,)))
+    for dtype, (r, h), op, t in product(choice.dtypes or (torch.bfloat16,), shapes, QUANT_OPS, threads):
+        cache = "cold" if device == "cuda" and r * h * dtype.itemsize > 4 * 2**20 else "hot"
+        yield Point("quant", op, r, h, dtype, device, cache, t)
 
 
 def host(choice: Choice) -> Iterator[Point]:
@@ -218,6 +231,7 @@ SUITES = {
         needs_gpu=False,
         hidden=tuple(ROTATIONS),
     ),
+    "quant": Suite(quant, "norms quantised to float8_e4m3fn, on a GPU in CUDA graphs", "rows", needs_gpu=False),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False, host=True),
     "cpu": Suite(cpu, "CPU, wall-clock time of one call from Python", needs_gpu=False),
     "backward": Suite(backward, "the backward pass alone, cold, in CUDA graphs", "hidden", derived=True),

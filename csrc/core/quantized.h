@@ -1,0 +1,84 @@
+// The formats that operators quantise to, and the rounding to them, the same on every device.
+//
+// A number beyond a format's largest becomes the largest, with its sign; so does an infinity. Rounding is to nearest,
+// ties to even. A NaN becomes a NaN, and 0 in int8, which has none.
+#pragma once
+
+#include <cstdint>
+
+#include "../device/anywhere.h"
+#include "../gemma_norm.h"
+
+namespace gemma_norm {
+
+// A format of 8 bits. A float32 is rounded to a float8 in two ways, and then one result is taken. If the result is
+// normal, the fraction is rounded where it is, and the exponent is that of the other bias. If it is subnormal, a number
+// is added whose last bit is worth the format's least number, so that this addition rounds.
+struct QuantizedFormat {
+  DType dtype;
+  float largest;
+  uint32_t nan;
+  uint32_t least_normal;  // the bits of the float32
+  uint32_t rebias;        // what is subtracted from the bits of a float32, for the other bias
+  uint32_t dropped;       // bits of the fraction that a float32 has and this format has not
+  uint32_t to_subnormal;  // the bits of the number that is added
+  uint32_t negative_zero;
+};
+
+constexpr QuantizedFormat format_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat8E4M3FN: return {dtype, 448, 0x7f, 121u << 23, 120u << 23, 20, 141u << 23, 0x80};
+    // The only zero is +0. What would be -0 is its NaN.
+    case DType::kFloat8E4M3FNUZ: return {dtype, 240, 0x80, 120u << 23, 119u << 23, 20, 140u << 23, 0};
+    case DType::kFloat8E5M2: return {dtype, 57344, 0x7f, 113u << 23, 112u << 23, 21, 134u << 23, 0x80};
+    default: return {DType::kInt8, 127, 0, 0, 0, 0, 0, 0};
+  }
+}
+
+namespace quantized {
+
+template <class To, class From>
+GEMMA_NORM_ANYWHERE To same_bits(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+GEMMA_NORM_ANYWHERE uint32_t int8_bits(float v) {
+  const float low = v > -128.0f ? v : -128.0f, limited = low < 127.0f ? low : 127.0f;
+  // The sum's last bit is worth 1, so the addition rounds, and the last byte is the integer.
+  return v == v ? same_bits<uint32_t>(limited + 12582912.0f) & 0xffu : 0u;
+}
+
+GEMMA_NORM_ANYWHERE uint32_t float8_bits(float v, const QuantizedFormat& f) {
+  const uint32_t bits = same_bits<uint32_t>(v), sign = bits >> 24 & 0x80u, any = bits & 0x7fffffffu;
+  const uint32_t most = same_bits<uint32_t>(f.largest), magnitude = any < most ? any : most;
+  const uint32_t half = (1u << f.dropped >> 1) - 1;
+  const uint32_t normal = (magnitude - f.rebias + half + (magnitude >> f.dropped & 1u)) >> f.dropped;
+  const uint32_t subnormal =
+      same_bits<uint32_t>(same_bits<float>(magnitude) + same_bits<float>(f.to_subnormal)) - f.to_subnormal;
+  const uint32_t rounded = magnitude < f.least_normal ? subnormal : normal;
+  const uint32_t with_sign = rounded ? rounded | sign : sign & f.negative_zero;
+  return any > 0x7f800000u ? f.nan : with_sign;
+}
+
+GEMMA_NORM_ANYWHERE uint32_t bits_of(float v, const QuantizedFormat& f) {
+  return f.dtype == DType::kInt8 ? int8_bits(v) : float8_bits(v, f);
+}
+
+// The bits `largest` of a positive number or NaN, limited to those of `bound`. A NaN stays.
+GEMMA_NORM_ANYWHERE uint32_t bounded(uint32_t largest, float bound) {
+  const uint32_t most = same_bits<uint32_t>(bound);
+  return largest > most && largest <= 0x7f800000u ? most : largest;
+}
+
+// The scale of elements of which the largest absolute value has the bits `largest`. The bits of positive numbers, of
+// infinity and of NaN are in this order, so a NaN among the elements is their largest, and makes the scale one. Zeros
+// get the scale of 1e-10, which is finite and has a finite reciprocal.
+GEMMA_NORM_ANYWHERE float scale_of(uint32_t largest, const QuantizedFormat& f, bool power_of_two) {
+  constexpr uint32_t kLeast = 0x2edbe6ffu;  // 1e-10
+  const float scale = same_bits<float>(largest > kLeast ? largest : kLeast) / f.largest;
+  const uint32_t bits = same_bits<uint32_t>(scale);
+  return power_of_two && bits < 0x7f000000u ? same_bits<float>((bits + 0x7fffffu) & 0x7f800000u) : scale;
+}
+
+}  // namespace quantized
+}  // namespace gemma_norm

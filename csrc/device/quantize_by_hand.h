@@ -1,0 +1,24 @@
+// What quantising needs, without instructions for it: four floats in 8 bits each, and a maximum over lanes.
+#pragma once
+
+#include "../core/quantized.h"
+
+namespace gemma_norm::device {
+
+GEMMA_NORM_DEVICE uint32_t quantize_by_hand(const float (&f)[4], const QuantizedFormat& format) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) word |= quantized::bits_of(f[i], format) << 8 * i;
+  return word;
+}
+
+GEMMA_NORM_DEVICE uint32_t max_by_swaps(uint32_t v) {
+#pragma unroll
+  for (int step = 1; step < wave_width(); step *= 2) {
+    const uint32_t other = as_bits(value_of_lane(step, as_float(v)));
+    v = v > other ? v : other;
+  }
+  return v;
+}
+
+}  // namespace gemma_norm::device

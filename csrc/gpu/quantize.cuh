@@ -1,0 +1,242 @@
+// The last part of kernels that quantise y: the scale of each group of elements, which needs the largest |y| of the
+// group, and the rounding to 8 bits.
+//
+// The largest |y| is found on the bits of |y|: those of positive floats are in the order of the numbers, and those of a
+// NaN are greater than all others, so that a NaN reaches the scale. A maximum does not depend on the order in which it
+// is found, so neither do the bits of the result.
+#pragma once
+
+#include "policies.cuh"
+#include "reduce.cuh"
+
+namespace gemma_norm::gpu {
+
+struct GroupMaxima {
+  uint32_t of_groups[kMaxGroups + 1];
+};
+struct WaveMaxima {
+  uint32_t of_waves[kMaxWaves];
+};
+
+GEMMA_NORM_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+GEMMA_NORM_DEVICE uint32_t max_over_lanes(uint32_t v, int lanes) {
+  if (lanes == device::wave_width()) return device::max_over_wave(v);
+#pragma unroll
+  for (int step = 1; step < device::wave_width(); step *= 2)
+    if (step < lanes) v = larger(v, device::as_bits(device::value_of_lane(step, device::as_float(v))));
+  return v;
+}
+
+// The maximum over the threads of a row. With kCluster, the exchange between the blocks is number `use`.
+template <Scope kScope, int kUses>
+GEMMA_NORM_DEVICE uint32_t max_over_row(uint32_t v, const Launch& launch, int row_lanes, int use) {
+  if constexpr (kScope == Scope::kWave) return max_over_lanes(v, row_lanes);
+  const int width = device::wave_width(), waves = launch.block_threads / width;
+  const int lane = device::thread_index() % width;
+  v = max_over_lanes(v, width);
+  if (waves > 1) {
+    auto& of_waves = device::shared_memory<WaveMaxima>().of_waves;
+    if (lane == 0) of_waves[device::thread_index() / width] = v;
+    device::block_barrier();
+    const int i = lane % kMaxWaves;
+    v = max_over_lanes(i < waves ? of_waves[i] : 0, kMaxWaves);
+  }
+  if constexpr (kScope == Scope::kCluster) {
+    float of_row[1] = {device::as_float(v)};
+    const auto& of_blocks = exchange_in_cluster<kUses>(of_row, use)[0];
+    for (int i = 0; i < device::cluster_blocks(); ++i) v = larger(v, device::as_bits(of_blocks[i]));
+  }
+  return v;
+}
+
+template <int kCount>
+GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = larger(largest, device::as_bits(y[i]) & 0x7fffffffu);
+  return largest;
+}
+
+// The scales of a row, and its elements in 8 bits.
+template <class V>
+struct Quantizer {
+  static constexpr int kCount = FinishOf<V>::kCount;
+  const RowParams& p;
+  float* scales;
+  float number;  // the scale that is given, or the bound; loaded together with the row
+
+  // Not before wait_for_previous_kernel().
+  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row)
+      : p(p),
+        scales(row.pointer<float>(p, kScaleOut, 0)),
+        number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f) {}
+
+  // The scale is given.
+  GEMMA_NORM_DEVICE bool is_static() const { return p.scale_group == 0; }
+  GEMMA_NORM_DEVICE bool is_of_row() const { return p.scale_group == p.hidden; }
+
+  // Stores the scale of a group, if this thread is to, and returns what its elements are multiplied by.
+  GEMMA_NORM_DEVICE float inverse(uint32_t largest, int64_t group, bool stores) const {
+    if (p.data[kScale]) largest = quantized::bounded(largest, number);
+    const float scale = quantized::scale_of(largest, p.format, p.scale_ue8m0);
+    if (stores) scales[group * p.scale_stride] = scale;
+    return 1.0f / scale;
+  }
+
+  // Stores a vector at `out`, which is aligned to kCount bytes.
+  GEMMA_NORM_DEVICE void store(uint8_t* out, const float (&y)[kCount], float inverse) const {
+    uint32_t words[kCount / 4];
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float q[4] = {y[i] * inverse, y[i + 1] * inverse, y[i + 2] * inverse, y[i + 3] * inverse};
+      words[i / 4] = device::quantize(q, p.format);
+    }
+    if constexpr (kCount == 8)
+      device::store_once(reinterpret_cast<Vector8*>(out), Vector8{words[0], words[1]});
+    else
+      *reinterpret_cast<uint32_t*>(out) = words[0];
+  }
+};
+
+// Of a kernel that does not quantise.
+struct NoQuantizer {
+  GEMMA_NORM_DEVICE NoQuantizer(const RowParams&, const RowIndex&) {}
+};
+template <class V>
+using QuantizerOf = std::conditional_t<V::Form::kQuantizes, Quantizer<V>, NoQuantizer>;
+
+// The groups of a row that a thread's vectors belong to. The vectors of a row are numbered: this thread's are `vector`,
+// `vector` + slots, ... A group is a power of two of vectors. If the slots are a multiple of that, neighbouring lanes
+// have a whole group. Otherwise, only launch.group_lanes of them surely have parts of one group, and the groups meet in
+// shared memory.
+template <Scope kScope>
+struct Groups {
+  const Launch& launch;
+  const int vector;
+
+  GEMMA_NORM_DEVICE int number(int k) const { return vector + k * launch.slots; }
+  GEMMA_NORM_DEVICE int of(int k) const { return number(k) >> launch.log2_group_vectors; }
+  GEMMA_NORM_DEVICE bool is_first(int k) const { return (number(k) & ((1 << launch.log2_group_vectors) - 1)) == 0; }
+  GEMMA_NORM_DEVICE bool meet() const {
+    return kScope == Scope::kBlock && launch.group_lanes < 1 << launch.log2_group_vectors;
+  }
+
+  // Before the row's sum is exchanged. That exchange has a barrier, unless the block is one wave.
+  GEMMA_NORM_DEVICE void open() const {
+    if (!meet()) return;
+    auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
+    const int count = (launch.vectors * launch.slots >> launch.log2_group_vectors) + 1;
+    for (int i = device::thread_index(); i < count; i += launch.block_threads) maxima[i] = 0;
+    if (launch.block_threads == device::wave_width()) device::block_barrier();
+  }
+
+  // Replaces the largest bits of each vector by those of its group. `first(k) < end` says whether there is a vector.
+  template <int kVectors, class First>
+  GEMMA_NORM_DEVICE void exchange(uint32_t (&largest)[kVectors], const First& first, int end) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) largest[k] = max_over_lanes(largest[k], launch.group_lanes);
+    if (!meet()) return;
+    auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k)
+      if (number(k) % launch.group_lanes == 0 && first(k) < end) device::max_in_block(&maxima[of(k)], largest[k]);
+    device::block_barrier();
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k)
+      if (first(k) < end) largest[k] = maxima[of(k)];
+  }
+};
+
+// Quantises rows of which a thread holds kVectors vectors of y.
+template <class V, Scope kScope, int kUses, int kVectors, class First>
+GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, uint8_t* out,
+                                     int row_lanes, const float (&y)[kVectors][FinishOf<V>::kCount], const First& first,
+                                     int end) {
+  float inverse[kVectors];
+  if (quantizer.is_static()) {
+    const float given = 1.0f / quantizer.number;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) inverse[k] = given;
+  } else {
+    uint32_t largest[kVectors], of_thread = 0;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      largest[k] = first(k) < end ? largest_of(y[k]) : 0;
+      of_thread = larger(of_thread, largest[k]);
+    }
+    if (quantizer.is_of_row()) {
+      const uint32_t of_row = max_over_row<kScope, kUses>(of_thread, groups.launch, row_lanes, kUses - 1);
+      const float one = quantizer.inverse(of_row, 0, groups.vector == 0 && first(0) < end);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) inverse[k] = one;
+    } else {
+      groups.exchange(largest, first, end);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k)
+        inverse[k] = quantizer.inverse(largest[k], groups.of(k), groups.is_first(k) && first(k) < end);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k)
+    if (first(k) < end) quantizer.store(out + first(k), y[k], inverse[k]);
+}
+
+// Quantises a row of a block, of any alignment and with groups of any size. y_of(k, y) computes a thread's vector k
+// anew each time; first(k) is the index of its first element, and the others follow in steps.
+template <class V, class YOf, class First>
+GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, uint8_t* out, const Launch& launch,
+                                          const YOf& y_of, const First& first, int step, int64_t end) {
+  constexpr int kCount = FinishOf<V>::kCount;
+  const RowParams& p = quantizer.p;
+  const int thread = device::thread_index();
+  // Calls visit(index of an element, y) for the thread's elements.
+  const auto each = [&](const auto& visit) {
+    for (int k = 0; k < launch.vectors; ++k) {
+      float y[kCount];
+      y_of(k, y);
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t at = first(k) + static_cast<int64_t>(i) * step;
+        if (at < end) visit(at, y[i]);
+      }
+    }
+  };
+  const auto store = [&](int64_t at, float y, float inverse) {
+    out[at] = static_cast<uint8_t>(quantized::bits_of(y * inverse, p.format));
+  };
+  if (quantizer.is_static() || quantizer.is_of_row()) {
+    float inverse;
+    if (quantizer.is_static()) {
+      inverse = 1.0f / quantizer.number;
+    } else {
+      uint32_t largest = 0;
+      each([&](int64_t, float y) { largest = larger(largest, device::as_bits(y) & 0x7fffffffu); });
+      inverse = quantizer.inverse(max_over_row<Scope::kTwoPasses, 1>(largest, launch, 0, 0), 0, thread == 0);
+    }
+    each([&](int64_t at, float y) { store(at, y, inverse); });
+    return;
+  }
+  auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
+  const int64_t groups = p.hidden / p.scale_group;
+  for (int64_t base = 0; base < groups; base += kMaxGroups) {
+    const int count = groups - base < kMaxGroups ? static_cast<int>(groups - base) : kMaxGroups;
+    const auto index = [&](int64_t at) { return static_cast<int>(at / p.scale_group - base); };
+    for (int i = thread; i < count; i += launch.block_threads) maxima[i] = 0;
+    device::block_barrier();
+    each([&](int64_t at, float y) {
+      const int i = index(at);
+      if (i >= 0 && i < count) device::max_in_block(&maxima[i], device::as_bits(y) & 0x7fffffffu);
+    });
+    device::block_barrier();
+    for (int i = thread; i < count; i += launch.block_threads)
+      maxima[i] = device::as_bits(quantizer.inverse(maxima[i], base + i, true));
+    device::block_barrier();
+    each([&](int64_t at, float y) {
+      const int i = index(at);
+      if (i >= 0 && i < count) store(at, y, device::as_float(maxima[i]));
+    });
+    device::block_barrier();
+  }
+}
+
+}  // namespace gemma_norm::gpu

@@ -1,0 +1,87 @@
+"""Quantises on one emulated GPU, and prints as JSON which calls did not have every bit of the definition.
+
+python probe_quant.py ARCH LIBRARY CODE_OBJECT|-
+
+y is what the same GPU's rms_norm computes in float32; the definition, gemma_norm.reference.quantize, is applied to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import sys
+
+import hipemu
+import numpy as np
+import torch
+from probe import DTYPES, OPERANDS, WHOLE_ROW, Call, Options, Tensor
+
+from gemma_norm import reference
+
+FORMATS = {"int8": 6, "float8_e4m3fn": 7, "float8_e4m3fnuz": 8, "float8_e5m2": 9}  # gemma_norm::DType
+# hidden, and the groups: on lanes, that meet in shared memory, and of an odd size
+SHAPES = {512: (128, 4), 1152: (128,), 5376: (64, 128), 999: (3,), 20000: (32,)}
+ROWS = 2
+
+
+def tensor(t: torch.Tensor, dtype: str) -> Tensor:
+    sizes, strides = (ctypes.c_int64 * t.dim())(*t.shape), (ctypes.c_int64 * t.dim())(*t.stride())
+    number = {**DTYPES, **FORMATS}[dtype]
+    address = ctypes.addressof
+    result = Tensor(t.data_ptr(), address(sizes), address(strides), t.dim(), number, dtype.encode())
+    result.alive = (t, sizes, strides)
+    return result
+
+
+def launch(hip: ctypes.CDLL, op: bytes, options: Options, **tensors: Tensor) -> None:
+    hip.gemma_norm_op.restype = ctypes.c_void_p
+    call = Call(op=hip.gemma_norm_op(op), options=options)
+    for name, t in tensors.items():
+        call.tensors[OPERANDS.index(name)] = ctypes.pointer(t)
+    message = ctypes.create_string_buffer(512)
+    if hip.gemma_norm_hip(ctypes.byref(call), None, message):
+        raise RuntimeError(message.value.decode())
+
+
+def options(**more: object) -> Options:
+    return Options(eps=1e-6, gemma=True, norm_before_gate=True, group_size=WHOLE_ROW, **more)
+
+
+def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | None) -> str:
+    """What is wrong with a call, or ""."""
+    random = torch.Generator().manual_seed(hidden)
+    x, weight = torch.randn(ROWS, hidden, generator=random), torch.randn(hidden, generator=random)
+    x[1, 5] = torch.nan if scheme == "token" and hidden == 512 else 40.0
+    y, q = torch.empty_like(x), torch.zeros(ROWS, hidden, dtype=torch.uint8)
+    given = {"x": tensor(x, "float32"), "weight": tensor(weight, "float32")}
+    launch(hip, b"rms_norm", options(), **given, out=tensor(y, "float32"))
+    scale, scales = torch.tensor([0.01]), torch.zeros(hidden // (group or hidden), ROWS).t()
+    quantised = options(
+        dtype=FORMATS[format],
+        dtype_name=format.encode(),
+        scale_group_size=group or WHOLE_ROW,
+        scale_ue8m0=scheme == "powers of two",
+    )
+    is_static = scheme == "given"
+    more = {"scale": tensor(scale, "float32")} if is_static else {"scale_out": tensor(scales, "float32")}
+    op = b"rms_norm_quant.static" if is_static else b"rms_norm_quant"
+    launch(hip, op, quantised, **given, out=tensor(q, format), **more)
+    dtype = getattr(torch, format)
+    want = reference.quantize(y, scale if is_static else None, dtype, group, scale_ue8m0=scheme == "powers of two")
+    codes = want[0].view(torch.uint8)
+    either_nan = want[0].float().isnan() & q.view(dtype).float().isnan()  # its sign is not specified
+    different = int(((codes != q) & ~either_nan).sum())
+    if not is_static and not np.array_equal(scales.numpy(), want[1].numpy(), equal_nan=True):
+        return "the scales differ"
+    return f"{different} of {q.numel()} codes differ" if different else ""
+
+
+if __name__ == "__main__":
+    arch, library, code_object = sys.argv[1:]
+    hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
+    calls = [(hidden, f, s, None) for hidden, f, s in itertools.product((512, 5376, 999), FORMATS, ("token", "given"))]
+    calls += [(h, f, "groups", g) for f in ("float8_e4m3fn", "int8") for h, groups in SHAPES.items() for g in groups]
+    calls += [(5376, "float8_e5m2", "powers of two", 128)]
+    found = {", ".join(map(str, c)): wrong(hip, *c) for c in calls}
+    print(json.dumps({"calls": len(found), "wrong": {c: text for c, text in found.items() if text}}))

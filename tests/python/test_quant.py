@@ -1,0 +1,333 @@
+"""All that is tested of the operators that quantise: bits, scales, special numbers, refusals, transforms.
+
+Their y is that of the operators that do not quantise, bit for bit. In float32, and with round_first in any dtype, that
+y can be seen, and the definition (reference.quantize), applied to it, gives every bit of q and of the scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext as nothing
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemma_norm
+from gemma_norm import _registry, reference
+from support import LAYOUTS, assert_same_bits, make_weight, place, randn
+
+OPS = torch.ops.gemma_norm
+FORMATS = tuple(reference.QUANTIZED_LARGEST)
+SCHEMES: dict[str, dict[str, Any]] = {
+    "token": {},
+    "groups of 64": {"scale_group_size": 64},
+    "groups of 128, column-major": {"scale_group_size": 128, "column_major_scale": True},
+    "groups of 128, powers of two": {"scale_group_size": 128, "scale_ue8m0": True},
+    "bounded": {"scale_ub": 1.25},
+    "given": {"scale": 0.011},
+}
+# A row of each kind of kernel: on lanes of a wave, in a block, and with groups that begin in the middle of a thread's.
+SHAPES = [(3, 128), (2, 3, 1024), (5, 2560), (1, 4096), (2, 5376), (1, 8320), (1, 16384)]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda dtype: str(dtype)[6:])
+def format(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=SCHEMES.values(), ids=SCHEMES)
+def scheme(request: pytest.FixtureRequest, device: str) -> dict[str, Any]:
+    options = dict(request.param)
+    return {k: torch.tensor(v, device=device) if k in ("scale", "scale_ub") else v for k, v in options.items()}
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view(torch.uint8)
+
+
+def assert_quantised(y: Tensor, q: Tensor, scale: Tensor, format: torch.dtype, scheme: dict[str, Any]) -> None:
+    """q and scale have every bit of the definition, applied to y in float32."""
+    want = reference.quantize(y.float(), scheme.get("scale"), format, *(scheme.get(k, d) for k, d in DEFAULTS.items()))
+    assert q.dtype is format
+    assert q.is_contiguous()
+    assert torch.equal(bits(q), bits(want[0]))
+    if "scale" in scheme:
+        assert scale is scheme["scale"]
+    else:
+        assert_same_bits(scale, want[1])
+        assert scale.stride() == want[1].stride()
+
+
+DEFAULTS = {"scale_group_size": None, "scale_ub": None, "scale_ue8m0": False, "column_major_scale": False}
+
+
+def test_every_bit(device, dtype, gemma, scheme):
+    for shape in SHAPES:
+        x, weight = randn(*shape, dtype=dtype, device=device), make_weight(shape[-1], dtype, device, gemma)
+        y = gemma_norm.rms_norm(x, weight, gemma=gemma)
+        for format in FORMATS:
+            q, scale = gemma_norm.rms_norm_quant(x, weight, gemma=gemma, dtype=format, round_first=True, **scheme)
+            assert_quantised(y, q, scale, format, scheme)
+
+
+@pytest.mark.parametrize("float32_residual", [False, True])
+def test_every_bit_of_a_sum(device, dtype, scheme, float32_residual):
+    shape = (4, 1536)
+    x, residual = randn(*shape, dtype=dtype, device=device), randn(*shape, dtype=dtype, device=device, seed=1)
+    residual = residual.float() if float32_residual else residual
+    weight = make_weight(shape[-1], torch.float32, device, True)
+    y, s = gemma_norm.add_rms_norm(x, residual, weight, gemma=True)
+    q, scale, total = gemma_norm.add_rms_norm_quant(x, residual, weight, gemma=True, round_first=True, **scheme)
+    assert_quantised(y, q, scale, torch.float8_e4m3fn, scheme)
+    assert_same_bits(total, s)
+    x_before, in_place = x.clone(), residual.clone()
+    q2, scale2 = gemma_norm.fused_add_rms_norm_quant(x, in_place, weight, gemma=True, round_first=True, **scheme)
+    assert torch.equal(bits(q2), bits(q))
+    assert_same_bits(scale2, scale)
+    assert_same_bits(in_place, s)
+    assert_same_bits(x, x_before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [96, 127, 128])
+def test_any_layout(device, dtype, layout, size):
+    x = place(randn(5, 6, size, dtype=dtype, device=device), layout).view
+    for group in (None, size, 32 if size % 32 == 0 else 1):
+        q, scale = gemma_norm.rms_norm_quant(x, scale_group_size=group, round_first=True)
+        scheme = {"scale_group_size": group}
+        assert_quantised(gemma_norm.rms_norm(x), q, scale, torch.float8_e4m3fn, scheme)
+
+
+@pytest.mark.parametrize("hidden", [1, 5, 33, 20000, 70000, 140000])
+@pytest.mark.parametrize("group", [None, 1, 5])
+def test_any_hidden_size(device, dtype, hidden, group):
+    if group and hidden % group:
+        group = hidden
+    x = randn(2, hidden, dtype=dtype, device=device)
+    q, scale = gemma_norm.rms_norm_quant(x, scale_group_size=group, round_first=True, dtype=torch.int8)
+    if device == "cpu" or hidden * dtype.itemsize <= 2**17:
+        assert_quantised(gemma_norm.rms_norm(x), q, scale, torch.int8, {"scale_group_size": group})
+    else:  # the sum is in another order (docs/contract.md, C12.6)
+        want, want_scale = reference.rms_norm_quant(x, scale_group_size=group, round_first=True, dtype=torch.int8)
+        torch.testing.assert_close(scale, want_scale, rtol=2e-2 if dtype is torch.bfloat16 else 2e-3, atol=0)
+        assert (q.int() - want.int()).abs().max() <= 1
+
+
+def test_the_product_is_not_rounded_before(device, format):
+    """Of a 16-bit x, what is quantised is y in float32: that of the same numbers in float32, up to its own rounding."""
+    x, weight = randn(64, 512, dtype=torch.bfloat16, device=device), make_weight(512, torch.bfloat16, device, True)
+    q, scale = gemma_norm.rms_norm_quant(x, weight, gemma=True, dtype=format)
+    want, want_scale = gemma_norm.rms_norm_quant(x.float(), weight.float(), gemma=True, dtype=format)
+    rounded, _ = gemma_norm.rms_norm_quant(x, weight, gemma=True, dtype=format, round_first=True)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
+    different = (bits(q) != bits(want)).sum().item()
+    assert different < 1e-4 * q.numel()
+    assert (bits(rounded) != bits(want)).sum().item() > 10 * max(different, 1)
+
+
+def all_values(format: torch.dtype) -> Tensor:
+    """Every number of the format, and what lies between it and the next: the middle, and the floats around that."""
+    codes = torch.arange(256, dtype=torch.uint8).view(format).float()
+    codes = codes[codes.isfinite()].unique().double()
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = [codes, middles, middles * (1 + 2**-23), middles * (1 - 2**-23), codes * 1.01, codes * 0.99]
+    values = torch.cat([*near, torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-30, -1e-30])]).float()
+    return torch.nn.functional.pad(values, (0, 2048 - len(values)))  # a power of two, so that the mean of ones is 1
+
+
+def test_every_code_and_every_tie(device, format):
+    """With x = 1 and eps = 0, y is the weight, so any number can be quantised."""
+    y = all_values(format).to(device)
+    largest = reference.QUANTIZED_LARGEST[format]
+    q, _ = gemma_norm.rms_norm_quant(
+        torch.ones(1, len(y), device=device), y, torch.ones((), device=device), eps=0.0, dtype=format
+    )
+    limited = y.round().clamp(-128, 127) if format is torch.int8 else y.clamp(-largest, largest)
+    want = limited.to(format)
+    assert torch.equal(bits(q[0]), bits(want))
+    finite = torch.arange(256, dtype=torch.uint8).view(format).float().isfinite().sum().item()
+    assert len(bits(q).unique()) == finite
+
+
+def test_zeros_and_what_is_not_finite(device, format):
+    x = randn(6, 256, device=device)
+    x[0] = 0
+    x[1, 7] = torch.nan
+    x[2, 3] = torch.inf
+    weight = torch.ones(256, device=device)
+    q, scale = gemma_norm.rms_norm_quant(x, weight, dtype=format, scale_group_size=64)
+    largest = reference.QUANTIZED_LARGEST[format]
+    assert (q[0].float() == 0).all()
+    torch.testing.assert_close(scale[0], torch.full_like(scale[0], 1e-10 / largest), rtol=1e-6, atol=0)
+    assert scale[1].isnan().all()
+    assert scale[2].isnan().any()  # Inf / Inf
+    if format is not torch.int8:
+        assert q[1].float().isnan().all()
+    assert (q[3:].float() * scale[3:].repeat_interleave(64, -1)).isfinite().all()
+    weight[5] = torch.nan  # one element alone
+    q, scale = gemma_norm.rms_norm_quant(x, weight, dtype=format, scale_group_size=64)
+    assert scale[3].isnan().tolist() == [True, False, False, False]
+
+
+def test_the_error_is_that_of_the_format(device, format):
+    """q * scale is within half a unit of the format, at its largest, of the exact norm."""
+    x, weight = randn(32, 4096, dtype=torch.bfloat16, device=device), make_weight(4096, torch.bfloat16, device, True)
+    exact = reference.oracle(x, weight, gemma=True)
+    unit = {torch.int8: 1 / 127, torch.float8_e5m2: 2**-2}.get(format, 2**-3)  # of the largest number of a group
+    for group in (None, 128):
+        q, scale = gemma_norm.rms_norm_quant(x, weight, gemma=True, dtype=format, scale_group_size=group)
+        back = q.float() * scale.repeat_interleave(4096 // scale.shape[-1], -1)
+        limit = exact.abs().unflatten(-1, (*scale.shape[-1:], -1)).amax(-1, keepdim=True) * unit / 2 * (1 + 1e-5)
+        assert ((back.double() - exact).unflatten(-1, (*scale.shape[-1:], -1)).abs() <= limit).all()
+
+
+def test_each_step_rounded(device, scheme):
+    x, weight = randn(3, 1024, dtype=torch.bfloat16, device=device), randn(1024, dtype=torch.bfloat16, device=device)
+    options = {"round_each_step": True, "round_first": True}
+    q, scale = gemma_norm.rms_norm_quant(x, weight, **options, **scheme)
+    y = gemma_norm.rms_norm(x, weight, round_each_step=True)
+    assert_quantised(y, q, scale, torch.float8_e4m3fn, scheme)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 128), (64,)], ids=str)
+def test_no_rows_and_one(device, shape, scheme):
+    q, scale = gemma_norm.rms_norm_quant(
+        randn(*shape, device=device), **{**scheme, "scale_group_size": None} if "scale" not in scheme else scheme
+    )
+    assert q.shape == shape
+    assert "scale" in scheme or scale.shape == (*shape[:-1], 1)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": (
+        {"dtype": torch.float16},
+        "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8, got float16",
+    ),
+    "no dtype": ({"dtype": "float8"}, "dtype must be a torch.dtype or None, got 'float8'"),
+    "group size": ({"scale_group_size": 5}, "scale_group_size must divide x's last dimension 64, got 5"),
+    "group of none": ({"scale_group_size": 0}, "scale_group_size must divide x's last dimension 64, got 0"),
+    "scale: two": ({"scale": torch.ones(2)}, "scale must have one element, got shape [2]"),
+    "scale: float64": ({"scale": torch.ones(1).double()}, "scale must have dtype float32, got float64"),
+    "scale: number": ({"scale": 0.5}, "scale must be a tensor, got 0.5"),
+    "scale_ub: none": ({"scale_ub": torch.ones(0)}, "scale_ub must have one element, got shape [0]"),
+    "two scales": (
+        {"scale": torch.ones(1), "scale_group_size": 8},
+        "scale_group_size must be None with a scale, got 8",
+    ),
+    "flag": ({"round_first": "yes"}, "round_first must be a bool, got 'yes'"),
+    "weight": ({"weight": torch.ones(63)}, "weight must have shape [64], got [63]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(device, name):
+    replaced, message = BAD[name]
+    replaced = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in replaced.items()}
+    x, residual = randn(4, 64, device=device), randn(4, 64, device=device, seed=1)
+    for function, extra in (
+        (gemma_norm.rms_norm_quant, {}),
+        (gemma_norm.add_rms_norm_quant, {"residual": residual}),
+        (gemma_norm.fused_add_rms_norm_quant, {"residual": residual}),
+    ):
+        before = residual.clone()
+        with pytest.raises(RuntimeError) as error:
+            function(x, **extra, **replaced)
+        assert str(error.value).startswith(f"{function.__name__}: {message}")
+        assert torch.equal(residual, before)
+
+
+OVERLOADS = {
+    f"{name}.{overload}": (name, overload)
+    for name in ("rms_norm_quant", "add_rms_norm_quant", "fused_add_rms_norm_quant")
+    for overload in ("default", "static")
+}
+
+
+def arguments(name: str, overload: str, device: str, rows: int = 4) -> dict[str, Any]:
+    given: dict[str, Any] = {"x": randn(rows, 64, dtype=torch.bfloat16, device=device)}
+    if "add" in name:
+        given["residual"] = randn(rows, 64, device=device, seed=1)
+    given["weight"] = make_weight(64, torch.bfloat16, device, True)
+    if overload == "static":
+        return {**given, "scale": torch.full((1,), 0.02, device=device)}
+    return {**given, "scale_group_size": 32, "column_major_scale": True, "dtype": torch.int8}
+
+
+@pytest.fixture(params=OVERLOADS.values(), ids=OVERLOADS)
+def overload(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+def as_bytes(results: Any) -> list[Tensor]:
+    results = results if isinstance(results, tuple) else (results,)
+    return [t.contiguous().view(torch.uint8) for t in results]
+
+
+def test_opcheck(device, overload):
+    given = arguments(*overload, device)
+    positional = [given.pop(n) for n in ("x", "residual", "weight", "scale") if n in given]
+    torch.library.opcheck(getattr(getattr(OPS, overload[0]), overload[1]), tuple(positional), given)
+
+
+def test_torch_compile(device, overload):
+    def run(given: dict[str, Any]) -> Any:
+        return getattr(gemma_norm, overload[0])(**given)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    for rows in (4, 7):
+        want, got = arguments(*overload, device, rows), arguments(*overload, device, rows)
+        for a, b in zip(as_bytes(run(want)), as_bytes(compiled(got)), strict=True):
+            assert torch.equal(a, b)
+        for n, t in want.items():
+            assert not isinstance(t, Tensor) or torch.equal(t, got[n])
+
+
+def test_plain_pytorch(device, overload):
+    """The implementation for devices without a native one. Its y may be off by a bit, and so may q."""
+    op = f"{overload[0]}.static" if overload[1] == "static" else overload[0]
+    native, plain = arguments(*overload, device), arguments(*overload, device)
+    want = getattr(getattr(OPS, overload[0]), overload[1])(**native)
+    with pytest.warns(UserWarning) if device not in _registry._warned else nothing():
+        got = _registry.OPERATORS[op].plain(**plain)
+    want, got = (r if isinstance(r, tuple) else (r,) for r in (want, got))
+    for a, b in zip(want, got, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        torch.testing.assert_close(a.float(), b.float(), rtol=2**-2 if a.dtype.itemsize == 1 else 1e-6, atol=1e-6)
+    if "residual" in native:
+        assert torch.equal(native["residual"], plain["residual"])
+
+
+def test_vmap(device):
+    x, weight = randn(3, 5, 64, device=device), randn(64, device=device)
+    q, scale = torch.func.vmap(lambda x: gemma_norm.rms_norm_quant(x, weight, dtype=torch.int8))(x)
+    want, want_scale = gemma_norm.rms_norm_quant(x, weight, dtype=torch.int8)
+    assert (q.float() - want.float()).abs().max() <= 1
+    torch.testing.assert_close(scale, want_scale)
+
+
+def test_derivatives_are_refused(device, overload):
+    given = arguments(*overload, device)
+    function: Callable[..., Any] = getattr(gemma_norm, overload[0])
+    weight = given["weight"]
+    with pytest.raises(RuntimeError, match="weight must not require grad while grad mode is enabled"):
+        function(**{**given, "weight": weight.clone().requires_grad_()})
+    with torch.no_grad():
+        function(**{**given, "weight": weight.clone().requires_grad_()})
+    if overload[0] != "fused_add_rms_norm_quant":
+        with pytest.raises(RuntimeError, match="a quantised result has no derivative"):
+            torch.func.grad(lambda w: function(**{**given, "weight": w})[0].float().sum())(weight)
+
+
+def test_meta_tensors(overload):
+    given = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments(*overload, "cpu").items()}
+    real = getattr(gemma_norm, overload[0])(**arguments(*overload, "cpu"))
+    for a, b in zip(getattr(gemma_norm, overload[0])(**given), real, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+
+
+def test_the_sum_must_not_overlap_x(device):
+    x = randn(4, 64, device=device)
+    with pytest.raises(RuntimeError, match="overlap"):
+        gemma_norm.fused_add_rms_norm_quant(x[:3], x[1:])
