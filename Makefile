@@ -18,10 +18,10 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu test-install benchmark
-.PHONY: report docs lint format clean system
+.PHONY: help demo test test-cpp test-aarch64 test-python test-machine-code test-amdgpu test-hip7 compare-amdgpu
+.PHONY: test-install benchmark report docs lint format clean system
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/installed  ## check the installation and show it at work
 	$(BIN)/python -W 'ignore:Failed to initialize NumPy' -m gemma_norm
@@ -32,13 +32,17 @@ test-cpp: build/cpp/build.ninja  ## checks, plans and kernels through the C inte
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
-test-aarch64: system  ## the CPU kernels' tests, built for AArch64 (NEON) and run in an emulator
-	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DGEMMA_NORM_CUDA=OFF
+test-aarch64: system  ## the CPU kernels' tests for AArch64 (NEON) in an emulator; CASE_STEP=1: every case, not one in 17
+	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DGEMMA_NORM_CUDA=OFF \
+	  -DGEMMA_NORM_CASE_STEP=$(or $(CASE_STEP),17)
 	cmake --build build/aarch64 -j $(JOBS) --target cpu_test kernel_test
 	ctest --test-dir build/aarch64 --output-on-failure -j $(JOBS) -R 'Cpu|/cpu'
 
 test-python: $(VENV)/test-installed  ## the operators against the float64 oracle
 	$(BIN)/python -m pytest -q
+
+test-machine-code: $(VENV)/test-installed  ## AMD machine code of all eleven targets; make test looks at two
+	$(BIN)/python -m pytest -q --all-targets tests/amdgpu
 
 test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu

@@ -51,17 +51,20 @@ inline void wait_for_numbers(Inbox*, int) {
 inline void expect_numbers(Inbox*, int) {}
 
 // One block runs at a time, so a variable in shared memory is a global variable here. Each is registered before any
-// kernel runs. The machine fills it with garbage before each block, and keeps a copy for each block of a cluster.
-void add_shared_variable(void* data, size_t size);
+// kernel runs. Before each block the machine fills those that an earlier one has used with garbage, and it keeps a copy
+// for each block of a cluster. There are hundreds of variables, of which a kernel uses a few, hence `used`.
+void add_shared_variable(void* data, size_t size, bool* used);
 template <class T>
 struct SharedMemory {
-  T memory;
-  SharedMemory() { add_shared_variable(&memory, sizeof memory); }
+  bool used = true;
+  T memory;  // last, so that AddressSanitizer sees what is written beyond it
+  SharedMemory() { add_shared_variable(&memory, sizeof memory, &used); }
 };
 template <class T>
 inline SharedMemory<T> shared;
 template <class T>
 T& shared_memory() {
+  shared<T>.used = true;
   return shared<T>.memory;
 }
 

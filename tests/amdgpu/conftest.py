@@ -14,13 +14,14 @@ REPORT = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-cases", action="store_true", help="every case on every emulated AMD GPU, not one in five")
+    parser.addoption("--all-targets", action="store_true", help="machine code of every AMD GPU, not of two")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out targets that have another's instructions, which take a minute each to compile, unless the emulator is
-    to run (make test-amdgpu).
+    """Leaves out the targets for which another stands, unless all are asked for (make test-machine-code) or the
+    emulator is to run (make test-amdgpu). Each takes two and a half minutes of a processor to compile.
     """
-    if os.environ.get("TINYGRAD"):
+    if config.getoption("--all-targets", default=False) or toolchain.HIP_7 or os.environ.get("TINYGRAD"):
         return
     targets = [getattr(item, "callspec", None) and item.callspec.params.get("target") for item in items]
     chosen = [not (target and TARGETS[target].like) for target in targets]

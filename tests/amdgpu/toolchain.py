@@ -45,7 +45,7 @@ class Target:
     registers: int  # vector registers a SIMD has for each lane
     granule: int  # in which they are allocated
     max_waves: int  # a SIMD holds
-    like: str = ""  # another target with the same instructions for our kernels
+    like: str = ""  # another target with nearly the same instructions for our kernels, which stands for it in make test
 
     def waves(self, registers: int) -> int:
         """How many waves a SIMD holds whose kernel needs that many registers."""
@@ -61,17 +61,17 @@ class Target:
 TARGETS = {
     t.arch: replace(t, compiler="zig, HIP 7") if HIP_7 else t
     for t in (
-        Target("gfx90a", 9010, "hipcc", 64, 512, 8, 8),
+        Target("gfx90a", 9010, "hipcc", 64, 512, 8, 8, like="gfx942"),
         Target("gfx942", 9402, "clang", 64, 512, 8, 8),
-        Target("gfx950", 9500, "zig", 64, 512, 8, 8),
+        Target("gfx950", 9500, "zig", 64, 512, 8, 8, like="gfx942"),
         Target("gfx1100", 11000, "clang", 32, 1536, 24, 16),
         Target("gfx1101", 11001, "clang", 32, 1536, 24, 16, like="gfx1100"),
         Target("gfx1102", 11002, "clang", 32, 1024, 16, 16, like="gfx1100"),
-        Target("gfx1150", 11500, "clang", 32, 1024, 16, 16),
-        Target("gfx1151", 11501, "clang", 32, 1536, 24, 16, like="gfx1150"),
-        Target("gfx1200", 12000, "clang", 32, 1536, 24, 16, like="gfx1201"),
-        Target("gfx1201", 12001, "clang", 32, 1536, 24, 16),
-        Target("gfx1250", 12500, "zig", 32, 1024, 16, 16),
+        Target("gfx1150", 11500, "clang", 32, 1024, 16, 16, like="gfx1100"),
+        Target("gfx1151", 11501, "clang", 32, 1536, 24, 16, like="gfx1100"),
+        Target("gfx1200", 12000, "clang", 32, 1536, 24, 16, like="gfx1100"),
+        Target("gfx1201", 12001, "clang", 32, 1536, 24, 16, like="gfx1100"),
+        Target("gfx1250", 12500, "zig", 32, 1024, 16, 16, like="gfx1100"),
     )
 }
 
@@ -156,7 +156,9 @@ def build(name: str, command: list[str], inputs: str) -> Path:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f"partial-{os.getpid()}-{threading.get_ident()}-{out.name}")
-        environment = {**os.environ, "HIP_PLATFORM": "amd"}
+        # ccache does not see that a compiler reads the device libraries.
+        libraries = os.pathsep.join(map(str, sorted(BITCODE.glob("*.bc"))))
+        environment = {**os.environ, "HIP_PLATFORM": "amd", "CCACHE_EXTRAFILES": libraries}
         done = subprocess.run([*command, "-o", str(partial)], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -166,7 +168,9 @@ def build(name: str, command: list[str], inputs: str) -> Path:
 
 def assemblies(arch: str) -> list[Path]:
     """The assembly of each source that has kernels."""
-    command = [*COMPILERS[TARGETS[arch].compiler](), "--offload-device-only", f"--offload-arch={arch}", "-S"]
+    compiler = TARGETS[arch].compiler
+    launcher = ["ccache"] if shutil.which("ccache") and compiler in ("hipcc", "clang") else []
+    command = [*launcher, *COMPILERS[compiler](), "--offload-device-only", f"--offload-arch={arch}", "-S"]
     sources = [source for source in SOURCES if source.stem != "entry"]
     return [build(f"{arch}_{source.stem}.s", [*command, str(source)], sources_hash()) for source in sources]
 

@@ -38,10 +38,18 @@ struct Thread {
   bool waited_for_previous_kernel;
 };
 
+constexpr char kGarbage = '\xff';
+
 // A variable in a block's shared memory.
 struct SharedVariable {
   void* data;
   size_t size;
+  bool* used;  // by a block that has run since it was filled with garbage
+
+  void fill() const {
+    std::memset(data, kGarbage, size);
+    *used = false;
+  }
 };
 std::vector<SharedVariable>& all_shared() {
   static std::vector<SharedVariable> all;  // Variables are added before main(), in any order of source files.
@@ -51,7 +59,8 @@ std::vector<SharedVariable>& all_shared() {
 // A block of the cluster that runs now.
 struct Block {
   bool started;
-  std::vector<std::vector<char>> shared;  // its variables, while another block runs
+  // Its variables, while another block of its cluster runs. Those that no block has used are empty: they are garbage.
+  std::vector<std::vector<char>> shared;
 };
 
 // Runs one launch at a time.
@@ -120,7 +129,9 @@ class Machine {
     for (size_t i = 0; i < shared.size(); ++i) {
       const auto offset = address - static_cast<char*>(shared[i].data);
       if (offset < 0 || offset >= static_cast<int64_t>(shared[i].size)) continue;
-      std::memcpy(rank == here.cluster_rank ? address : &blocks_[rank].shared[i][offset], &v, sizeof v);
+      std::vector<char>& others = blocks_[rank].shared[i];
+      if (others.empty()) others.assign(shared[i].size, kGarbage);
+      std::memcpy(rank == here.cluster_rank ? address : &others[offset], &v, sizeof v);
       return;
     }
     fail_here("a store into a block of the cluster that is not to shared memory");
@@ -162,13 +173,18 @@ class Machine {
          std::to_string(count(State::kDone, begin, threads)) + " have returned");
   }
 
+  void fill_used() {
+    for (const SharedVariable& variable : shared)
+      if (*variable.used) variable.fill();
+  }
+
   // Runs one block after another, each until it waits for others.
   void run_cluster(int64_t first) {
     const int all = here.block_threads * here.cluster_blocks;
+    fill_used();
     for (Block& block : blocks_) {
       block.started = false;
-      block.shared.clear();
-      for (const SharedVariable& variable : shared) block.shared.emplace_back(variable.size, '\xff');
+      block.shared.assign(shared.size(), {});
     }
     for (int i = 0; i < all; ++i) {
       Thread& thread = threads_[i];
@@ -201,7 +217,14 @@ class Machine {
     const int threads = here.block_threads, begin = here.cluster_rank * threads;
     Block& block = blocks_[here.cluster_rank];
     block.started = true;
-    for (size_t i = 0; i < shared.size(); ++i) std::memcpy(shared[i].data, block.shared[i].data(), shared[i].size);
+    if (blocks_.size() > 1) {
+      fill_used();
+      for (size_t i = 0; i < shared.size(); ++i)
+        if (!block.shared[i].empty()) {
+          std::memcpy(shared[i].data, block.shared[i].data(), shared[i].size);
+          *shared[i].used = true;
+        }
+    }
     change(State::kArrived, State::kReady, begin, threads);
     change(State::kAtCluster, State::kReady, begin, threads);
     while (count(State::kReady, begin) > 0) {
@@ -215,7 +238,11 @@ class Machine {
       else if (at_barrier > 0)
         return diverged(begin, threads);
     }
-    for (size_t i = 0; i < shared.size(); ++i) std::memcpy(block.shared[i].data(), shared[i].data, shared[i].size);
+    if (blocks_.size() == 1) return;
+    for (size_t i = 0; i < shared.size(); ++i) {
+      const char* const data = static_cast<const char*>(shared[i].data);
+      if (*shared[i].used) block.shared[i].assign(data, data + shared[i].size);
+    }
   }
 
   // Runs a wave until each of its lanes is done or waits for other waves.
@@ -252,7 +279,7 @@ Machine machine;
 }  // namespace
 
 void set_machine(const EmulatedGpu& gpu) { machine.gpu = gpu; }
-void add_shared_variable(void* data, size_t size) { all_shared().push_back({data, size}); }
+void add_shared_variable(void* data, size_t size, bool* used) { all_shared().push_back({data, size, used}); }
 const std::set<const void*>& launched_kernels() { return machine.launched; }
 void run_kernels(bool run) { machine.runs_kernels = run; }
 

@@ -15,7 +15,7 @@ constexpr int64_t kPlenty = int64_t{1} << 32;
 struct SharedValues {
   float of[512];
 };
-float (&shared_value)[512] = device::shared_memory<SharedValues>().of;
+float* shared_value() { return device::shared_memory<SharedValues>().of; }
 
 device::Error launch(const EmulatedGpu& gpu, int64_t blocks, int threads, const std::function<void()>& thread,
                      int cluster = 1) {
@@ -59,12 +59,12 @@ TEST_P(EmulatedMachine, SumsOverLanesNeighboursFirst) {
 TEST_P(EmulatedMachine, BarriersOrderWritesAndReads) {
   ASSERT_STREQ(nullptr, launch(GetParam(), 3, 512, [] {
                  const int thread = device::thread_index();
-                 EXPECT_TRUE(std::isnan(shared_value[thread])) << "shared memory must start as garbage";
-                 shared_value[thread] = thread;
+                 EXPECT_TRUE(std::isnan(shared_value()[thread])) << "shared memory must start as garbage";
+                 shared_value()[thread] = thread;
                  device::block_barrier();
-                 EXPECT_EQ(511 - thread, shared_value[511 - thread]);
+                 EXPECT_EQ(511 - thread, shared_value()[511 - thread]);
                  device::block_barrier();
-                 shared_value[thread] = -1;
+                 shared_value()[thread] = -1;
                }));
 }
 
@@ -126,18 +126,18 @@ TEST_P(EmulatedCluster, BlocksStoreIntoEachOther) {
               const int thread = device::thread_index(), rank = device::cluster_rank();
               EXPECT_EQ(4, device::cluster_blocks());
               EXPECT_EQ(rank, device::block_index() % 4);
-              EXPECT_TRUE(std::isnan(shared_value[rank]));
+              EXPECT_TRUE(std::isnan(shared_value()[rank]));
               device::cluster_arrive();
               device::cluster_wait();
-              if (thread < 4) device::store_in_block(&shared_value[rank], thread, 10 * thread + rank);
+              if (thread < 4) device::store_in_block(&shared_value()[rank], thread, 10 * thread + rank);
               device::cluster_arrive();
               device::cluster_wait();
-              for (int from = 0; from < 4; ++from) EXPECT_EQ(10 * rank + from, shared_value[from]);
+              for (int from = 0; from < 4; ++from) EXPECT_EQ(10 * rank + from, shared_value()[from]);
             }));
 }
 
 TEST_P(EmulatedCluster, SaysWhenBlocksDoNotWaitForEachOther) {
-  const auto store = [] { device::store_in_block(shared_value, (device::cluster_rank() + 1) % 4, 1); };
+  const auto store = [] { device::store_in_block(shared_value(), (device::cluster_rank() + 1) % 4, 1); };
   EXPECT_TRUE(says("a store into a block of the cluster that has not started", launch_clusters(store)));
   EXPECT_TRUE(says("a store into a block of the cluster that may have ended", launch_clusters([&] {
                      device::cluster_arrive();

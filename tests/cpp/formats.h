@@ -36,11 +36,18 @@ inline double largest(DType dtype) {
   return (2 - power(1 - f.precision)) * power(f.greatest);
 }
 
+// The exponent of a number, as std::ilogb has it, but for 0 and subnormal doubles, which are below every format here.
+// It is asked for several times at every element, and the library's function is not inlined.
+inline int exponent_of(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<int>(bits >> 52 & 0x7ff) - 1023;
+}
+
 // The distance between neighbouring numbers of the format at `value`, which is finite.
 inline double ulp(DType dtype, double value) {
   const Format f = format(dtype);
-  const int exponent = value == 0 ? f.least : std::min(std::max(std::ilogb(value), f.least), f.greatest);
-  return power(exponent - f.precision + 1);
+  return power(std::min(std::max(exponent_of(value), f.least), f.greatest) - f.precision + 1);
 }
 
 inline double rounded(DType dtype, double value) {
@@ -69,7 +76,7 @@ inline uint32_t rounded_bits(DType dtype, double value) {
   const double magnitude = std::fabs(rounded(dtype, value));
   if (std::isinf(magnitude)) return sign + infinity;
   const double steps = magnitude / ulp(dtype, magnitude);  // below 2^fraction for subnormals, else at least that
-  const uint32_t exponent = magnitude < power(f.least) ? 0 : std::ilogb(magnitude) - f.least;
+  const uint32_t exponent = magnitude < power(f.least) ? 0 : exponent_of(magnitude) - f.least;
   return sign + (exponent << fraction) + static_cast<uint32_t>(steps);
 }
 

@@ -18,11 +18,12 @@ Tensors make_inputs(const Case& c);
 Tensors run_case(Target& target, const Case& c, const Tensors& inputs, std::string* error);
 
 // "" if the results are right, and if each row has the bits that it has in a call of plain_case() with other rows
-// around it; else what is wrong. With `alike`, that target must have the same bits.
+// around it; else what is wrong. With `alike`, the results are right if that target has the same bits: whoever gives
+// one checks it too, without another beside it.
 std::string check_case(Target& target, const Case& c, Target* alike = nullptr);
 
 // The same for gradients: "" if they are right, and have the same bits again, in other orders and pieces. With `alike`,
-// that target is the one to have them again.
+// that target is the one to have them again, and they are right if it is, as above.
 std::string check_gradients(Target& target, const Case& c, Target* alike = nullptr);
 
 // "" if the outputs of both are the same, bit for bit, else the first difference.

@@ -38,7 +38,7 @@ std::unique_ptr<Target> make_cuda_target();
 // Memory of the host, between pages that no program may touch.
 class HostTarget : public Target {
  public:
-  ~HostTarget() override { HostTarget::free_all(); }
+  ~HostTarget() override;
   void* allocate(size_t bytes, Guard guard) override;
   void free_all() override;
   void write(void* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
@@ -49,7 +49,13 @@ class HostTarget : public Target {
     void* start;
     size_t bytes;
   };
+  char* map(size_t inside);
+
   std::vector<Mapping> mappings_;
+  // Freed ones. The next operand of as many pages takes one, since Linux needs more time for a new one than many a
+  // kernel for its rows. What is in it is what another case has left.
+  std::vector<Mapping> spare_;
+  size_t spare_bytes_ = 0;
 };
 
 }  // namespace gemma_norm

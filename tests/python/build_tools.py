@@ -15,20 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command without the environment variables that steer a build, except those that are given."""
-    ours = (
-        "GEMMA_NORM",
-        "ROCM",
-        "HIP",
-        "PYTORCH_ROCM",
-        "CUDA_HOME",
-        "CUDA_PATH",
-        "TORCH_CUDA",
-        "NVCC",
-        "CC",
-        "CXX",
-        "MAX_JOBS",
-    )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    ours = ("GEMMA_NORM", "ROCM", "HIP", "PYTORCH_ROCM", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA", "NVCC", "CXX")
+    # Of the names that begin with CC, only the compiler's: CCACHE_DIR tells where kernels are that need no compiling.
+    kept = {k: v for k, v in os.environ.items() if k not in ("CC", "MAX_JOBS") and not k.startswith(ours)}
     return subprocess.run(command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, check=False)
 
 
