@@ -16,7 +16,7 @@ namespace gemma_norm {
 // is added whose last bit is worth the format's least number, so that this addition rounds.
 struct QuantizedFormat {
   DType dtype;
-  float largest;
+  float largest, inverse_largest;
   uint32_t nan;
   uint32_t least_normal;  // the bits of the float32
   uint32_t rebias;        // what is subtracted from the bits of a float32, for the other bias
@@ -27,11 +27,11 @@ struct QuantizedFormat {
 
 constexpr QuantizedFormat format_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat8E4M3FN: return {dtype, 448, 0x7f, 121u << 23, 120u << 23, 20, 141u << 23, 0x80};
+    case DType::kFloat8E4M3FN: return {dtype, 448, 1.0f / 448, 0x7f, 121u << 23, 120u << 23, 20, 141u << 23, 0x80};
     // The only zero is +0. What would be -0 is its NaN.
-    case DType::kFloat8E4M3FNUZ: return {dtype, 240, 0x80, 120u << 23, 119u << 23, 20, 140u << 23, 0};
-    case DType::kFloat8E5M2: return {dtype, 57344, 0x7f, 113u << 23, 112u << 23, 21, 134u << 23, 0x80};
-    default: return {DType::kInt8, 127, 0, 0, 0, 0, 0, 0};
+    case DType::kFloat8E4M3FNUZ: return {dtype, 240, 1.0f / 240, 0x80, 120u << 23, 119u << 23, 20, 140u << 23, 0};
+    case DType::kFloat8E5M2: return {dtype, 57344, 1.0f / 57344, 0x7f, 113u << 23, 112u << 23, 21, 134u << 23, 0x80};
+    default: return {DType::kInt8, 127, 1.0f / 127, 0, 0, 0, 0, 0, 0};
   }
 }
 
@@ -70,12 +70,15 @@ GEMMA_NORM_ANYWHERE uint32_t bounded(uint32_t largest, float bound) {
   return largest > most && largest <= 0x7f800000u ? most : largest;
 }
 
-// The scale of elements of which the largest absolute value has the bits `largest`. The bits of positive numbers, of
-// infinity and of NaN are in this order, so a NaN among the elements is their largest, and makes the scale one. Zeros
-// get the scale of 1e-10, which is finite and has a finite reciprocal.
-GEMMA_NORM_ANYWHERE float scale_of(uint32_t largest, const QuantizedFormat& f, bool power_of_two) {
+// The scale of elements of which the largest absolute value has the bits `largest`: that value divided by the format's
+// largest number. The bits of positive numbers, of infinity and of NaN are in this order, so a NaN among the elements
+// is their largest, and makes the scale one. Zeros get the scale of 1e-10, which is finite and has a finite reciprocal.
+// `divide(v, f)` is v / f.largest, rounded as IEEE 754 says.
+template <class Divide>
+GEMMA_NORM_ANYWHERE float scale_of(uint32_t largest, const QuantizedFormat& f, bool power_of_two,
+                                   const Divide& divide) {
   constexpr uint32_t kLeast = 0x2edbe6ffu;  // 1e-10
-  const float scale = same_bits<float>(largest > kLeast ? largest : kLeast) / f.largest;
+  const float scale = divide(same_bits<float>(largest > kLeast ? largest : kLeast), f);
   const uint32_t bits = same_bits<uint32_t>(scale);
   return power_of_two && bits < 0x7f000000u ? same_bits<float>((bits + 0x7fffffu) & 0x7f800000u) : scale;
 }

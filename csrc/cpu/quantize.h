@@ -20,7 +20,8 @@ class RowQuantizer {
   void run() const {
     if (p_.scale_group == 0) return store(0, p_.hidden, 1.0f / *static_cast<const float*>(p_.data[kScale]));
     for (int64_t begin = 0, g = 0; begin < p_.hidden; begin += p_.scale_group, ++g) {
-      const float scale = quantized::scale_of(largest(begin, begin + p_.scale_group), format_, p_.scale_ue8m0);
+      const auto divide = [](float v, const QuantizedFormat& f) { return v / f.largest; };
+      const float scale = quantized::scale_of(largest(begin, begin + p_.scale_group), format_, p_.scale_ue8m0, divide);
       scales_[g * p_.scale_stride] = scale;
       store(begin, begin + p_.scale_group, 1.0f / scale);
     }

@@ -20,11 +20,12 @@ namespace gemma_norm::gpu {
 template <class V>
 constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
-constexpr Held kHeld = V::Form::kGated                            ? Held::kRowAndGates
-                       : V::Form::kNormsX                         ? Held::kTwoRowsTwoWeights
-                       : V::Form::kTwoRows || V::Form::kQuantizes ? Held::kTwoRows
-                       : kWideWeights<V>                          ? Held::kRowWideWeights
-                                                                  : Held::kRow;
+constexpr Held kHeld = V::Form::kGated       ? Held::kRowAndGates
+                       : V::Form::kNormsX    ? Held::kTwoRowsTwoWeights
+                       : V::Form::kTwoRows   ? Held::kTwoRows
+                       : V::Form::kQuantizes ? (kWideWeights<V> ? Held::kTwoRows : Held::kQuantizedRow)
+                       : kWideWeights<V>     ? Held::kRowWideWeights
+                                             : Held::kRow;
 // Of the numbers that the threads of a row exchange: those of x, if it has a norm of its own, those of s, and the
 // largest element, if it decides the scale.
 template <class V>
