@@ -172,18 +172,19 @@ inline Handle empty(Device device, int64_t dims, const int64_t* sizes, const int
   return Handle(handle);
 }
 
-// A new row-major tensor of t's shape, dtype and device.
-inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device device) {
-  int64_t dims, *sizes, strides[kMaxDims];
+// A new row-major tensor of t's shape, dtype and device, or without any of its heads.
+inline Handle empty_contiguous_like(const OpInfo& op, const Handle& t, Device device, bool without_heads = false) {
+  int64_t dims, *t_sizes, sizes[kMaxDims], strides[kMaxDims];
   int32_t dtype;
   require_success(aoti_torch_get_dim(t.get(), &dims), "get_dim");
-  require_success(aoti_torch_get_sizes(t.get(), &sizes), "get_sizes");
+  require_success(aoti_torch_get_sizes(t.get(), &t_sizes), "get_sizes");
   require_success(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
   if (dims > kMaxDims)
     throw std::runtime_error(std::string(op.name) + ": " + op.name_of(kX) + " must have at most " +
                              std::to_string(kMaxDims) + " dimensions, got " + std::to_string(dims));
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
+    sizes[d] = without_heads && d == dims - 2 ? 0 : t_sizes[d];
     strides[d] = step;
     step *= sizes[d] > 1 ? sizes[d] : 1;
   }
@@ -302,8 +303,12 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
     if (rule.use == Use::kNew) {
       const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual
                             : rule.dtypes == DTypes::kLikeWeight ? kWeight
-                            : rule.extent == Extent::kHeads      ? kKey
+                            : rule.extent == Extent::kHeads      ? rule.in_place_of
                                                                  : kX;
+      if (!tensors[alike]) {
+        tensors[place] = empty_contiguous_like(op, tensors[kX], device, true);
+        continue;
+      }
       tensors[place] = empty_contiguous_like(op, tensors[alike], device);
     }
     if (rule.use == Use::kInPlace || rule.use == Use::kWritten) services.add(place, tensors[place]);
