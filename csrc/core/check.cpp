@@ -21,6 +21,9 @@ class Checker {
     for (const OperandRule& rule : *call_.op) {
       const Tensor* const t = call_.tensors[rule.operand];
       if (!t && !rule.optional) return invalid("%s is needed, got none", rule.name_of());
+      if (rule.optional && rule.in_place_of != kNoOperand && !t != !call_.tensors[rule.in_place_of])
+        return invalid("%s and %s must both be given or both be left out, got one of them",
+                       call_.op->name_of(rule.in_place_of), rule.name_of());
       if (t && !check_operand(rule, *t)) return false;
     }
     return check_no_others() && check_options() && (!call_.op->has(kPositions) || check_angles()) &&
