@@ -21,6 +21,9 @@ class Checker {
     for (const OperandRule& rule : *call_.op) {
       const Tensor* const t = call_.tensors[rule.operand];
       if (!t && !rule.optional) return invalid("%s is needed, got none", rule.name_of());
+      if (rule.optional && rule.in_place_of != kNoOperand && !t != !call_.tensors[rule.in_place_of])
+        return invalid("%s and %s must both be given or both be left out, got one of them",
+                       call_.op->name_of(rule.in_place_of), rule.name_of());
       if (t && !check_operand(rule, *t)) return false;
     }
     return check_no_others() && check_options() && (!call_.op->has(kPositions) || check_angles()) &&
@@ -289,13 +292,8 @@ class Checker {
       return invalid("either cos and sin or cos_sin_cache and positions must be given, got %s",
                      names.empty() ? "none" : names.c_str());
     }
-    const Operand angles = has_angles ? kCos : kCosSinCache;
-    const Tensor& of = *call_.tensors[angles];
     if (options.round_each_step && !options.round_rotation)
       return invalid("round_rotation must be True with round_each_step=True, got False");
-    if (options.round_rotation && of.dtype != x().dtype)
-      return invalid("%s must have %s's dtype %s with round_rotation=True, got %s", name_of(angles), name_of(kX),
-                     x().dtype_name, of.dtype_name);
     const Sections& sections = options.mrope_section;
     if (!sections.count)
       return !options.mrope_interleaved || invalid("mrope_interleaved must be False without mrope_section, got True");
@@ -304,7 +302,7 @@ class Checker {
     for (int i = 0; i < sections.count && i < Sections::kAxes; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
     text += sections.count > Sections::kAxes ? ", ...]" : "]";
     if (!has_cache) return invalid("mrope_section must be None without positions, got %s", text.c_str());
-    const int64_t pairs = of.sizes[1] / 2;
+    const int64_t pairs = call_.tensors[kCosSinCache]->sizes[1] / 2;
     const bool fits = sections.count == Sections::kAxes && sizes[0] >= 0 && sizes[1] >= 0 && sizes[2] >= 0 &&
                       sizes[0] <= pairs && sizes[1] <= pairs && sizes[2] <= pairs &&
                       sizes[0] + sizes[1] + sizes[2] == pairs;
@@ -323,11 +321,11 @@ class Checker {
     if (const Tensor* const scales = call_.tensors[kScaleOut]) scales_.set(*scales);
     for (const OperandRule& a : op)
       for (const OperandRule* b = &a + 1; b < op.end(); ++b)
-        if (a.written() && b->written() && overlap(tensor(a), tensor(*b)))
+        if (writes(a) && writes(*b) && overlap(tensor(a), tensor(*b)))
           return invalid("%s must not overlap %s, which is also written, got overlapping memory", name_of(*b),
                          name_of(a));
     for (const OperandRule& out : op) {
-      if (!out.written()) continue;
+      if (!writes(out)) continue;
       if (overlaps_itself(tensor(out)))
         return invalid("%s is written and must not overlap itself, got a tensor with shared elements", name_of(out));
       for (int rows = 0; rows < 2; ++rows)
@@ -337,6 +335,8 @@ class Checker {
     }
     return true;
   }
+
+  bool writes(const OperandRule& rule) const { return rule.written() && call_.tensors[rule.operand]; }
 
   bool check_apart(const OperandRule& out, const OperandRule& in) {
     const char* const other = in.name_of();

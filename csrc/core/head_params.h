@@ -9,6 +9,17 @@
 
 namespace gemma_norm {
 
+// See QkNormRope::kCopiesRules.
+constexpr Operand kValue = kResidual, kValueOut = kResidualOut, kGateOut = kDGate;
+
+// Heads that are copied beside q and k: those of the gate and of v.
+struct CopiedHeads {
+  static constexpr Operand kFrom[] = {kGate, kValue}, kTo[] = {kGateOut, kValueOut};
+
+  int64_t heads[2];  // 0 of what is not given
+  int64_t strides[2], out_strides[2];
+};
+
 struct HeadParams {
   int64_t heads[2];        // of q and of k
   int64_t strides[2];      // from head to head of q and of k
@@ -45,15 +56,30 @@ struct HeadParams {
   }
 };
 
-// Of a call that check() has let through. A stride along which there is one head, or one row, counts as 0.
+// A stride along which there is one head, or one row, counts as 0.
+inline int64_t stride_of(const Tensor& t, int d) { return t.sizes[d] > 1 ? t.strides[d] : 0; }
+
+// These are of a call that check() has let through.
+inline CopiedHeads copied_heads(const Call& call) {
+  CopiedHeads c{};
+  for (int i = 0; i < 2; ++i) {
+    const Tensor* const from = call.tensors[CopiedHeads::kFrom[i]];
+    if (!from) continue;
+    const int d = from->dims - 2;
+    c.heads[i] = from->sizes[d];
+    c.strides[i] = stride_of(*from, d);
+    c.out_strides[i] = stride_of(*call.tensors[CopiedHeads::kTo[i]], d);
+  }
+  return c;
+}
+
 inline HeadParams head_params(const Call& call) {
   HeadParams h{};
   const Tensor &q = *call.tensors[kX], &k = *call.tensors[kKey];
   const int d = q.dims - 2;
   h.heads[0] = q.sizes[d], h.heads[1] = k.sizes[d];
-  const auto stride = [](const Tensor& t, int d) { return t.sizes[d] > 1 ? t.strides[d] : 0; };
-  h.strides[0] = stride(q, d), h.strides[1] = stride(k, d);
-  h.out_strides[0] = stride(*call.tensors[kOut], d), h.out_strides[1] = stride(*call.tensors[kKeyOut], d);
+  h.strides[0] = stride_of(q, d), h.strides[1] = stride_of(k, d);
+  h.out_strides[0] = stride_of(*call.tensors[kOut], d), h.out_strides[1] = stride_of(*call.tensors[kKeyOut], d);
   const Options& options = call.options;
   h.interleaved = options.interleaved;
   h.round_norm = options.round_each_step && q.dtype != DType::kFloat32;
@@ -61,7 +87,7 @@ inline HeadParams head_params(const Call& call) {
   if (const Tensor* const cache = call.tensors[kCosSinCache]) {
     h.rotary = static_cast<int32_t>(cache->sizes[1]);
     h.cache_rows = cache->sizes[0];
-    h.cache_stride = stride(*cache, 0);
+    h.cache_stride = stride_of(*cache, 0);
   } else {
     h.rotary = static_cast<int32_t>(call.tensors[kCos]->sizes[call.tensors[kCos]->dims - 1]);
   }

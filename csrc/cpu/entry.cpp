@@ -17,11 +17,12 @@ struct HeadsWork {
   HeadsFunction compute;
   RowParams params;
   HeadParams heads;
+  CopiedHeads copied;
 };
 
 void run_heads(void* context, int64_t begin, int64_t end) {
   const HeadsWork& work = *static_cast<const HeadsWork*>(context);
-  work.compute(work.params, work.heads, begin, end);
+  work.compute(work.params, work.heads, work.copied, begin, end);
 }
 
 void run_rows(void* context, int64_t begin, int64_t end) {
@@ -47,10 +48,12 @@ Status run_cpu(Isa isa, const Call& call, ParallelFor parallel_for, Message* mes
       parallel_for(params.rows, grain, body, work);
   };
   if (call.op->has_heads()) {
-    HeadsWork work{kernels.heads, {}, head_params(call)};
+    HeadsWork work{kernels.heads, {}, head_params(call), copied_heads(call)};
+    int64_t heads = 0;
+    for (int i = 0; i < 2; ++i) heads += work.heads.heads[i] + work.copied.heads[i];
     for (int64_t i = 0; i < slices.count; ++i) {
       work.params = select_slice(params, slices, i);
-      run(&run_heads, &work, params.hidden * (work.heads.heads[0] + work.heads.heads[1]));
+      run(&run_heads, &work, params.hidden * heads);
     }
     return Status::kOk;
   }

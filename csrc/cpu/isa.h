@@ -22,8 +22,9 @@ Isa best_isa();
 // Computes rows [begin, end) of `params` on the calling thread.
 using RowsFunction = void (*)(const RowParams& params, int64_t begin, int64_t end);
 
-// Computes all heads of tokens [begin, end), for QkNormRope.
-using HeadsFunction = void (*)(const RowParams& params, const HeadParams& heads, int64_t begin, int64_t end);
+// Computes all heads of tokens [begin, end), for QkNormRope, and copies those that are copied.
+using HeadsFunction = void (*)(const RowParams& params, const HeadParams& heads, const CopiedHeads& copied,
+                               int64_t begin, int64_t end);
 
 // The functions of an instruction set: one for each of ForwardOps, those of the backward operators, and that of
 // QkNormRope. All instruction sets give the same bits (see row_kernel.h).

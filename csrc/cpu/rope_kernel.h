@@ -80,6 +80,9 @@ struct Angles {
   }
 };
 
+// What is rounded to X beside y: nothing, the norm, or both products as well.
+enum class Rounded { kNothing, kNorm, kProducts };
+
 // The heads of q, or of k, of one token.
 template <class C, class Factors>
 class Heads {
@@ -89,46 +92,58 @@ class Heads {
   static constexpr bool kSixteenBits = sizeof(X) == 2;
 
  public:
-  Heads(const RowParams& p, const HeadParams& h, Factors factors) : p_(p), h_(h), factors_(factors) {}
+  Heads(const RowParams& p, const HeadParams& h, Factors factors) : p_(p), h_(h), factors_(factors) {
+    if (!kSixteenBits || !h.round_rotation) return;
+    const bool narrow = p.dtypes[h.cache_rows ? kCosSinCache : kCos] == p.dtypes[kX];
+    rounded_ = narrow ? Rounded::kProducts : Rounded::kNorm;
+  }
 
   [[gnu::noinline]] void compute(const Angles& angles, const X* x, X* out) const {
     RowPointers<C> row;
     row.x = const_cast<X*>(x);
     const V rstd = V::broadcast(statistics<C>(p_, row, false));
-    const bool rounds = kSixteenBits && h_.round_rotation;
-    if (!h_.interleaved && h_.rotary % (2 * kLanes) == 0 && p_.hidden % kLanes == 0)
-      rounds ? halves<kSixteenBits>(angles, x, out, rstd) : halves<false>(angles, x, out, rstd);
-    else
-      rounds ? buffered<kSixteenBits>(angles, x, out, rstd) : buffered<false>(angles, x, out, rstd);
+    if constexpr (kSixteenBits) {
+      if (rounded_ == Rounded::kProducts) return rotate<Rounded::kProducts>(angles, x, out, rstd);
+      if (rounded_ == Rounded::kNorm) return rotate<Rounded::kNorm>(angles, x, out, rstd);
+    }
+    rotate<Rounded::kNothing>(angles, x, out, rstd);
   }
 
  private:
+  template <Rounded kRounded>
+  [[gnu::always_inline]] void rotate(const Angles& angles, const X* x, X* out, const V& rstd) const {
+    if (!h_.interleaved && h_.rotary % (2 * kLanes) == 0 && p_.hidden % kLanes == 0)
+      halves<kRounded>(angles, x, out, rstd);
+    else
+      buffered<kRounded>(angles, x, out, rstd);
+  }
+
   // Both elements of a pair are in whole vectors. Both are read before either is written.
-  template <bool kRounds>
+  template <Rounded kRounded>
   [[gnu::always_inline]] void halves(const Angles& angles, const X* x, X* out, const V& rstd) const {
     const int64_t rotary = h_.rotary, half = rotary / 2;
     for (int64_t i = 0; i < half; i += kLanes) {
-      const V first = norm<kRounds>(V::load(x + i), rstd, factors_.template at<V>(i)),
-              second = norm<kRounds>(V::load(x + half + i), rstd, factors_.template at<V>(half + i));
-      rotate<kRounds>(angles, i, first, second).store(out + i);
-      rotate<kRounds>(angles, half + i, second, first).store(out + half + i);
+      const V first = norm<kRounded>(V::load(x + i), rstd, factors_.template at<V>(i)),
+              second = norm<kRounded>(V::load(x + half + i), rstd, factors_.template at<V>(half + i));
+      rotated<kRounded>(angles, i, first, second).store(out + i);
+      rotated<kRounded>(angles, half + i, second, first).store(out + half + i);
     }
     for (int64_t i = rotary; i < p_.hidden; i += kLanes)
-      norm<kRounds>(V::load(x + i), rstd, factors_.template at<V>(i)).store(out + i);
+      norm<kRounded>(V::load(x + i), rstd, factors_.template at<V>(i)).store(out + i);
   }
 
   // Pairs of any other kind, by way of buffers.
-  template <bool kRounds>
+  template <Rounded kRounded>
   [[gnu::noinline]] void buffered(const Angles& angles, const X* x, X* out, const V& rstd) const {
     alignas(kCacheLine) float n[kHeadBuffer], partner[kHeadBuffer], y[kHeadBuffer];
     const int64_t hidden = p_.hidden, rotary = h_.rotary, half = rotary / 2;
     int64_t i = 0;
     for (; i + kLanes <= hidden; i += kLanes)
-      norm<kRounds>(V::load(x + i), rstd, factors_.template at<V>(i)).store(n + i);
+      norm<kRounded>(V::load(x + i), rstd, factors_.template at<V>(i)).store(n + i);
     if (i < hidden) {
       X padded[kLanes] = {};
       copy(padded, x + i, hidden - i);
-      norm<kRounds>(V::load(padded), rstd, factors_.template rest_at<V>(i, hidden - i)).store(n + i);
+      norm<kRounded>(V::load(padded), rstd, factors_.template rest_at<V>(i, hidden - i)).store(n + i);
     }
     if (h_.interleaved) {
       for (int64_t k = 0; k < rotary; k += 2) partner[k] = n[k + 1], partner[k + 1] = n[k];
@@ -138,7 +153,7 @@ class Heads {
     }
     for (int64_t k = rotary; k < rotary + kLanes; ++k) partner[k] = 0;
     for (int64_t k = 0; k < rotary; k += kLanes)
-      rotate<kRounds>(angles, k, V::load(n + k), V::load(partner + k)).store(y + k);
+      rotated<kRounded>(angles, k, V::load(n + k), V::load(partner + k)).store(y + k);
     copy(n, y, rotary);
     for (i = 0; i + kLanes <= hidden; i += kLanes) V::load(n + i).store(out + i);
     if (i < hidden) {
@@ -148,14 +163,16 @@ class Heads {
     }
   }
 
-  template <bool kRounds>
+  template <Rounded kRounded>
   [[gnu::always_inline]] V norm(const V& x, const V& rstd, const V& factor) const {
+    constexpr bool kRounds = kRounded != Rounded::kNothing;
     V n = x * rstd;
     if (kRounds && h_.round_norm) n = rounded<V, X>(n);
     return rounded_if<kRounds>(n * factor);
   }
-  template <bool kRounds>
-  [[gnu::always_inline]] V rotate(const Angles& angles, int64_t i, const V& n, const V& partner) const {
+  template <Rounded kRounded>
+  [[gnu::always_inline]] V rotated(const Angles& angles, int64_t i, const V& n, const V& partner) const {
+    constexpr bool kRounds = kRounded == Rounded::kProducts;
     return rounded_if<kRounds>(n * V::load(angles.cos + i)) + rounded_if<kRounds>(partner * V::load(angles.sin + i));
   }
   template <bool kRounds>
@@ -167,10 +184,24 @@ class Heads {
   const RowParams& p_;
   const HeadParams& h_;
   const Factors factors_;
+  Rounded rounded_ = Rounded::kNothing;
 };
 
+// A token's heads that are copied.
+template <class X>
+void copy_heads(const RowParams& p, const CopiedHeads& copied, int64_t token) {
+  for (int which = 0; which < 2; ++which) {
+    const Operand from = CopiedHeads::kFrom[which], to = CopiedHeads::kTo[which];
+    if (copied.heads[which] == 0) continue;
+    const X* x = static_cast<const X*>(p.data[from]) + token_offset(p, from, token);
+    X* out = static_cast<X*>(p.data[to]) + token_offset(p, to, token);
+    for (int64_t i = 0; i < copied.heads[which]; ++i, x += copied.strides[which], out += copied.out_strides[which])
+      copy(out, x, p.hidden);
+  }
+}
+
 template <class V>
-void compute_heads(const RowParams& p, const HeadParams& h, int64_t begin, int64_t end) {
+void compute_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied, int64_t begin, int64_t end) {
   RowParams once = p;  // one variant serves both values of round_each_step
   once.round_each_step = 0;
   with_variant<RmsNorm, Float16, BFloat16>(once, [&](auto variant) {
@@ -196,6 +227,7 @@ void compute_heads(const RowParams& p, const HeadParams& h, int64_t begin, int64
           compute(angles, token, which, Ones());
         }
       }
+      copy_heads<X>(p, copied, token);
     }
   });
 }

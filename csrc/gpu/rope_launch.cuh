@@ -65,7 +65,7 @@ inline bool is_multiple(const void* pointer, int64_t bytes) {
 // tokens and heads are less than 2^32 bytes, as the kernels for aligned heads multiply in 32 bits. (The cosines and
 // sines of neighbours that are a pair are half a vector in a cache.) The strides of the tokens are in `p`, those of the
 // heads in `h`.
-inline bool has_aligned_heads(const RowParams& p, const HeadParams& h) {
+inline bool has_aligned_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied) {
   const int64_t item = size_of(p.dtypes[kX]), items = kVectorBytes / item;
   bool aligned = p.hidden % items == 0 && h.rotary % items == 0 && (h.interleaved || h.rotary / 2 % items == 0);
   const auto check = [&](Operand o, int64_t bytes) {
@@ -76,10 +76,10 @@ inline bool has_aligned_heads(const RowParams& p, const HeadParams& h) {
       aligned = aligned && step % bytes == 0 && step >> 32 == 0;
     }
   };
-  for (const Operand o : {kX, kKey, kOut, kKeyOut}) check(o, kVectorBytes);
+  for (const Operand o : {kX, kKey, kOut, kKeyOut, kGate, kValue, kGateOut, kValueOut}) check(o, kVectorBytes);
   for (const Operand o : {kWeight, kKeyWeight}) check(o, items * size_of(p.dtypes[o]));
   for (int i = 0; i < 2; ++i)
-    for (const int64_t stride : {h.strides[i], h.out_strides[i]})
+    for (const int64_t stride : {h.strides[i], h.out_strides[i], copied.strides[i], copied.out_strides[i]})
       aligned = aligned && stride % items == 0 && stride * item >> 32 == 0;
   if (!h.cache_rows) {
     check(kCos, kVectorBytes);
@@ -94,8 +94,8 @@ inline bool has_aligned_heads(const RowParams& p, const HeadParams& h) {
   return aligned;
 }
 
-inline Partner partner_of(const LaunchPlan& plan, const RowParams& p, const HeadParams& h) {
-  if (!has_aligned_heads(p, h)) return Partner::kInMemory;
+inline Partner partner_of(const LaunchPlan& plan, const RowParams& p, const HeadParams& h, const CopiedHeads& copied) {
+  if (!has_aligned_heads(p, h, copied)) return Partner::kInMemory;
   if (h.interleaved) return Partner::kInVector;
   const int64_t items = kVectorBytes / size_of(p.dtypes[kX]), vectors = h.rotary / items;
   if (vectors == plan.slots * plan.vectors) return Partner::kInThread;
@@ -103,7 +103,8 @@ inline Partner partner_of(const LaunchPlan& plan, const RowParams& p, const Head
   return vectors <= plan.slots && (vectors & (vectors - 1)) == 0 ? Partner::kInOtherLane : Partner::kInMemory;
 }
 
-inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const LaunchPlan& plan) {
+inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const CopiedHeads& copied,
+                              const LaunchPlan& plan) {
   const int64_t item = size_of(p.dtypes[kX]);
   const auto of_tokens = [&](Operand o) -> OfTokens {
     const int64_t bytes = size_of(p.dtypes[o]);
@@ -131,6 +132,11 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Lau
   r.partner_distance = h.rotary / 2 * static_cast<int32_t>(item) / kVectorBytes;
   r.int32_positions = p.dtypes[kPositions] == DType::kInt32;
   r.heads_of_q = static_cast<uint32_t>(h.heads[0]), r.heads = static_cast<uint32_t>(h.heads[0] + h.heads[1]);
+  for (int i = 0; i < 2; ++i) {
+    r.copies.from[i] = {of_tokens(CopiedHeads::kFrom[i]), copied.strides[i] * item};
+    r.copies.to[i] = {of_tokens(CopiedHeads::kTo[i]), copied.out_strides[i] * item};
+  }
+  r.copies.heads_of_gate = static_cast<uint32_t>(copied.heads[0]);
   r.eps = p.eps, r.inv_hidden = p.inv_hidden, r.weight_offset = p.data[kWeight] ? p.weight_offset : 1.0f;
   return r;
 }
@@ -143,36 +149,57 @@ inline int64_t heads_of_group(int64_t threads, const DeviceFacts& facts, const R
   return std::min(kMostHeads, fit ? (threads + fit - 1) / fit : kMostHeads);
 }
 
-inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const DeviceFacts& facts,
-                                  device::Stream stream) {
+inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied,
+                                  const DeviceFacts& facts, device::Stream stream) {
   const LaunchPlan plan = make_plan(p.hidden, p.dtypes[kX], facts);
-  const Partner partner = partner_of(plan, p, h);
+  const Partner partner = partner_of(plan, p, h, copied);
   const RopeKernel kernel = find_rope_kernel(p.dtypes[kX], p.dtypes[kWeight],
                                              p.dtypes[h.cache_rows ? kCosSinCache : kCos], plan.vectors, partner);
   const int64_t groups_of_block = kRopeThreads / plan.group_threads;
-  const int64_t most_blocks = std::min<int64_t>(facts.max_threads / kRopeThreads, INT32_MAX / groups_of_block);
-  const int64_t most_groups = most_blocks * groups_of_block, heads = h.heads[0] + h.heads[1];
-  int64_t each = partner == Partner::kInMemory ? 1 : heads_of_group(p.rows * heads * plan.group_threads, facts, kernel);
+  const int64_t heads = h.heads[0] + h.heads[1], heads_copied = copied.heads[0] + copied.heads[1];
+  // Of a launch with copies, each of the two kinds of blocks has half.
+  const int64_t most_blocks =
+      std::min<int64_t>(facts.max_threads / kRopeThreads, INT32_MAX / groups_of_block) / (heads_copied ? 2 : 1);
+  const int64_t most_groups = most_blocks * groups_of_block;
+  int64_t each = partner == Partner::kInMemory
+                     ? 1
+                     : heads_of_group(p.rows * (heads + heads_copied) * plan.group_threads, facts, kernel);
   if (partner != Partner::kInMemory) each = std::max(each, (heads + most_groups - 1) / most_groups);
   const int64_t groups_of_token = std::min((heads + each - 1) / each, most_groups);
-  const int64_t most = most_groups / groups_of_token;  // tokens of a launch
+  const int64_t copies_of_token = std::min((heads_copied + each - 1) / each, most_groups);
+  int64_t most = most_groups / std::max(groups_of_token, copies_of_token);     // tokens of a launch
+  if (heads_copied && most > groups_of_block) most -= most % groups_of_block;  // whole periods
 
-  RopeParams r = rope_params(p, h, plan);
+  RopeParams r = rope_params(p, h, copied, plan);
   r.groups_of_block = static_cast<int32_t>(groups_of_block);
   r.groups_of_token = Divider(groups_of_token);
   r.heads_of_group = static_cast<int32_t>(each);
+  r.copies.groups_of_token = Divider(std::max<int64_t>(copies_of_token, 1));
   device::Error error = device::kSuccess;
   const auto launch = [&](int64_t outer, int64_t inner, int64_t tokens) {
     RopeParams from = r;
-    for (OfTokens* of : {&from.x[0].tokens, &from.x[1].tokens, &from.out[0].tokens, &from.out[1].tokens, &from.cos,
-                         &from.sin, &from.positions})
+    RopeCopies& copies = from.copies;
+    for (OfTokens* of :
+         {&from.x[0].tokens, &from.x[1].tokens, &from.out[0].tokens, &from.out[1].tokens, &from.cos, &from.sin,
+          &from.positions, &copies.from[0].tokens, &copies.from[1].tokens, &copies.to[0].tokens, &copies.to[1].tokens})
       if (of->data) of->data = static_cast<char*>(of->data) + outer * of->strides[0] + inner * of->strides[1];
     from.groups = static_cast<uint32_t>(tokens * groups_of_token);
-    const int64_t blocks = (from.groups + groups_of_block - 1) / groups_of_block;
-    from.rows.room_for_next = 2 * blocks * kRopeThreads <= int64_t{facts.processors} * kernel.resident_threads;
+    copies.groups = static_cast<uint32_t>(tokens * copies_of_token);
+    copies.heads = static_cast<uint32_t>(heads_copied);
+    // A period is as many tokens as fill its blocks.
+    const int64_t of_period = std::min(tokens, groups_of_block);
+    const auto blocks_of = [&](int64_t groups) { return (groups + groups_of_block - 1) / groups_of_block; };
+    const int64_t rope = blocks_of(of_period * groups_of_token), period = rope + blocks_of(of_period * copies_of_token);
     for (int64_t head = 0; head < heads && error == device::kSuccess; head += groups_of_token * each) {
       from.first_head = static_cast<uint32_t>(head);
+      int64_t blocks = blocks_of(from.groups);
+      if (copies.heads) {
+        copies.blocks_of_rope = static_cast<uint32_t>(rope), copies.period = Divider(period);
+        blocks = (tokens + of_period - 1) / of_period * period;
+      }
+      from.rows.room_for_next = 2 * blocks * kRopeThreads <= int64_t{facts.processors} * kernel.resident_threads;
       error = device::launch(kernel.function, {blocks, kRopeThreads, 1}, stream, facts, from);
+      copies.heads = 0;  // they are done
     }
   };
   if (p.rows <= most) {
@@ -198,7 +225,8 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   if (const Status status = check(call, &params, &slices, message); status != Status::kOk) return status;
   if (slices.count == 0) return Status::kOk;
   const HeadParams heads = head_params(call);
-  if (heads.heads[0] + heads.heads[1] > INT32_MAX) {
+  const CopiedHeads copied = copied_heads(call);
+  if (std::max(heads.heads[0] + heads.heads[1], copied.heads[0] + copied.heads[1]) > INT32_MAX) {
     std::snprintf(message->text, sizeof message->text, "%s: q and k must have less than 2^31 heads, got %lld and %lld",
                   call.op->name, static_cast<long long>(heads.heads[0]), static_cast<long long>(heads.heads[1]));
     return Status::kInvalidArgument;
@@ -207,7 +235,7 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   device::Error error =
       device::facts(&facts, reinterpret_cast<const void*>(&rotate_heads<float, float, float, 2, Partner::kInThread>));
   for (int64_t i = 0; i < slices.count && error == device::kSuccess; ++i)
-    error = launch_heads(slices.count == 1 ? params : select_slice(params, slices, i), heads, facts, stream);
+    error = launch_heads(slices.count == 1 ? params : select_slice(params, slices, i), heads, copied, facts, stream);
   if (error == device::kSuccess) return Status::kOk;
   std::snprintf(message->text, sizeof message->text, "%s: launch failed: %s", call.op->name, device::error_text(error));
   return Status::kDeviceError;

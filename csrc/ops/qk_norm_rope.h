@@ -7,11 +7,15 @@
 //
 // r is n with the elements of each pair swapped and the first of them negated. The elements of a pair are rotary / 2
 // apart or, interleaved, neighbours. All arithmetic is in float32, and products and sum are rounded separately. With
-// round_rotation, n, both products and their sum are rounded to x's dtype; with round_each_step, so is x * rstd.
+// round_rotation, n is rounded to x's dtype and, if cos and sin have that dtype, so are both products; with
+// round_each_step, so is x * rstd.
 //
 // cos and sin have an element for each i. In place of them there can be a cache, in which a row has the cosines of all
 // pairs and then their sines, and the row of each token, its position. With mrope_section a token has three positions,
 // and each pair takes one of them (HeadParams::axis).
+//
+// The overload "copies" also copies the heads of a gate and of v, which models keep beside those of q and k, to new
+// row-major tensors. Of what is not given, the copy has no heads.
 #pragma once
 
 #include "../core/head_params.h"
@@ -32,6 +36,24 @@ struct QkNormRope {
       named("q_out", output(kOut, Use::kNew, kX)),
       {kKeyOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kKey},
   };
+  // Operands that mean something else elsewhere stand for v, its copy and the gate's: each further operand would make
+  // the parameters of every kernel longer.
+  static constexpr OperandRule kCopiesRules[] = {
+      kRules[0],
+      kRules[1],
+      kRules[2],
+      kRules[3],
+      kRules[4],
+      kRules[5],
+      kRules[6],
+      kRules[7],
+      optional({kGate, Extent::kHeads, DTypes::kLikeX}),
+      named("v", optional({kValue, Extent::kHeads, DTypes::kLikeX})),
+      kRules[8],
+      kRules[9],
+      named("gate_out", optional({kGateOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kGate})),
+      named("v_out", optional({kValueOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kValue})),
+  };
   static constexpr OperandRule kFusedRules[] = {
       kRules[0],
       kRules[1],
@@ -51,6 +73,12 @@ struct QkNormRope {
        "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
        "bool mrope_interleaved=False) -> (Tensor, Tensor)",
        "qk_norm_rope", kRules},
+      {"qk_norm_rope", "qk_norm_rope.copies",
+       "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, "
+       "Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "
+       "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
+       "bool mrope_interleaved=False, Tensor? gate=None, Tensor? v=None) -> (Tensor, Tensor, Tensor, Tensor)",
+       "qk_norm_rope", kCopiesRules},
       {"fused_qk_norm_rope", "fused_qk_norm_rope",
        "(Tensor(a!) q, Tensor(b!) k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, "
        "Tensor? sin=None, Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "

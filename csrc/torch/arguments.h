@@ -81,7 +81,12 @@ struct Arguments {
 };
 
 // Whether the operator is one that records derivatives; it then has a twin without them (schema.cpp).
-constexpr bool has_twin(const OpInfo& op) { return std::string_view(op.torch_name) == op.differentiable; }
+constexpr bool has_twin(const OpInfo& op) {
+  const std::string_view name = op.torch_name;
+  for (int i = 0; i < op.rule_count; ++i)
+    if (op.rules[i].use == Use::kWritten || op.rules[i].use == Use::kInPlace) return false;
+  return name.substr(0, name.find('.')) == op.differentiable;
+}
 
 inline void set_sections(Sections* sections, const std::optional<std::vector<int64_t>>& sizes) {
   if (!sizes) return;

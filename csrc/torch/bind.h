@@ -142,6 +142,11 @@ struct Shape {
     for (int64_t d = 0; d < dims; ++d) sizes[d] = of[d];
   }
 
+  Shape& without_heads() {
+    if (dims > 1) sizes[dims - 2] = 0;
+    return *this;
+  }
+
   // A row-major tensor; or one whose last dimension is the outermost in memory and whose others are row-major.
   Handle make(Device device, int32_t dtype, bool column_major = false) const {
     int64_t step = 1, strides[kMaxDims];
@@ -154,18 +159,28 @@ struct Shape {
   }
 };
 
-// A new tensor for the output of `rule`. Options are not checked yet.
-inline Handle new_output(const OpInfo& op, const OperandRule& rule, const Options& options,
-                         const Handle (&tensors)[kOperands], Device device) {
-  const Operand alike = rule.dtypes == DTypes::kLikeResidual ? kResidual
-                        : rule.dtypes == DTypes::kLikeWeight ? kWeight
-                        : rule.extent == Extent::kHeads      ? kKey
-                                                             : kX;
-  Shape shape(op, tensors[alike]);
+// The tensor whose shape and dtype a new output has, or most of them.
+constexpr Operand like_of(const OperandRule& rule) {
+  return rule.dtypes == DTypes::kLikeResidual ? kResidual
+         : rule.dtypes == DTypes::kLikeWeight ? kWeight
+         : rule.extent == Extent::kHeads      ? rule.in_place_of
+                                              : kX;
+}
+
+inline int32_t dtype_of(const Handle& t) {
   int32_t dtype;
-  require_success(aoti_torch_get_dtype(tensors[alike].get(), &dtype), "get_dtype");
-  if (rule.dtypes == DTypes::kQuantized) dtype = to_scalar_type(options.dtype);
-  if (rule.extent != Extent::kScales) return shape.make(device, dtype);
+  require_success(aoti_torch_get_dtype(t.get(), &dtype), "get_dtype");
+  return dtype;
+}
+
+// A new tensor for the output of `rule`. Options are not checked yet.
+inline Handle new_output(const OpInfo& op, const OperandRule& rule, const Options& options, const Handle& alike,
+                         Device device) {
+  Shape shape(op, alike);
+  if (rule.extent != Extent::kScales) {
+    const bool quantized = rule.dtypes == DTypes::kQuantized;
+    return shape.make(device, quantized ? to_scalar_type(options.dtype) : dtype_of(alike));
+  }
   if (shape.dims > 0) {
     int64_t& last = shape.sizes[shape.dims - 1];
     const int64_t size = options.scale_group_size;
@@ -283,7 +298,14 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
   Services services{op, device, {}, {}, 0, Handle()};
   for (const OperandRule& rule : op) {
     const Operand place = rule.use == Use::kInPlace ? rule.in_place_of : rule.operand;
-    if (rule.use == Use::kNew) tensors[place] = new_output(op, rule, call.options, tensors, device);
+    if (rule.use == Use::kNew) {
+      const Operand alike = like_of(rule);
+      if (!tensors[alike]) {
+        tensors[place] = Shape(op, tensors[kX]).without_heads().make(device, dtype_of(tensors[kX]));
+        continue;
+      }
+      tensors[place] = new_output(op, rule, call.options, tensors[alike], device);
+    }
     if (rule.use == Use::kInPlace || rule.use == Use::kWritten) services.add(place, tensors[place]);
     if (!tensors[place]) continue;
     if (place == rule.operand) views[place] = view(tensors[place]);

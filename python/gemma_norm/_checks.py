@@ -69,6 +69,7 @@ LIKE_WEIGHT = Rule(Extent.HIDDEN, DTypes.LIKE_WEIGHT)
 
 Q = Rule(Extent.ROWS_OF_HEADS, DTypes.FLOAT)
 K = Rule(Extent.HEADS, DTypes.LIKE_X)
+COPIED = K._replace(optional=True)
 OPTIONAL_LIKE_WEIGHT = LIKE_WEIGHT._replace(optional=True)
 COS = Rule(Extent.ANGLES, DTypes.X_OR_FLOAT32, optional=True)
 SIN = Rule(Extent.ANGLES, DTypes.LIKE_COS, optional=True)
@@ -284,19 +285,15 @@ def _check_angles(call: Checked, arguments: Mapping[str, Any]) -> None:
     names = [name for name in ("cos", "sin", "cos_sin_cache", "positions") if name in given]
     either = "either cos and sin or cos_sin_cache and positions must be given"
     _require(has_angles or has_cache, f"{op}: {either}, got {' and '.join(names) or 'none'}")
-    angles, name = (given["cos"], "cos") if has_angles else (given["cos_sin_cache"], "cos_sin_cache")
     each_step, rotation = arguments["round_each_step"], arguments["round_rotation"]
     _require(rotation or not each_step, f"{op}: round_rotation must be True with round_each_step=True, got False")
-    if rotation:
-        rule = f"must have {call.x_name}'s dtype {dtype_name(call.x.dtype)} with round_rotation=True"
-        _require(angles.dtype == call.x.dtype, f"{op}: {name} {rule}, got {dtype_name(angles.dtype)}")
     sections = arguments["mrope_section"]
     if sections is None:
         alone = f"{op}: mrope_interleaved must be False without mrope_section, got True"
         _require(not arguments["mrope_interleaved"], alone)
         return
     _require(has_cache, f"{op}: mrope_section must be None without positions, got {list(sections)}")
-    pairs = angles.shape[-1] // 2
+    pairs = given["cos_sin_cache"].shape[-1] // 2
     fits = len(sections) == 3 and all(size >= 0 for size in sections) and sum(sections) == pairs
     rule = f"must be three sizes that add up to half of cos_sin_cache's last dimension, {pairs}"
     _require(fits, f"{op}: mrope_section {rule}, got {list(sections)}")

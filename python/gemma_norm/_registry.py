@@ -27,7 +27,6 @@ The dispatcher skips autograd for operators that write into their arguments. The
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class Operator:
     """The operator that computes the same in new tensors, and is differentiable."""
     more_results: tuple[str, ...] = ()
     """For each result after the first, the argument whose shape and dtype it has. The first has those of the
-    first rule's."""
+    first rule's. If the argument is None, the result has no heads."""
     new_results: Callable[[Arguments], tuple[Tensor, ...]] | None = None
     """For an operator that quantises, and has no derivative: makes its results of a call, empty. Of those, the last are
     what it writes into arguments, if it does."""
@@ -122,8 +121,7 @@ class Operator:
         return {**defaults, **given, **kwargs}
 
     def compute(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        names = inspect.signature(self.definition).parameters
-        results = self.definition(**{name: arguments[name] for name in names if name in arguments})
+        results = self.definition(**{name: value for name, value in arguments.items() if name != "out"})
         return results if isinstance(results, tuple) else (results,)
 
     def give(self, arguments: Arguments, results: tuple[Tensor, ...]) -> Any:
@@ -158,7 +156,9 @@ class Operator:
             return new if len(new) > 1 else new[0]
         if self.written:
             return arguments.get("out")
-        results = tuple(arguments[name].new_empty(arguments[name].shape) for name in (self.first, *self.more_results))
+        alike = [arguments[name] for name in (self.first, *self.more_results)]
+        alike = [alike[0][..., :0, :] if t is None else t for t in alike]
+        results = tuple(t.new_empty(t.shape) for t in alike)
         return results if self.more_results else results[0]
 
     def functionalised(self, *args: Any, **kwargs: Any) -> Any:

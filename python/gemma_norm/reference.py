@@ -129,23 +129,23 @@ def qk_norm_rope(
     """``rotate(rms_norm(q, q_weight))`` and the same of k, by the angles of each token.
 
     The first elements of each head are rotated, as many as ``cos`` has: ``n * cos + rotate_half(n) * sin``. All
-    arithmetic is in float32 and rounded once; with ``round_rotation``, the norm, both products and their sum are
-    rounded.
+    arithmetic is in float32 and rounded once. With ``round_rotation``, the norm is rounded before and, if the angles
+    have q's dtype, so are both products.
     """
     if cos is None or sin is None:
         assert cos_sin_cache is not None
         assert positions is not None
         cos, sin = angles(cos_sin_cache, positions, interleaved, mrope_section, mrope_interleaved)
     c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
-    rotary = c.shape[-1]
+    rotary, angles_dtype = c.shape[-1], cos.dtype
 
     def normed_and_rotated(x: Tensor, weight: Tensor | None) -> Tensor:
-        def rounded(t: Tensor) -> Tensor:
-            return t.to(x.dtype).float() if round_rotation else t
+        def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+            return t.to(dtype).float() if round_rotation else t
 
-        n = rounded(_unrounded_norm(x.float(), x.dtype, weight, eps, gemma, round_each_step))
+        n = rounded(_unrounded_norm(x.float(), x.dtype, weight, eps, gemma, round_each_step), x.dtype)
         turned, rest = n[..., :rotary], n[..., rotary:]
-        turned = rounded(turned * c) + rounded(rotate_half(turned, interleaved) * s)
+        turned = rounded(turned * c, angles_dtype) + rounded(rotate_half(turned, interleaved) * s, angles_dtype)
         return torch.cat((turned, rest), dim=-1).to(x.dtype)
 
     return normed_and_rotated(q, q_weight), normed_and_rotated(k, k_weight)

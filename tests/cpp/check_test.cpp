@@ -66,6 +66,22 @@ TEST(Check, KeepsHeadsAndAnglesApart) {
   });
 }
 
+TEST(Check, CopiesWhatIsGivenWithItsCopy) {
+  EXPECT_EQ("", answer(TestCall().with_copies()));
+  expect_refusals({
+      {[](TestCall& c) { c.with_copies().gate_out.reset(); },
+       "op: gate and gate_out must both be given or both be left out, got one of them"},
+      {[](TestCall& c) { c.with_copies().residual = c.gate; },
+       "op: v and v_out must both be given or both be left out, got one of them"},
+      {[](TestCall& c) { c.with_copies().gate_out->first = c.out.first; },
+       "op: gate_out must not overlap q_out, which is also written, got overlapping memory"},
+      {[](TestCall& c) { c.with_copies().gate_out->first = c.k->first; },
+       "op: gate_out must be k's memory exactly or not overlap it, got a partial overlap"},
+      {[](TestCall& c) { c.with_copies().gate->sizes[3] = 4; },
+       "op: gate must have q's shape [2, 3, 4, 8], but for the number of heads, got [2, 3, 2, 4]"},
+  });
+}
+
 // The tokens are collapsed as far as the angles allow, and the heads are not among them.
 TEST(Check, CollapsesTokens) {
   TestCall call;

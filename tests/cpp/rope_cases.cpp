@@ -60,18 +60,19 @@ struct Memory {
 };
 
 struct Run {
-  std::vector<Memory> outputs;  // of q and of k
+  std::vector<Memory> outputs;  // of q, of k, and the copies
   std::string error;
 };
 
 class Runner {
  public:
   explicit Runner(const RopeCase& c) : c_(c), random_(c.seed) {
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       inputs_.push_back(heads(i, true));
       outputs_.push_back(heads(i, false));
       Memory& x = inputs_[i];
       for (int64_t j = 0; j < x.count(); ++j) x.set(j, c.wide ? wide() : normal());
+      if (i >= 2) continue;
       weights_.push_back(Memory({c.head_dim}, {1}, c.weight == DType::kOther ? c.x : c.weight, c.guard, odd()));
       for (int64_t j = 0; j < c.head_dim; ++j) weights_[i].set(j, c.gemma ? 0.1 * normal() : 1 + 0.3 * normal());
     }
@@ -96,7 +97,8 @@ class Runner {
   Run run(Target& target) const {
     Runner r = *this;
     Tensor views[kOperands];
-    Call call{c_.in_place ? &QkNormRope::kInfos[1] : &QkNormRope::kInfos[0], {}, {}};
+    const bool copies = c_.copied[0] || c_.copied[1];
+    Call call{&QkNormRope::kInfos[c_.in_place ? 2 : copies ? 1 : 0], {}, {}};
     const auto give = [&](Operand o, Memory& m) {
       if (!m.memory) m.send(target);
       views[o] = m.tensor();
@@ -106,6 +108,8 @@ class Runner {
     give(kKey, r.inputs_[1]);
     give(kOut, c_.in_place ? r.inputs_[0] : r.outputs_[0]);
     give(kKeyOut, c_.in_place ? r.inputs_[1] : r.outputs_[1]);
+    for (int i = 0; i < 2; ++i)
+      if (c_.copied[i]) give(CopiedHeads::kFrom[i], r.inputs_[2 + i]), give(CopiedHeads::kTo[i], r.outputs_[2 + i]);
     if (c_.weight != DType::kOther) give(kWeight, r.weights_[0]), give(kKeyWeight, r.weights_[1]);
     give(c_.cache ? kCosSinCache : kCos, r.angles_[0]);
     give(c_.cache ? kPositions : kSin, r.angles_[1]);
@@ -119,7 +123,8 @@ class Runner {
     Run result;
     Message message{};
     if (target.run(call, c_.variation, &message) != Status::kOk) result.error = message.text;
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
+      if (!r.inputs_[i].memory) continue;
       if (!r.inputs_[i].receive(target, c_.in_place)) result.error = "a byte beside q or k was written";
       if (!c_.in_place && !r.outputs_[i].receive(target, true)) result.error = "a byte beside a result was written";
       result.outputs.push_back(c_.in_place ? r.inputs_[i] : r.outputs_[i]);
@@ -134,6 +139,11 @@ class Runner {
   std::string check(Target& target) const {
     const Run got = run(target);
     if (!got.error.empty()) return got.error;
+    for (size_t i = 2; i < got.outputs.size(); ++i) {
+      const Memory& x = inputs_[2 + (i == 3 || !c_.copied[0])];
+      for (int64_t j = 0; j < x.count(); ++j)
+        if (x.bits(j) != got.outputs[i].bits(j)) return "element " + std::to_string(j) + " of a copy differs";
+    }
     for (int i = 0; i < 2; ++i) {
       const Memory &x = inputs_[i], &y = got.outputs[i];
       std::string error;
@@ -161,8 +171,8 @@ class Runner {
           }
           const double value = y.get(first + e);
           if (exact) {
-            const auto step = [&](double v) { return rounded(c_.x, rounded(DType::kFloat32, v)); };
-            const double want = e < c_.rotary ? step(step(a) + step(b)) : a;
+            const auto step = [&](double v) { return rounded(c_.angles, rounded(DType::kFloat32, v)); };
+            const double want = e < c_.rotary ? rounded(c_.x, step(step(a) + step(b))) : a;
             if (value != want && !(std::isnan(value) && std::isnan(want)))
               return text(i, row, e) + std::to_string(want) + ", got " + std::to_string(value);
           } else if (std::isfinite(a + b)) {
@@ -186,13 +196,13 @@ class Runner {
   std::string compare(Target& a, Target& b, uint64_t* hash) const {
     const Run one = run(a), two = run(b);
     if (!one.error.empty() || !two.error.empty()) return one.error + two.error;
-    for (int i = 0; i < 2; ++i)
+    for (size_t i = 0; i < one.outputs.size(); ++i)
       for (int64_t j = 0; j < one.outputs[i].count(); ++j) {
         const uint32_t number = std::isnan(one.outputs[i].get(j)) ? 0xffffffff : one.outputs[i].bits(j);
         if (hash) *hash = (*hash ^ number) * 0x100000001b3;
         if (one.outputs[i].bits(j) != two.outputs[i].bits(j) &&
             !(std::isnan(one.outputs[i].get(j)) && std::isnan(two.outputs[i].get(j))))
-          return "element " + std::to_string(j) + (i ? " of k" : " of q") + " is not as on " + a.name();
+          return "element " + std::to_string(j) + " of result " + std::to_string(i) + " is not as on " + a.name();
       }
     return "";
   }
@@ -219,10 +229,11 @@ class Runner {
 
   Memory heads(int i, bool is_input) {
     std::vector<int64_t> sizes = c_.tokens;
-    sizes.push_back(c_.heads[i]);
+    sizes.push_back(i < 2 ? c_.heads[i] : c_.copied[i - 2]);
     sizes.push_back(c_.head_dim);
     std::vector<int64_t> strides = row_major(sizes);
     const size_t heads = sizes.size() - 2;
+    if (sizes[sizes.size() - 2] == 0) sizes[sizes.size() - 2] = 1;  // its memory is not used
     const int64_t gap = c_.layout == Layout::kOddStrides ? 1 + 2 * i : c_.layout == Layout::kGaps ? c_.head_dim : 0;
     if (gap && (is_input || i == 0)) {
       int64_t step = c_.head_dim + gap;
@@ -295,7 +306,8 @@ std::string describe(const RopeCase& c) {
   std::string text = std::string(dtype_name(c.x)) + " x, " + dtype_name(c.weight) + " weight, " + dtype_name(c.angles) +
                      (c.cache ? " cache, " : " angles, ") + std::to_string(c.rotary) + " of " +
                      std::to_string(c.head_dim) + ", heads " + std::to_string(c.heads[0]) + " + " +
-                     std::to_string(c.heads[1]) + ", tokens [";
+                     std::to_string(c.heads[1]) + ", copied " + std::to_string(c.copied[0]) + " + " +
+                     std::to_string(c.copied[1]) + ", tokens [";
   for (const int64_t n : c.tokens) text += std::to_string(n) + " ";
   text += std::string("], ") + kLayouts[static_cast<int>(c.layout)];
   for (const auto& [set, what] : std::initializer_list<std::pair<bool, const char*>>{{c.in_place, "in place"},
@@ -338,7 +350,7 @@ std::vector<RopeCase> rope_cases() {
             c.interleaved = i == 2 || (i == 1 && one_in(3));
             c.shared_angles = !c.cache && !c.tokens.empty() && one_in(3);
             c.sections = c.cache ? random() % 3 : 0;
-            c.round_rotation = angles == x && one_in(2);
+            c.round_rotation = one_in(2);
             c.gemma = weight != DType::kOther && one_in(2);
             c.round_norm = c.round_rotation && !c.gemma && (weight == x || weight == DType::kOther) && one_in(2);
             c.wide = one_in(3);
@@ -348,6 +360,7 @@ std::vector<RopeCase> rope_cases() {
             c.variation.processors = one_in(2);
             c.variation.order = random() % 4;
             c.variation.pieces = one_in(2) ? 0 : random();
+            if (!c.in_place && one_in(2)) c.copied[0] = random() % 7, c.copied[1] = random() % 4;
             cases.push_back(c);
           }
         }
@@ -356,6 +369,13 @@ std::vector<RopeCase> rope_cases() {
   many.tokens = {70};
   many.heads[0] = 128;
   many.variation.few_threads = true;
+  cases.push_back(many);
+  many.copied[0] = 130;
+  cases.push_back(many);
+  many.tokens = {21};  // several periods of a launch, and a part of one
+  many.heads[0] = 3;
+  many.copied[0] = 5, many.copied[1] = 2;
+  many.variation.few_threads = false;
   cases.push_back(many);
   return cases;
 }

@@ -16,6 +16,7 @@ struct RopeCase {
   int64_t head_dim = 64, rotary = 64;
   std::vector<int64_t> tokens = {3};
   int64_t heads[2] = {4, 2};
+  int64_t copied[2] = {0, 0};  // heads of a gate and of v; in place, none
   Layout layout = Layout::kRows;
   bool in_place = false, cache = false, gemma = false, interleaved = false, round_norm = false, round_rotation = false;
   bool shared_angles = false;  // those of the first dimension's tokens are one: stride 0

@@ -25,7 +25,7 @@ struct Place {
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
   std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, post_weight, sum, dout, dsum, dx, dweight;
-  std::optional<Place> k, k_weight, cos, sin, cache, positions, k_out;
+  std::optional<Place> k, k_weight, cos, sin, cache, positions, k_out, gate_out;
   Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
@@ -65,6 +65,14 @@ struct TestCall {
     return *this;
   }
 
+  // With a gate of 2 heads, but without v.
+  TestCall& with_copies() {
+    rotated().op = OpInfo("op", "op", "", "", QkNormRope::kCopiesRules);
+    gate = Place{90000, {2, 3, 2, 8}, {48, 16, 8, 1}};
+    gate_out = Place{95000, {2, 3, 2, 8}, {48, 16, 8, 1}};
+    return *this;
+  }
+
   // Of the gradients. `out` is no operand then.
   TestCall& backward() {
     op = OpInfo("op", "op", "", "", RmsNormBackward::kRules);
@@ -97,7 +105,7 @@ struct TestCall {
                                                     dout,
                                                     dsum,
                                                     dx,
-                                                    std::nullopt,
+                                                    gate_out,
                                                     dweight};
     Tensor tensors[kOperands];
     Call call{&op, {}, options};

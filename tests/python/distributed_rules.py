@@ -6,6 +6,7 @@ Each computes the same on whole, plain tensors, which every process has, and com
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -295,12 +296,14 @@ def rotated_heads(device: str) -> None:
     q, k = randn(4, 6, 4, 16, device=device), randn(4, 6, 2, 16, device=device, seed=1)
     weights = {n: randn(16, device=device, seed=s) for s, n in ((2, "q_weight"), (3, "k_weight"))}
     angles = {n: randn(4, 6, 8, device=device, seed=s) for s, n in ((4, "cos"), (5, "sin"))}
-    for dim in (None, 0, 1, 2, 3):
+    gate, v = (randn(4, 6, heads, 16, device=device, seed=s) for heads, s in ((4, 6), (2, 7)))
+    for dim, copied in itertools.product((None, 0, 1, 2, 3), ({}, {"gate": gate}, {"gate": gate, "v": v})):
         rows: Placement = Replicate() if dim is None else Shard(dim)
         tokens = rows if dim in (0, 1) else Replicate()
         placements = {"q": rows, "k": rows, **dict.fromkeys(weights, Replicate()), **dict.fromkeys(angles, tokens)}
+        placements |= dict.fromkeys(copied, rows)
         got, gradients, communication = compare(
-            gemma_norm.qk_norm_rope, {"q": q, "k": k, **weights, **angles}, placements
+            gemma_norm.qk_norm_rope, {"q": q, "k": k, **weights, **angles, **copied}, placements
         )
         if dim == 3:  # the elements of a head are gathered
             assert all(y.placements[0] != Shard(3) for y in got)

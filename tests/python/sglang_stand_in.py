@@ -141,6 +141,24 @@ def install_sglang(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         def forward(self, x, g, residual=None, prenorm=False, residual_in_fp32=False):
             return THEIRS
 
+    def fused_qk_gemma_rmsnorm_rope_gate(
+        q_gate,
+        k,
+        q_weight,
+        k_weight,
+        cos_sin_cache,
+        positions,
+        eps,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        rotary_dim,
+        has_gate=True,
+        mrope_axis_map=None,
+    ):
+        return THEIRS
+
+    rope = {"fused_qk_gemma_rmsnorm_rope_gate": fused_qk_gemma_rmsnorm_rope_gate}
     norms = (RMSNorm, GemmaRMSNorm, Gemma3RMSNorm, Gemma4RMSNorm, RMSNormWithoutScale)
     engine = types.SimpleNamespace(
         **{kind.__name__: kind for kind in (*norms, FusedRMSNormGated, BaseFusedOp)}, Gated=Gated, batch_invariant=False
@@ -154,5 +172,7 @@ def install_sglang(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         sglang__srt__layers__layernorm={kind.__name__: kind for kind in norms},
         sglang__kernels__ops__attention__fla__layernorm_gated={"RMSNorm": Gated},
         sglang__kernels__ops__attention__fla__fused_norm_gate={"FusedRMSNormGated": FusedRMSNormGated},
+        sglang__kernels__ops__attention__fused_qk_rmsnorm_rope_gate=rope,
+        sglang__srt__models__qwen3_5=rope,
     )
     return engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import has_torch_function
 
 from .. import reference
 from .._calls import differentiable, explain, is_compiled, is_exported, overridden
-from .._checks import COS, COS_SIN_CACHE, OPTIONAL_LIKE_WEIGHT, OPTIONAL_WEIGHT, POSITIONS, SIN, K, Q
+from .._checks import COPIED, COS, COS_SIN_CACHE, OPTIONAL_LIKE_WEIGHT, OPTIONAL_WEIGHT, POSITIONS, SIN, K, Q
 from .._registry import Operator, bare, register
 from .rms_norm_backward import gradients
 
@@ -36,6 +37,7 @@ _OPTIONS = (
     "mrope_section",
     "mrope_interleaved",
 )
+_COPIED = ("gate", "v")
 _is_grad_enabled = torch.is_grad_enabled
 
 
@@ -56,7 +58,9 @@ def qk_norm_rope(
     interleaved: bool = False,
     mrope_section: Sequence[int] | None = None,
     mrope_interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
+    gate: Tensor | None = None,
+    v: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Normalise each head of q and of k, and rotate it by its token's angles (RoPE), in two new tensors::
 
         n = x * rstd * (gemma ? 1 + weight : weight)              for each head x of q, and of k
@@ -82,18 +86,23 @@ def qk_norm_rope(
         eps: finite and not negative; used as a float32.
         gemma: the weights are zero-centred: multiply by ``1 + weight``, which is never rounded to 16 bits.
         round_each_step: as for :func:`gemma_norm.rms_norm`; needs ``round_rotation``.
-        round_rotation: round the norm, both products and their sum to q's dtype, as the classes of transformers do.
-            cos and sin, or the cache, must then have that dtype. Derivatives ignore the roundings.
+        round_rotation: round the norm to q's dtype before it is rotated and, where cos and sin, or the cache, have that
+            dtype too, both products before they are added, as the classes of transformers do. With float32 angles the
+            rotation is in float32, as in serving engines. Derivatives ignore the roundings.
         interleaved: the two elements of a pair are neighbours, and not half of rotary apart (NeoX). ``rotate_half`` is
             then ``(-second, first)`` of each pair, and cos and sin still have a number for each element.
         mrope_section: three sizes, which add up to rotary / 2: how many pairs take a token's first (temporal), second
             (height) and third (width) position, as in Qwen2-VL.
         mrope_interleaved: the three kinds of pairs take turns, as in Qwen3-VL and Qwen3.5: of the pairs 1, 4, 7, ...
             the first so many have the height, of 2, 5, 8, ... the width, all others the temporal position.
+        gate, v: ``[..., heads, head_dim]``, any number of heads, otherwise as k. The same kernel copies them to new
+            tensors, so that a gate beside each head of q, or the v of a fused projection, becomes contiguous.
 
     Returns:
-        Two new row-major tensors of the shapes of q and k. Derivatives of any order and mode with respect to q, k and
-        the weights are supported, also of cos, sin and the cache, and so are the transforms of ``torch.func``.
+        New row-major tensors of the shapes of q and k, and of the gate and v where they are given: ``(q, k)``,
+        ``(q, k, gate)``, ``(q, k, v)`` or ``(q, k, gate, v)``. Derivatives of any order and mode with respect to q, k,
+        the weights, the gate and v are supported, also of cos, sin and the cache, and so are the transforms of
+        ``torch.func``.
 
     Raises:
         RuntimeError: if an argument breaks a rule above.
@@ -101,6 +110,8 @@ def qk_norm_rope(
     """
     tensors = (q, k, q_weight, k_weight, cos, sin, cos_sin_cache, positions)
     options = (eps, gemma, round_each_step, round_rotation, interleaved, mrope_section, mrope_interleaved)
+    if gate is not None or v is not None:
+        return _with_copies(tensors, options, gate, v)
     if has_torch_function(tensors):
         named = dict(zip((*_TENSORS[6:], *_OPTIONS), (*tensors[6:], *options), strict=True))
         y, z = overridden(qk_norm_rope, QK_NORM_ROPE, tensors, *tensors[:6], **named)
@@ -115,6 +126,32 @@ def qk_norm_rope(
         _explain(error, QK_NORM_ROPE, tensors, options)
         raise
     return y, z
+
+
+def _with_copies(
+    tensors: tuple[Any, ...], options: tuple[Any, ...], gate: Tensor | None, v: Tensor | None
+) -> tuple[Tensor, ...]:
+    op, copied = QK_NORM_ROPE_COPIES, (gate, v)
+    given = (True, True, gate is not None, v is not None)
+    if has_torch_function((*tensors, *copied)):
+        names = (*_TENSORS[6:], *_OPTIONS, *_COPIED)
+        named = dict(zip(names, (*tensors[6:], *options, *copied), strict=True))
+        results = overridden(qk_norm_rope, op, (*tensors, *copied), *tensors[:6], **named)
+        if not isinstance(results, tuple):  # a proxy of torch.fx
+            return tuple(results[i] for i in range(sum(given)))
+        return tuple(compress(results, given)) if len(results) == len(given) else results
+    q, _, _, _, cos, sin, cos_sin_cache, positions = tensors
+    try:
+        mrope_section = options[_OPTIONS.index("mrope_section")]
+        tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
+        if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
+            results = differentiable(_qk_norm_rope_copies, op, *tensors, *options, *copied)
+        else:
+            results = _qk_norm_rope_copies(*tensors, *options, *copied)
+    except RuntimeError as error:
+        _explain(error, op, (*tensors, *copied), options)
+        raise
+    return tuple(compress(results, given))
 
 
 def fused_qk_norm_rope(
@@ -142,6 +179,8 @@ def fused_qk_norm_rope(
             no two elements of one may share memory.
         q_weight, k_weight, cos, sin, cos_sin_cache, positions, eps, gemma, round_each_step, round_rotation,
             interleaved, mrope_section, mrope_interleaved: as for :func:`qk_norm_rope`. They must not overlap q or k.
+
+    A gate or v stays where it is.
 
     No derivative is recorded. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside a
     ``torch.func`` transform other than ``functionalize`` are refused. Use :func:`qk_norm_rope` for these.
@@ -190,13 +229,13 @@ def _expanded(t: Tensor, tokens: torch.Size, before: int, after: int) -> Tensor:
 
 
 def _explain(error: RuntimeError, op: Operator, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> None:
-    named = dict(zip((*_TENSORS, *_OPTIONS), (*tensors, *options), strict=True))
-    explain(error, op, **named)
+    named = dict(zip((*_TENSORS, *_COPIED), tensors, strict=False))
+    explain(error, op, **named, **dict(zip(_OPTIONS, options, strict=True)))
 
 
 class QKNormRopeFunction(torch.autograd.Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[len(_TENSORS) :]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[: len(_TENSORS)])
@@ -250,6 +289,27 @@ def _gradients_of_angles(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tupl
     return tuple(of.get(i) for i in range(4, 7))
 
 
+class QKNormRopeCopiesFunction(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        QKNormRopeFunction.setup_context(ctx, inputs[:-2], output)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None, *copied: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of what is copied is that of the copy."""
+        needs = ctx.needs_input_grad[-2:]
+        passed = (d if needed else None for d, needed in zip(copied, needs, strict=True))
+        return *QKNormRopeFunction.backward(ctx, dq, dk), *passed
+
+
+def _definition_with_copies(
+    q: Tensor, *tensors: Any, gate: Tensor | None = None, v: Tensor | None = None, **others: Any
+) -> tuple[Tensor, ...]:
+    copied = (q[..., :0, :] if t is None else t for t in (gate, v))
+    copies = (t.clone(memory_format=torch.contiguous_format) for t in copied)
+    return *reference.qk_norm_rope(q, *tensors, **others), *copies
+
+
 QK_NORM_ROPE = Operator(
     "qk_norm_rope",
     reference.qk_norm_rope,
@@ -258,9 +318,18 @@ QK_NORM_ROPE = Operator(
     more_results=("k",),
     derivative=QKNormRopeFunction,
 )
+QK_NORM_ROPE_COPIES = Operator(
+    "qk_norm_rope.copies",
+    _definition_with_copies,
+    {**_RULES, **dict.fromkeys(_COPIED, COPIED)},
+    "qk_norm_rope",
+    more_results=("k", *_COPIED),
+    derivative=QKNormRopeCopiesFunction,
+)
 FUSED_QK_NORM_ROPE = Operator("fused_qk_norm_rope", reference.qk_norm_rope, _RULES, "qk_norm_rope")
-register(QK_NORM_ROPE, FUSED_QK_NORM_ROPE)
+register(QK_NORM_ROPE, QK_NORM_ROPE_COPIES, FUSED_QK_NORM_ROPE)
 torch.fx.node.has_side_effect(fused_qk_norm_rope)
 
 _qk_norm_rope = bare(QK_NORM_ROPE.twin)
+_qk_norm_rope_copies = bare(QK_NORM_ROPE_COPIES.twin)
 _fused_qk_norm_rope = FUSED_QK_NORM_ROPE.overload

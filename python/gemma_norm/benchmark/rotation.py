@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cases import Point
 
 EPS = 1e-6
-Call = Callable[..., tuple[Tensor, Tensor]]
+Call = Callable[..., tuple[Tensor, ...]]
 ROUNDINGS = 4.0
 """By how many roundings of its two products a result may be off, of providers that round each step."""
 

@@ -3,7 +3,8 @@
 SGLang's norms of one tensor become calls of the plugin backend that SGLang keeps for other projects
 (``forward_plugin``), on CUDA, HIP and the CPU. It tries that backend first, and asks it for each call
 (``backend_eligible``): a call that is not ours takes SGLang's own way. Its gated norms have no backends, so their
-``forward`` is replaced by one that makes the same choice. docs/serving.md lists what is left to SGLang, and why.
+``forward`` is replaced by one that makes the same choice, and so is the function that normalises and rotates q and k in
+Qwen3.5. docs/serving.md lists what is left to SGLang, and why.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from . import _sglang_norms
+from . import _sglang_norms, _sglang_rope
 from ._engine import Engine, instances, logger, switch, version_of
 from ._sglang_norms import GATED, NORMS, Forward, Gated, Norm
 
@@ -25,6 +26,8 @@ class _Installed(NamedTuple):
     norms: tuple[type, ...]
     gated: dict[type, Forward]
     """SGLang's own forwards."""
+    rope: tuple[Forward, Forward] | None
+    """SGLang's own function, and ours."""
 
 
 _installed: _Installed | None = None
@@ -88,6 +91,7 @@ def install() -> None:
         if "forward" not in vars(kind):
             engine.differs(f"{kind.__name__}.forward", "its own", "that of a class that it is derived from")
         originals[kind] = vars(kind)["forward"]
+    rope = _sglang_rope.find(engine)
 
     _sglang_norms.batch_invariant = batch_invariant.is_batch_invariant_mode_enabled
     for kind, norm in zip(norms, NORMS, strict=True):
@@ -96,8 +100,12 @@ def install() -> None:
         kind.capabilities = {**kind.capabilities, plugin_backend: devices}
     for kind, entry in zip(originals, GATED, strict=True):
         kind.forward = _gated_forward(kind, entry, originals[kind])
-    _installed = _Installed(base, tuple(norms), originals)
-    names = ", ".join(kind.__name__ for kind in (*norms, *originals))
+    functions = None
+    if rope is not None:
+        functions = (rope, _sglang_rope.ours(rope))
+        _sglang_rope.replace(*functions)
+    _installed = _Installed(base, tuple(norms), originals, functions)
+    names = ", ".join(kind.__name__ for kind in (*norms, *originals, *(functions or ())[:1]))
     logger.info("gemma_norm: serves SGLang %s's %s", version_of(engine.name), names)
 
 
@@ -106,13 +114,15 @@ def uninstall() -> None:
     global _installed
     if _installed is None:
         return
-    base, norms, gated = _installed
+    base, norms, gated, rope = _installed
     _sglang_norms.batch_invariant = lambda: False
     for kind in norms:
         for name in _ATTRIBUTES:
             delattr(kind, name)
     for kind, forward in gated.items():
         kind.forward = forward  # type: ignore[attr-defined]
+    if rope is not None:
+        _sglang_rope.replace(rope[1], rope[0])
     # A module keeps the way that its first call found. Without one, it looks again.
     for module in instances(norms):
         for name in ("_forward_method", "_original_forward_method"):

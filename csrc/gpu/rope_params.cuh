@@ -1,0 +1,131 @@
+// What the kernel of heads is told by its launch (rope_launch.cuh), and where it finds a head in memory.
+#pragma once
+
+#include "../core/head_params.h"
+#include "row.cuh"
+
+namespace gemma_norm::gpu {
+
+constexpr int kRopeThreads = 128;  // of a block, at most
+
+// Where the other element of a pair is.
+enum class Partner : int32_t {
+  kInVector,     // in the same vector: pairs are neighbours
+  kInThread,     // in the vector kVectors / 2 further on or back: the whole head is rotated
+  kInOtherLane,  // in the same vector of the lane `partner_distance` away: the first vector of each slot is rotated
+  kInMemory,     // anywhere. Elements are read one by one, whatever their alignment.
+};
+
+// How many threads should be resident on one multiprocessor (see KernelTuning). What a thread holds, and so how many
+// registers it needs, depends on its vectors and on whether weights and angles are wider than the elements of x.
+// Nothing is spilled at these numbers.
+template <class X, class W, class A>
+constexpr int rope_resident_threads(int vectors, Partner partner) {
+  if (partner == Partner::kInMemory) return kRopeThreads;
+  const int threads = std::is_same_v<X, float16> ? 640 : 768;  // compilers keep unpacked float16 in registers
+  return vectors > 2 ? 384 : threads - 128 * (sizeof(W) > sizeof(X)) - 128 * (sizeof(A) > sizeof(X));
+}
+
+// A division by a number that the host knows, which takes two multiplications.
+struct Divider {
+  uint32_t divisor, multiplier;
+  int32_t shift;
+
+  Divider() = default;
+  explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(31) {
+    while (int64_t{1} << (shift - 31) < by) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  // For n < 2^31. The multiplier exceeds 2^shift / divisor by less than 1, so the product is too large by less than
+  // 2^shift / divisor, and the quotient is exact.
+  GEMMA_NORM_DEVICE uint32_t operator()(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// A tensor with something for each token. The strides are those of RowParams, with two dimensions, but in bytes.
+struct OfTokens {
+  void* data;
+  int64_t strides[kMaxRowDims];
+};
+struct OfHeads {
+  OfTokens tokens;
+  int64_t stride;  // from head to head, in bytes
+};
+
+// Heads that some blocks of the launch copy: those of a gate, then those of v (rope_copies.cuh). The blocks take turns,
+// so that heads that are neighbours in memory are read at about the same time: of every `period`, the first
+// `blocks_of_rope` rotate, and the others copy.
+struct RopeCopies {
+  uint32_t heads;  // of a token; 0: nothing is copied, and nothing else here is read
+  uint32_t heads_of_gate;
+  uint32_t groups;  // as RopeParams::groups
+  uint32_t blocks_of_rope;
+  Divider period;
+  Divider groups_of_token;
+  OfHeads from[2], to[2];
+};
+
+// What the kernel needs, put together, since a GPU's first access to each 64 bytes of a kernel's parameters takes time.
+struct RopeParams {
+  OfHeads x[2], out[2];  // of q and of k
+  const void* weights[2];
+  OfTokens cos, sin;   // with a cache, both are the cache, whose tokens have no strides
+  OfTokens positions;  // with a cache
+  HeadParams h;
+  Launch rows;
+  int32_t groups_of_block;     // groups of lanes
+  uint32_t groups;             // that have something to do in this launch
+  Divider groups_of_token;     // a token's heads are divided among so many
+  int32_t heads_of_group;      // at most; 1 with kInMemory
+  uint32_t first_head;         // of this launch
+  Divider inner_tokens;        // RowParams::sizes[1]
+  uint32_t heads_of_q, heads;  // of a token; all of them
+  int32_t hidden;
+  int32_t fills_groups;      // every lane of a group has kVectors whole vectors
+  int32_t partner_distance;  // kInOtherLane
+  int32_t int32_positions;
+  float eps, inv_hidden, weight_offset;  // as in RowParams, but weight_offset is 1 without weights
+  RopeCopies copies;
+};
+
+// kNarrow: all strides are less than 2^32. A product is one instruction then, and three otherwise.
+template <bool kNarrow>
+GEMMA_NORM_DEVICE int64_t steps(uint32_t count, int64_t stride) {
+  if constexpr (kNarrow) return static_cast<int64_t>(static_cast<uint64_t>(count) * static_cast<uint32_t>(stride));
+  return count * stride;
+}
+
+template <bool kNarrow>
+struct Token {
+  uint32_t outer, inner;
+
+  GEMMA_NORM_DEVICE Token(const RopeParams& p, uint32_t token)
+      : outer(p.inner_tokens(token)), inner(token - outer * p.inner_tokens.divisor) {}
+  // Where it begins, in bytes.
+  GEMMA_NORM_DEVICE int64_t offset(const OfTokens& of) const {
+    return steps<kNarrow>(inner, of.strides[1]) + steps<kNarrow>(outer, of.strides[0]);
+  }
+  template <class T>
+  GEMMA_NORM_DEVICE T* pointer(const OfTokens& of) const {
+    return reinterpret_cast<T*>(static_cast<char*>(of.data) + offset(of));
+  }
+};
+
+// No parameter is indexed by a variable, nor its address chosen: nvcc would copy all of them to local memory.
+template <class T>
+GEMMA_NORM_DEVICE T choose(bool is_second, T second, T first) {
+  return is_second ? second : first;
+}
+
+// Where a head of a token is, in the second of two tensors or in the first.
+template <bool kNarrow>
+GEMMA_NORM_DEVICE char* find_head(Token<kNarrow> token, uint32_t head, bool is_second, const OfHeads& second,
+                                  const OfHeads& first) {
+  const OfTokens tokens = {choose(is_second, second.tokens.data, first.tokens.data),
+                           {choose(is_second, second.tokens.strides[0], first.tokens.strides[0]),
+                            choose(is_second, second.tokens.strides[1], first.tokens.strides[1])}};
+  return token.template pointer<char>(tokens) + steps<kNarrow>(head, choose(is_second, second.stride, first.stride));
+}
+
+}  // namespace gemma_norm::gpu
