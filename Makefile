@@ -19,7 +19,7 @@ export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
 .PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu test-install benchmark
-.PHONY: report docs lint format clean system
+.PHONY: fuzz report docs lint format clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -39,6 +39,10 @@ test-aarch64: system  ## the CPU kernels' tests, built for AArch64 (NEON) and ru
 
 test-python: $(VENV)/test-installed  ## the operators against the float64 oracle
 	$(BIN)/python -m pytest -q
+
+MINUTES ?= 10
+fuzz: $(VENV)/test-installed  ## calls that hypothesis thinks of, for MINUTES=10; what fails is kept as a test
+	$(BIN)/python tests/python/fuzz.py $(MINUTES)
 
 test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu
