@@ -18,7 +18,7 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu test-install benchmark
+.PHONY: help demo test test-cpp test-sanitizers test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu test-install benchmark
 .PHONY: fuzz report docs lint format clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,16 @@ test: test-cpp test-python  ## all tests
 test-cpp: build/cpp/build.ninja  ## checks, plans and kernels through the C interface, and on the emulated GPU
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
+
+# The second build has the CPU kernels and one test alone. Every operator runs in it from several threads at once.
+test-sanitizers: system  ## C++ tests under AddressSanitizer, UBSan and ThreadSanitizer, without optimisation
+	cmake -S . -B build/sanitizers -G Ninja -DCMAKE_BUILD_TYPE=None -DGEMMA_NORM_CUDA=OFF \
+	  -DGEMMA_NORM_SANITIZE=address,undefined
+	cmake --build build/sanitizers -j $(JOBS)
+	ctest --test-dir build/sanitizers --output-on-failure -j $(JOBS)
+	cmake -S . -B build/threads -G Ninja -DCMAKE_BUILD_TYPE=None -DGEMMA_NORM_CUDA=OFF -DGEMMA_NORM_SANITIZE=thread
+	cmake --build build/threads -j $(JOBS) --target threads_test
+	ctest --test-dir build/threads --output-on-failure -R CpuThreads
 
 test-aarch64: system  ## the CPU kernels' tests, built for AArch64 (NEON) and run in an emulator
 	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DGEMMA_NORM_CUDA=OFF
