@@ -18,8 +18,8 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-sanitizers test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu test-install benchmark
-.PHONY: fuzz report docs lint format clean system
+.PHONY: help demo test test-cpp test-sanitizers test-aarch64 test-python test-amdgpu test-hip7 compare-amdgpu
+.PHONY: test-install test-matrix check-wheel benchmark fuzz report docs site lint format clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -77,6 +77,17 @@ report: $(VENV)/test-installed  ## tests and benchmark of this machine in one fi
 
 docs: $(VENV)/installed  ## docs/api.md, from the docstrings
 	$(BIN)/python docs/make_api.py
+
+site: $(VENV)/installed  ## the documents as a site, build/site; a warning, such as a link to nothing, is an error
+	$(PIP) 'gemma-norm[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+
+# The whole matrix, or MATRIX='3.10:2.10.0 3.12:newest'. Each pair installs a PyTorch of its own.
+test-matrix: $(VENV)/installed  ## one wheel on many Pythons and PyTorchs
+	PYTHON=$(BIN)/python tests/matrix.sh $(MATRIX)
+
+check-wheel: $(BIN)/python  ## what the libraries of a wheel need: make check-wheel WHEEL=<file>
+	$(BIN)/python tests/check_wheel.py $(WHEEL) $(GLIBC)
 
 lint: $(VENV)/installed  ## ruff, clang-format, mypy
 	$(PIP) 'gemma-norm[dev]'
