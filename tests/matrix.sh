@@ -22,6 +22,7 @@ interpreter() {
   command -v "python$1" || ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python 2>/dev/null | tail -1
 }
 
+pytest=(-q -p no:cacheprovider)
 failed=0
 for pair in "${pairs[@]}"; do
   python=$(interpreter "${pair%%:*}" || true)
@@ -34,7 +35,7 @@ for pair in "${pairs[@]}"; do
     echo "$pair: left out, there is no Python ${pair%%:*} here"
     continue
   fi
-  venv=$folder/$pair log=$folder/$pair.log
+  venv=$folder/${pair/:/-} log=$folder/${pair/:/-}.log  # no venv may have a colon in its path
   if [ "$torch" = newest ]; then torch=torch; else torch=torch==$torch; fi
   rm -rf "$venv"
   if {
@@ -43,7 +44,7 @@ for pair in "${pairs[@]}"; do
       "$venv/bin/python" -m pip install -q --no-deps --no-index "$WHEEL" &&
       cd "$folder" &&
       "$venv/bin/python" -m gemma_norm &&
-      "$venv/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]/#/$OLDPWD/tests/python/}"
+      "$venv/bin/python" -m pytest "${pytest[@]}" "${tests[@]/#/$OLDPWD/tests/python/}"
   } >"$log" 2>&1 </dev/null; then
     cd "$folder/../.."
     echo "$pair: ok, $("$venv/bin/python" -c 'import torch; print("PyTorch", torch.__version__)')"
