@@ -17,20 +17,23 @@ if [ -z "${WHEEL:-}" ]; then
   WHEEL=$(echo "$folder"/*.whl)
 fi
 
-# The interpreter of that version, on the PATH or of pyenv.
+# The interpreter of that version, on the PATH or of pyenv. One that does not start is no interpreter: pyenv puts such
+# scripts on the PATH for the versions that are not active.
 interpreter() {
-  command -v "python$1" || ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python 2>/dev/null | tail -1
+  local python
+  for python in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
+    if "$python" -c '' 2>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
 }
 
 pytest=(-q -p no:cacheprovider)
 failed=0
 for pair in "${pairs[@]}"; do
-  python=$(interpreter "${pair%%:*}" || true)
+  python=$(interpreter "${pair%%:*}")
   torch=${pair##*:}
-  # pyenv's shims are on the PATH for versions that are not active, and fail.
-  if [ -z "$python" ] || ! "$python" -c '' 2>/dev/null; then
-    python=$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"${pair%%:*}".*/bin/python 2>/dev/null | tail -1)
-  fi
   if [ -z "$python" ]; then
     echo "$pair: left out, there is no Python ${pair%%:*} here"
     continue
