@@ -60,6 +60,8 @@ def check(call: Call) -> str:
             got = run()
         memory.assert_nothing_written_but(op.written)
         _check_results(call, arguments, before, got)
+        if call.mode in ("no_grad", "grad mode", "inference_mode") and not op.written:
+            _check_fake(call, arguments, got)
     return call.mode
 
 
@@ -295,3 +297,16 @@ def _check_results(call: Call, arguments: Arguments, before: Arguments, got: Any
                 bound.assert_holds(y)
             if native:
                 _assert_same(y, other, "beside new tensors without gaps")
+
+
+def _check_fake(call: Call, arguments: Arguments, got: Any) -> None:
+    """The fake implementation, for torch.compile, foretells the shapes, strides and dtypes."""
+
+    def on_meta(t: Any) -> Any:
+        tensor = isinstance(t, Tensor)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if tensor else t
+
+    with torch.no_grad():
+        foretold = call.operator.overload(**{k: on_meta(t) for k, t in arguments.items()})
+    for y, fake in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, foretold)), strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)
