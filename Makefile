@@ -18,8 +18,8 @@ ifeq ($(strip $(GPU)),)
 export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
-.PHONY: help demo test test-cpp test-aarch64 test-python test-machine-code test-amdgpu test-hip7 compare-amdgpu
-.PHONY: test-install benchmark report docs lint format clean system
+.PHONY: help demo test test-cpp test-sanitizers test-aarch64 test-python test-machine-code test-amdgpu test-hip7
+.PHONY: compare-amdgpu test-install test-matrix check-wheel benchmark fuzz report docs site lint format clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
 
@@ -32,6 +32,16 @@ test-cpp: build/cpp/build.ninja  ## checks, plans and kernels through the C inte
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
+# The second build has the CPU kernels and one test alone. Every operator runs in it from several threads at once.
+test-sanitizers: system  ## C++ tests under AddressSanitizer, UBSan and ThreadSanitizer, without optimisation
+	cmake -S . -B build/sanitizers -G Ninja -DCMAKE_BUILD_TYPE=None -DGEMMA_NORM_CUDA=OFF \
+	  -DGEMMA_NORM_SANITIZE=address,undefined -DGEMMA_NORM_CASE_STEP=5
+	cmake --build build/sanitizers -j $(JOBS)
+	ctest --test-dir build/sanitizers --output-on-failure -j $(JOBS)
+	cmake -S . -B build/threads -G Ninja -DCMAKE_BUILD_TYPE=None -DGEMMA_NORM_CUDA=OFF -DGEMMA_NORM_SANITIZE=thread
+	cmake --build build/threads -j $(JOBS) --target threads_test
+	ctest --test-dir build/threads --output-on-failure -R CpuThreads
+
 test-aarch64: system  ## the CPU kernels' tests for AArch64 (NEON) in an emulator; CASE_STEP=1: every case, not one in 17
 	cmake -S . -B build/aarch64 -G Ninja -DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake -DGEMMA_NORM_CUDA=OFF \
 	  -DGEMMA_NORM_CASE_STEP=$(or $(CASE_STEP),17)
@@ -43,6 +53,10 @@ test-python: $(VENV)/test-installed  ## the operators against the float64 oracle
 
 test-machine-code: $(VENV)/test-installed  ## AMD machine code of all eleven targets; make test looks at two
 	$(BIN)/python -m pytest -q --all-targets tests/amdgpu
+
+MINUTES ?= 10
+fuzz: $(VENV)/test-installed  ## calls that hypothesis thinks of, for MINUTES=10; what fails is kept as a test
+	$(BIN)/python tests/python/fuzz.py $(MINUTES)
 
 test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu
@@ -67,6 +81,17 @@ report: $(VENV)/test-installed  ## tests and benchmark of this machine in one fi
 
 docs: $(VENV)/installed  ## docs/api.md, from the docstrings
 	$(BIN)/python docs/make_api.py
+
+site: $(VENV)/installed  ## the documents as a site, build/site; a warning, such as a link to nothing, is an error
+	$(PIP) 'gemma-norm[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+
+# The whole matrix, or MATRIX='3.10:2.10.0 3.12:newest'. Each pair installs a PyTorch of its own.
+test-matrix: $(VENV)/installed  ## one wheel on many Pythons and PyTorchs
+	PYTHON=$(BIN)/python tests/matrix.sh $(MATRIX)
+
+check-wheel: $(BIN)/python  ## what the libraries of a wheel need: make check-wheel WHEEL=<file>
+	$(BIN)/python tests/check_wheel.py $(WHEEL) $(GLIBC)
 
 lint: $(VENV)/installed  ## ruff, clang-format, mypy
 	$(PIP) 'gemma-norm[dev]'

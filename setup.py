@@ -22,6 +22,8 @@ Environment:
 from __future__ import annotations
 
 import glob
+import gzip
+import io
 import mmap
 import os
 import re
@@ -30,6 +32,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +69,7 @@ import torch  # noqa: E402
 from setuptools import setup  # noqa: E402
 from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build_py import build_py  # noqa: E402
+from setuptools.command.sdist import sdist  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -418,8 +422,38 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class SourceArchive(sdist):
+    """Packs the same files into the same bytes: without the times, owners and modes of this checkout.
+
+    The time of all is SOURCE_DATE_EPOCH, in seconds since 1970, or else 1980, the first that a wheel can hold.
+    """
+
+    def run(self) -> None:
+        super().run()
+        time = int(os.environ.get("SOURCE_DATE_EPOCH", 315532800))
+
+        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = time, 0, 0, "", ""
+            member.pax_headers = {}  # which have the time once more, in fractions of a second
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        for name in filter(lambda name: name.endswith(".tar.gz"), self.archive_files):
+            packed = io.BytesIO()
+            with tarfile.open(name) as old, tarfile.open(fileobj=packed, mode="w") as new:
+                for member in sorted(old.getmembers(), key=lambda member: member.name):
+                    new.addfile(plain(member), old.extractfile(member) if member.isfile() else None)
+            with open(name, "wb") as file, gzip.GzipFile("", "wb", mtime=time, fileobj=file) as archive:
+                archive.write(packed.getvalue())
+
+
 BACKENDS = backends()
 setup(
     ext_modules=[extension(name) for name in BACKENDS],
-    cmdclass={"build_ext": BuildLibraries, "build_py": BuildModules, "bdist_wheel": PlatformWheel},
+    cmdclass={
+        "build_ext": BuildLibraries,
+        "build_py": BuildModules,
+        "bdist_wheel": PlatformWheel,
+        "sdist": SourceArchive,
+    },
 )

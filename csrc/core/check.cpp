@@ -97,12 +97,14 @@ class Checker {
                     : invalid("%s must have dtype %s (%s's) or float32, got %s", name_of(rule), x().dtype_name,
                               name_of(kX), t.dtype_name));
       case DTypes::kWeight: {
-        const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kXOrFloat32;
-        return check_dtype({rule.operand, rule.extent, dtypes}, t);
+        OperandRule one = rule;  // with its name
+        one.dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kXOrFloat32;
+        return check_dtype(one, t);
       }
       case DTypes::kXOrNarrower: {
-        const DTypes dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kLikeX;
-        return check_dtype({rule.operand, rule.extent, dtypes}, t);
+        OperandRule one = rule;
+        one.dtypes = x().dtype == DType::kFloat32 ? DTypes::kFloat : DTypes::kLikeX;
+        return check_dtype(one, t);
       }
       case DTypes::kLikeWeight: return check_dtype_of(rule, t, kWeight);
       case DTypes::kLikeResidual: return check_dtype_of(rule, t, kResidual);

@@ -272,7 +272,9 @@ def angles(
     positions, and each pair takes one of them. A position that is not in the cache is brought into its range, as on a
     GPU; the native kernels of a CPU refuse it.
     """
-    rows = cos_sin_cache[positions.long().clamp(0, cos_sin_cache.shape[0] - 1)]
+    index = positions.long().clamp(0, cos_sin_cache.shape[0] - 1)
+    # Not cos_sin_cache[index]: inside vmap, PyTorch 2.13 gives that another shape where there are no tokens.
+    rows = cos_sin_cache.index_select(0, index.flatten()).view(*index.shape, cos_sin_cache.shape[-1])
     if mrope_section is not None:
         axis = mrope_axes(mrope_section, mrope_interleaved, rows.device).repeat(2)
         rows = torch.gather(rows, 0, axis.expand(rows.shape[1:]).unsqueeze(0)).squeeze(0)

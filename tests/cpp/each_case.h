@@ -39,12 +39,12 @@ class CatchFaults : public testing::Environment {
 };
 inline const auto* const catch_faults = testing::AddGlobalTestEnvironment(new CatchFaults);
 
-// Runs `check(case)` on all cases until there are enough failures. On slow machines, it takes one case in some.
+// Runs `check(case)` on all cases until there are enough failures. On slow machines, it takes one case in `step`.
 template <class Check>
-void for_each_case(const std::vector<Case>& cases, const Check& check) {
+void for_each_case(const std::vector<Case>& cases, const Check& check, int step = GEMMA_NORM_CASE_STEP) {
   int failures = 0, number = 0;
   for (const Case& c : cases) {
-    if (number++ % GEMMA_NORM_CASE_STEP != 0) continue;
+    if (number++ % step != 0) continue;
     std::snprintf(running_case, sizeof running_case, "%s", describe(c).c_str());
     const std::string error = check(c);
     if (error.empty()) continue;

@@ -169,11 +169,12 @@ TEST(CudaGradients, HaveTheBitsOfTheEmulatedOnes) {
 // Which kernels a case launches depends on its memory and options alone. So they need not run here.
 TEST(EmulatedGradients, ReachEveryKernel) {
   device::run_kernels(false);
-  for_each_case(gradient_cases(), [&](const Case& c) {
+  const auto launch = [&](const Case& c) {
     std::string error;
     run_case(find_target("emulated32"), c, {}, &error);
     return error;
-  });
+  };
+  for_each_case(gradient_cases(), launch, 1);
   device::run_kernels(true);
   const std::set<const void*> all = backward_kernels(), &launched = device::launched_kernels();
   EXPECT_LE((5u + 3) * (9 + 3) + 1, all.size()) << "of each pair of dtypes; three kernels are also for unaligned rows";

@@ -61,7 +61,7 @@ TEST(CpuRope, HasTheSameBitsWithEveryInstructionSet) {
 
 TEST(EmulatedRope, ReachesEveryKernel) {
   device::run_kernels(false);
-  for_each([](const RopeCase& c) { return run_rope(find_target("emulated32"), c); });
+  for (const RopeCase& c : rope_cases()) ASSERT_EQ("", run_rope(find_target("emulated32"), c)) << describe(c);
   device::run_kernels(true);
   const std::set<const void*> all = rope_kernels(), &launched = device::launched_kernels();
   // Three dtypes of weights at two numbers of vectors, for float32; two of weights and two of angles for each other.

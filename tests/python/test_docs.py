@@ -13,6 +13,7 @@ import gemma_norm
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SOURCES = [ROOT / "setup.py", *ROOT.glob("python/gemma_norm/*.py"), *ROOT.glob("python/gemma_norm/_ops/*.py")]
 LONGEST_LINE = 120
 
 
@@ -43,6 +44,33 @@ def test_the_examples_run_in_the_order_in_which_they_are_read() -> None:
     assert len(examples) >= 4
     for example in examples:
         exec(compile(example, "example", "exec"), names)
+
+
+def test_the_examples_of_other_pages_run() -> None:
+    examples = blocks(ROOT / "docs/training.md", "python")
+    assert examples
+    for example in examples:
+        exec(compile(example, "example", "exec"), {})
+
+
+def test_messages_that_are_explained_are_messages() -> None:
+    """The headings of docs/troubleshooting.md are pieces of messages, letter for letter."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    joined = re.sub(r'"\s*\n\s*f?"', "", text)  # a string that goes on in the next line
+    for names in ("{call.x_name}", "{x_name}"):
+        joined = joined.replace(names, "x")
+    headings = re.findall(r"^### `(.*)`$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    assert len(headings) > 25
+    unknown = [heading for heading in headings if heading not in joined]
+    assert not unknown, f"no message has {unknown}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    """A page that no list of docs/index.md names could not be found there."""
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = {name for lines in re.findall(r"```{toctree}\n(.*?)```", index, re.S) for name in lines.split()}
+    pages = {page.stem if page.parent.name == "docs" else f"../{page.stem}" for page in PAGES} - {"index"}
+    assert pages <= listed, f"not in docs/index.md: {pages - listed}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import gemma_norm
 from build_tools import ROOT, run, script
 
 # Writes its arguments down and makes the file that it was asked for. hipcc knows two targets.
@@ -71,6 +72,37 @@ def test_an_sdist_holds_what_its_readme_links_to(packed):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (packed / "source/README.md").read_text())
     assert "docs/performance.md" in links
     assert not [link for link in links if not (packed / "source" / link).exists()]
+
+
+def test_the_same_files_are_the_same_sdist(packed):
+    """Whenever, by whomever and with whatever umask they were checked out."""
+    (first,) = packed.glob("*.tar.gz")
+    again = packed / "elsewhere/checkout"
+    shutil.copytree(packed / "checkout", again, ignore=shutil.ignore_patterns("*.egg-info"))
+    for path in again.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o020)
+        os.utime(path, (1e9, 1e9))
+    done = run(sys.executable, "setup.py", "-q", "sdist", cwd=again, GEMMA_NORM_BACKENDS="cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (again / "dist" / first.name).read_bytes() == first.read_bytes()
+
+
+def test_the_version_is_written_in_one_place():
+    """pyproject.toml's. The changelog's last heading is about the same; documents of a run say what they ran."""
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert gemma_norm.__version__ == version, "build it again: pip install --no-build-isolation --no-deps -e ."
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    exempt = {"pyproject.toml", "CHANGELOG.md", "docs/compatibility.md", "python/gemma_norm/_build_info.py"}
+    folders = ("csrc", "docs", "examples", "python", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + [*ROOT.glob("*.*")]
+    text = {".md", ".py", ".toml", ".txt", ".h", ".cuh", ".cpp", ".cu", ".hip", ".yml", ".in", ""}
+    again = [
+        name
+        for path in files
+        if path.is_file() and path.suffix in text and (name := str(path.relative_to(ROOT))) not in exempt
+        if re.search(rf"(?<![\d.]){re.escape(version)}(?![\d.]*\d)", path.read_text(errors="ignore"))
+    ]
+    assert not again, f"{version} is also written in {again}"
 
 
 def test_wheels_hold_the_modules_that_the_sources_have_and_no_others(packed):

@@ -47,6 +47,10 @@ BAD: dict[str, tuple[str, Callable[[], Arguments]]] = {
         "q must have a contiguous last dimension (stride 1), got stride 2",
         lambda: {"q": ones(3, 4, 32)[..., ::2]},
     ),
+    "q_weight: dtype": (
+        "q_weight must have dtype float32, float16 or bfloat16, got float64",
+        lambda: {"q_weight": ones(16).double()},
+    ),
     "q_weight: shape": ("q_weight must have shape [16], got [8]", lambda: {"q_weight": ones(8)}),
     "k: tokens": (
         "k must have q's shape [3, 4, 16], but for the number of heads, got [2, 2, 16]",
