@@ -32,6 +32,9 @@ FUNCTIONS = (
     "fused_rms_norm_add_rms_norm",
     "qk_norm_rope",
     "fused_qk_norm_rope",
+    "rms_norm_quant",
+    "add_rms_norm_quant",
+    "fused_add_rms_norm_quant",
 )
 CLASSES = ("RMSNorm", "GemmaRMSNorm", "GatedRMSNorm")
 DEFINITIONS = (
@@ -40,6 +43,9 @@ DEFINITIONS = (
     "gated_rms_norm",
     "rms_norm_add_rms_norm",
     "qk_norm_rope",
+    "rms_norm_quant",
+    "add_rms_norm_quant",
+    "quantize",
     "oracle",
     "ulp_error",
     "max_ulp_error",
