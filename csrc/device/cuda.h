@@ -305,12 +305,11 @@ namespace gemma_norm::device {
 
 using Arithmetic = Scalar;
 
-GEMMA_NORM_DEVICE uint32_t max_over_wave(uint32_t v) {
+GEMMA_NORM_DEVICE uint32_t max_over_lanes(uint32_t v, int lanes) {
 #if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(0xffffffffu, v);
-#else
-  return max_by_swaps(v);
+  if (lanes == 32) return __reduce_max_sync(0xffffffffu, v);
 #endif
+  return max_by_swaps(v, lanes);
 }
 GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
 

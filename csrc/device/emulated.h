@@ -219,7 +219,7 @@ namespace gemma_norm::device {
 
 using Arithmetic = Scalar;
 
-inline uint32_t max_over_wave(uint32_t v) { return max_by_swaps(v); }
+inline uint32_t max_over_lanes(uint32_t v, int lanes) { return max_by_swaps(v, lanes); }
 inline void max_in_block(uint32_t* p, uint32_t v) { *p = *p < v ? v : *p; }
 inline uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) { return quantize_by_hand(f, format); }
 

@@ -63,21 +63,31 @@ constexpr int kSwapNeighbours = 0xB1, kSwapPairs = 0x4E, kMirrorHalfRow = 0x141,
 
 GEMMA_NORM_DEVICE float lane_value(float v, int lane) { return as_float(__builtin_amdgcn_readlane(as_bits(v), lane)); }
 
-GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
+// combine(a, b) of all lanes of a group, as the tree of sum_over_lanes.
+template <class Combine>
+GEMMA_NORM_DEVICE float over_lanes(float v, int lanes, const Combine& combine) {
   // Before each step, all lanes of a half-group hold the same value, so mirroring the group swaps its halves.
-  if (lanes > 1) v += dpp<kSwapNeighbours>(v);
-  if (lanes > 2) v += dpp<kSwapPairs>(v);
-  if (lanes > 4) v += dpp<kMirrorHalfRow>(v);
-  if (lanes > 8) v += dpp<kMirrorRow>(v);
+  if (lanes > 1) v = combine(v, dpp<kSwapNeighbours>(v));
+  if (lanes > 2) v = combine(v, dpp<kSwapPairs>(v));
+  if (lanes > 4) v = combine(v, dpp<kMirrorHalfRow>(v));
+  if (lanes > 8) v = combine(v, dpp<kMirrorRow>(v));
 #if defined(__GFX9__)
   if (lanes > 16) {
-    const float low = lane_value(v, 0) + lane_value(v, 16), high = lane_value(v, 32) + lane_value(v, 48);
-    v = lanes > 32 ? low + high : threadIdx.x & 32 ? high : low;
+    const float low = combine(lane_value(v, 0), lane_value(v, 16));
+    const float high = combine(lane_value(v, 32), lane_value(v, 48));
+    v = lanes > 32 ? combine(low, high) : threadIdx.x & 32 ? high : low;
   }
 #else
-  if (lanes > 16) v += as_float(__builtin_amdgcn_permlanex16(0, as_bits(v), 0x76543210, 0xfedcba98, true, false));
+  if (lanes > 16)
+    v = combine(v, as_float(__builtin_amdgcn_permlanex16(0, as_bits(v), 0x76543210, 0xfedcba98, true, false)));
 #endif
   return v;
+}
+GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
+  return over_lanes(v, lanes, [](float a, float b) { return a + b; });
+}
+GEMMA_NORM_DEVICE uint32_t max_over_lanes(uint32_t v, int lanes) {
+  return as_bits(over_lanes(as_float(v), lanes, [](float a, float b) { return as_bits(a) > as_bits(b) ? a : b; }));
 }
 
 GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) {
@@ -274,7 +284,6 @@ struct Pair {
 };
 using Arithmetic = Pair;
 
-GEMMA_NORM_DEVICE uint32_t max_over_wave(uint32_t v) { return max_by_swaps(v); }
 GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
 
 // gfx942's instructions round to the formats without a negative zero, later ones to the others.

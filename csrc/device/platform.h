@@ -44,7 +44,7 @@
 //   unpack<T>(word, f) pack<T>(f)    converts a 32-bit word of T (float, float16, bfloat16) to its one or two
 //                                    floats, and back
 //   quantize(f, format)              a word of four floats, each rounded to 8 bits as quantized::bits_of does
-//   max_over_wave(v)                 the largest uint32_t of all lanes of the wave
+//   max_over_lanes(v, lanes)         the largest uint32_t of an aligned group of lanes, as sum_over_lanes sums
 //   max_in_block(p, v)               *p = max(*p, v), without interruption, for a variable in shared memory
 //   keep_nan(v)                      v, with any NaN replaced by one that pack<bfloat16> keeps; without this,
 //                                    pack<bfloat16> may turn a NaN whose lower 16 bits are not 0 into another value

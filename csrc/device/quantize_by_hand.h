@@ -12,9 +12,10 @@ GEMMA_NORM_DEVICE uint32_t quantize_by_hand(const float (&f)[4], const Quantized
   return word;
 }
 
-GEMMA_NORM_DEVICE uint32_t max_by_swaps(uint32_t v) {
+GEMMA_NORM_DEVICE uint32_t max_by_swaps(uint32_t v, int lanes) {
 #pragma unroll
   for (int step = 1; step < wave_width(); step *= 2) {
+    if (step >= lanes) continue;
     const uint32_t other = as_bits(value_of_lane(step, as_float(v)));
     v = v > other ? v : other;
   }

@@ -20,27 +20,19 @@ struct WaveMaxima {
 
 GEMMA_NORM_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-GEMMA_NORM_DEVICE uint32_t max_over_lanes(uint32_t v, int lanes) {
-  if (lanes == device::wave_width()) return device::max_over_wave(v);
-#pragma unroll
-  for (int step = 1; step < device::wave_width(); step *= 2)
-    if (step < lanes) v = larger(v, device::as_bits(device::value_of_lane(step, device::as_float(v))));
-  return v;
-}
-
 // The maximum over the threads of a row. With kCluster, the exchange between the blocks is number `use`.
 template <Scope kScope, int kUses>
 GEMMA_NORM_DEVICE uint32_t max_over_row(uint32_t v, const Launch& launch, int row_lanes, int use) {
-  if constexpr (kScope == Scope::kWave) return max_over_lanes(v, row_lanes);
+  if constexpr (kScope == Scope::kWave) return device::max_over_lanes(v, row_lanes);
   const int width = device::wave_width(), waves = launch.block_threads / width;
   const int lane = device::thread_index() % width;
-  v = max_over_lanes(v, width);
+  v = device::max_over_lanes(v, width);
   if (waves > 1) {
     auto& of_waves = device::shared_memory<WaveMaxima>().of_waves;
     if (lane == 0) of_waves[device::thread_index() / width] = v;
     device::block_barrier();
     const int i = lane % kMaxWaves;
-    v = max_over_lanes(i < waves ? of_waves[i] : 0, kMaxWaves);
+    v = device::max_over_lanes(i < waves ? of_waves[i] : 0, kMaxWaves);
   }
   if constexpr (kScope == Scope::kCluster) {
     float of_row[1] = {device::as_float(v)};
@@ -142,7 +134,7 @@ struct Groups {
   template <int kVectors, class First>
   GEMMA_NORM_DEVICE void exchange(uint32_t (&largest)[kVectors], const First& first, int end) const {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) largest[k] = max_over_lanes(largest[k], launch.group_lanes);
+    for (int k = 0; k < kVectors; ++k) largest[k] = device::max_over_lanes(largest[k], launch.group_lanes);
     if (!meet()) return;
     auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
 #pragma unroll

@@ -58,8 +58,14 @@ def all_code(target: Target) -> list[AnyKernel]:
 
 @pytest.fixture
 def code(all_code: list[AnyKernel]) -> list[Kernel]:
-    """Those of the forward operators."""
-    return [kernel for kernel in all_code if isinstance(kernel, Kernel)]
+    """Those of the forward operators, but for those that quantise."""
+    return [kernel for kernel in all_code if isinstance(kernel, Kernel) and not kernel.form.endswith("Quant")]
+
+
+@pytest.fixture
+def quant_code(all_code: list[AnyKernel]) -> list[Kernel]:
+    """Those of the forward operators that quantise."""
+    return [kernel for kernel in all_code if isinstance(kernel, Kernel) and kernel.form.endswith("Quant")]
 
 
 @pytest.fixture
