@@ -315,6 +315,56 @@ TEST(Check, RefusesWrongGradients) {
   });
 }
 
+TEST(Check, LetsQuantisedCallsThrough) {
+  const Place one{50000, {}, {}, DType::kFloat32, "float32"};
+  TestCall call;
+  call.quantised();
+  RowParams params;
+  RowSlices slices;
+  Message message{};
+  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
+  EXPECT_EQ(4, params.scale_group);
+  EXPECT_EQ(4, params.scale_stride);
+  EXPECT_EQ(1, params.strides[kScaleOut][0]);
+  EXPECT_EQ(448.0f, params.format.largest);
+  call.scale = one;  // a bound
+  EXPECT_EQ("", answer(call));
+
+  call.options.scale_group_size = kWholeRow;
+  call.scales = Place{40000, {4, 1}, {1, 1}, DType::kFloat32, "float32"};
+  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
+  EXPECT_EQ(8, params.scale_group);
+
+  TestCall given;
+  ASSERT_EQ(Status::kOk, given.quantised_by(one).check(&params, &slices, &message)) << message.text;
+  EXPECT_EQ(0, params.scale_group);
+}
+
+TEST(Check, RefusesWhatCannotBeQuantised) {
+  const Place two{50000, {2}, {1}, DType::kFloat32, "float32"}, half{50000, {1}, {1}, DType::kFloat16, "float16"};
+  expect_refusals({
+      {[](TestCall& c) { c.quantised().options.dtype = DType::kOther, c.options.dtype_name = "float16"; },
+       "op: dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8, got float16"},
+      {[](TestCall& c) { c.quantised().options.dtype = DType::kInt8, c.options.dtype_name = "int8"; },
+       "op: out must have dtype int8, got float8_e4m3fn"},
+      {[](TestCall& c) { c.quantised().options.scale_group_size = 0; },
+       "op: scale_group_size must divide x's last dimension 8, got 0"},
+      {[](TestCall& c) { c.quantised().options.scale_group_size = 3; },
+       "op: scale_group_size must divide x's last dimension 8, got 3"},
+      {[](TestCall& c) { c.quantised().scales->sizes = {4, 8}; }, "op: scale_out must have shape [4, 2], got [4, 8]"},
+      {[](TestCall& c) { c.quantised().scales.reset(); }, "op: scale_out is needed, got none"},
+      {[&](TestCall& c) { c.quantised().scale = two; }, "op: scale_ub must have one element, got shape [2]"},
+      {[&](TestCall& c) { c.quantised_by(two); }, "op: scale must have one element, got shape [2]"},
+      {[&](TestCall& c) { c.quantised_by(half); }, "op: scale must have dtype float32, got float16"},
+      {[](TestCall& c) { c.quantised().scales->first = 10000; },
+       "op: scale_out is written and must not overlap x, got overlapping memory"},
+      {[](TestCall& c) { c.quantised().scales->strides = {1, 2}; },
+       "op: scale_out is written and must not overlap itself, got a tensor with shared elements"},
+      {[](TestCall& c) { c.quantised().out.first = 9998; },
+       "op: out must be x's memory exactly or not overlap it, got a partial overlap"},
+  });
+}
+
 TEST(Check, RefusesOverlapOfWhatIsWritten) {
   expect_refusals({
       {[](TestCall& c) { c.out.first = c.x.first + 1; },

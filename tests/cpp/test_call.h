@@ -25,7 +25,7 @@ struct Place {
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
   std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, post_weight, sum, dout, dsum, dx, dweight;
-  std::optional<Place> k, k_weight, cos, sin, cache, positions, k_out, gate_out;
+  std::optional<Place> k, k_weight, cos, sin, cache, positions, scale, k_out, scales, gate_out;
   Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
@@ -73,6 +73,23 @@ struct TestCall {
     return *this;
   }
 
+  // In groups of 4 elements, whose scales are column-major.
+  TestCall& quantised() {
+    op = OpInfo("op", "op", "", "", RmsNormQuant::kRules);
+    options.scale_group_size = 4;
+    options.dtype_name = out.dtype_name = "float8_e4m3fn";
+    out.dtype = DType::kFloat8E4M3FN;
+    scales = Place{40000, {4, 2}, {1, 4}, DType::kFloat32, "float32"};
+    return *this;
+  }
+  TestCall& quantised_by(Place given) {
+    quantised().op = OpInfo("op", "op", "", "", RmsNormQuant::kStaticRules);
+    options.scale_group_size = kWholeRow;
+    scales.reset();
+    scale = given;
+    return *this;
+  }
+
   // Of the gradients. `out` is no operand then.
   TestCall& backward() {
     op = OpInfo("op", "op", "", "", RmsNormBackward::kRules);
@@ -87,26 +104,17 @@ struct TestCall {
   }
 
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
-    const std::optional<Place> places[kOperands] = {x,
-                                                    weight,
-                                                    residual,
-                                                    post,
-                                                    gate,
-                                                    post_weight,
-                                                    k,
-                                                    k_weight,
-                                                    cos,
-                                                    sin,
-                                                    cache,
-                                                    positions,
-                                                    op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
-                                                    sum,
-                                                    k_out,
-                                                    dout,
-                                                    dsum,
-                                                    dx,
-                                                    gate_out,
-                                                    dweight};
+    const std::optional<Place> places[kOperands] = {x,        weight,
+                                                    residual, post,
+                                                    gate,     post_weight,
+                                                    k,        k_weight,
+                                                    cos,      sin,
+                                                    cache,    positions,
+                                                    scale,    op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
+                                                    sum,      k_out,
+                                                    scales,   dout,
+                                                    dsum,     dx,
+                                                    gate_out, dweight};
     Tensor tensors[kOperands];
     Call call{&op, {}, options};
     for (int o = 0; o < kOperands; ++o)
