@@ -20,9 +20,10 @@ namespace gemma_norm::gpu {
 template <class V>
 constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
-constexpr Held kHeld = V::Form::kGated       ? Held::kRowAndGates
-                       : V::Form::kNormsX    ? Held::kTwoRowsTwoWeights
-                       : V::Form::kTwoRows   ? Held::kTwoRows
+constexpr Held kHeld = V::Form::kGated                            ? Held::kRowAndGates
+                       : V::Form::kNormsX                         ? Held::kTwoRowsTwoWeights
+                       : V::Form::kTwoRows && V::Form::kQuantizes ? Held::kTwoQuantizedRows
+                       : V::Form::kTwoRows                        ? Held::kTwoRows
                        : V::Form::kQuantizes ? (kWideWeights<V> ? Held::kTwoRows : Held::kQuantizedRow)
                        : kWideWeights<V>     ? Held::kRowWideWeights
                                              : Held::kRow;
@@ -201,10 +202,10 @@ normalize_rows(RowParams p, Launch launch) {
     float y[kVectors][Finish::kCount];
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
+      constexpr int kBatch = Order::kBatch;
       if constexpr (!Order::kEarlyWeights) {
-        if (k % Order::kBatch == 0)
-          for (int i = k; i < k + Order::kBatch; ++i)
-            finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
+        if (k % kBatch == 0)
+          for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
       }
       finish.to_quantize(s[k], w[k], gate[k], rstd, y[k]);
     }
