@@ -64,9 +64,10 @@ GEMMA_NORM_ANYWHERE uint32_t bits_of(float v, const QuantizedFormat& f) {
   return f.dtype == DType::kInt8 ? int8_bits(v) : float8_bits(v, f);
 }
 
-// The bits `largest` of a positive number or NaN, limited to those of `bound`. A NaN stays.
+// The bits `largest` of a positive number or NaN, limited to those of `bound`; of a negative bound, to 0. A NaN stays,
+// and bounds nothing.
 GEMMA_NORM_ANYWHERE uint32_t bounded(uint32_t largest, float bound) {
-  const uint32_t most = same_bits<uint32_t>(bound);
+  const uint32_t bits = same_bits<uint32_t>(bound), most = bits - 0x80000000u <= 0x7f800000u ? 0 : bits;
   return largest > most && largest <= 0x7f800000u ? most : largest;
 }
 

@@ -226,11 +226,13 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   if (slices.count == 0) return Status::kOk;
   const HeadParams heads = head_params(call);
   const CopiedHeads copied = copied_heads(call);
-  if (std::max(heads.heads[0] + heads.heads[1], copied.heads[0] + copied.heads[1]) > INT32_MAX) {
-    std::snprintf(message->text, sizeof message->text, "%s: q and k must have less than 2^31 heads, got %lld and %lld",
-                  call.op->name, static_cast<long long>(heads.heads[0]), static_cast<long long>(heads.heads[1]));
-    return Status::kInvalidArgument;
-  }
+  const auto too_many = [&](const char* names, const auto& of) {
+    if (of[0] + of[1] <= INT32_MAX) return false;
+    std::snprintf(message->text, sizeof message->text, "%s: %s must have less than 2^31 heads, got %lld and %lld",
+                  call.op->name, names, static_cast<long long>(of[0]), static_cast<long long>(of[1]));
+    return true;
+  };
+  if (too_many("q and k", heads.heads) || too_many("gate and v", copied.heads)) return Status::kInvalidArgument;
   DeviceFacts facts;
   device::Error error =
       device::facts(&facts, reinterpret_cast<const void*>(&rotate_heads<float, float, float, 2, Partner::kInThread>));

@@ -136,7 +136,7 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
         on_device = f"{name} must be on {call.x_name}'s device {x.device}"
         _require(t.device == x.device, f"{label}: {on_device}, got {t.device}")
     if not transformed:
-        _check_derivatives(op, tensors)
+        check_derivatives(op, tensors)
     for name, t in tensors.items():
         check_dtype = functools.partial(_check_dtype, call, name, t, op.rules[name].dtypes)
         _CHECKS[op.rules[name].extent](call, name, t, not transformed, check_dtype, arguments)
@@ -236,7 +236,8 @@ def _row_starts(a: Tensor) -> Tensor:
     return starts.sort().values
 
 
-def _check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
+def check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError if a derivative with respect to one of ``tensors`` is expected."""
     call = f"call {op.call_instead}, which is differentiable"
     recording = torch.is_grad_enabled()
     for name, t in tensors.items():

@@ -38,7 +38,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from ._checks import Extent, Rule, check_arguments, check_memory, has_tangent, layout_name
+from ._checks import Extent, Rule, check_arguments, check_derivatives, check_memory, has_tangent, layout_name
 from ._library import operator_implementations, why_not_native
 from ._sharding import declare
 
@@ -179,6 +179,8 @@ class Operator:
             raise RuntimeError(f"{self.label}: {rule}: call {self.call_instead}")
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments, transformed=True)
+        if self.new_results:  # autograd sees through torch.func.vmap
+            check_derivatives(self, {k: _innermost(t) for k, t in arguments.items() if isinstance(t, Tensor)})
         return self.give(arguments, self.compute(arguments))
 
     @functools.cached_property
@@ -300,6 +302,14 @@ def _warn_once(x: Tensor) -> None:
         _warned.add(device)
         reason = why_not_native(device)
         warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {reason}", stacklevel=4)
+
+
+def _innermost(t: Tensor) -> Tensor:
+    """The tensor that the transforms of torch.func have wrapped."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
 
 
 def _is_differentiating() -> bool:

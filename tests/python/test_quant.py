@@ -320,6 +320,24 @@ def test_derivatives_are_refused(device, overload):
             torch.func.grad(lambda w: function(**{**given, "weight": w})[0].float().sum())(weight)
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.functionalize])
+@pytest.mark.parametrize("format", [torch.int8, torch.float8_e4m3fn])
+def test_no_derivative_is_dropped_inside_a_transform(device, transform, format):
+    """Autograd sees through vmap, and would record the casts of the definition."""
+    x = randn(4, 64, device=device).requires_grad_()
+    with pytest.raises(RuntimeError, match="x must not require grad while grad mode is enabled"):
+        transform(lambda x: gemma_norm.rms_norm_quant(x, dtype=format))(x)
+    with torch.no_grad():
+        assert transform(lambda x: gemma_norm.rms_norm_quant(x, dtype=format))(x)[0].shape == (4, 64)
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.0, -0.0, -1.0, -torch.inf, torch.inf, torch.nan, -torch.nan])
+def test_any_bound(device, bound):
+    x, bound = randn(3, 256, device=device), torch.tensor(bound, device=device)
+    q, scale = gemma_norm.rms_norm_quant(x, scale_ub=bound)
+    assert_quantised(gemma_norm.rms_norm(x), q, scale, torch.float8_e4m3fn, {"scale_ub": bound})
+
+
 def test_meta_tensors(overload):
     given = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments(*overload, "cpu").items()}
     real = getattr(gemma_norm, overload[0])(**arguments(*overload, "cpu"))

@@ -134,8 +134,8 @@ def fused_add_rms_norm_quant(
 ) -> tuple[Tensor, Tensor]:
     """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s: ``(q, scale)``.
 
-    x is only read, because q does not fit its dtype. residual must not overlap x. The bits are those of
-    :func:`add_rms_norm_quant`, and so are the other arguments and the errors.
+    x is only read, because q does not fit its dtype, unless it is residual itself. Otherwise residual must not overlap
+    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors.
     """
     norm = {"x": x, "residual": residual, "weight": weight, "eps": eps, "gemma": gemma}
     norm["round_each_step"] = round_each_step
@@ -167,11 +167,13 @@ def _call(
     op = operators[0] if scale is None else operators[1]
     arguments = {**norm, **scales, **options} if scale is None else {**norm, "scale": scale, **options}
     tensors = tuple(arguments[name] for name in op.rules)
-    if has_torch_function(tensors):
-        return overridden(function, op, tensors, **{**norm, **scales, **options, "scale": scale})
     for name, value in scales.items():
         if scale is not None and value is not None and value is not False:
             raise RuntimeError(f"{op.label}: {name} must be {_ABSENT[name]} with a scale, got {value!r}")
+    if has_torch_function(tensors):
+        results = overridden(function, op, tensors, **{**norm, **scales, **options, "scale": scale})
+        is_definition = isinstance(results, tuple) and len(results) == len(op.extents) < len(operators[0].extents)
+        return (results[0], scale, *results[1:]) if is_definition else results  # exported to ONNX, with a scale
     try:
         results = op.overload(**arguments)
     except RuntimeError as error:

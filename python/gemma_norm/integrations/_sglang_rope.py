@@ -100,7 +100,7 @@ def ours(theirs: Function) -> Function:
                 mrope_axis_map,
             )
             return result
-        q, gate = q_gate.view(len(q_gate), num_q_heads, -1), None
+        q, gate = q_gate.view(len(q_gate), num_q_heads, head_dim * (2 if has_gate else 1)), None
         if has_gate:
             q, gate = q[..., :head_dim], q[..., head_dim:]
         y, z, *copies = qk_norm_rope(
