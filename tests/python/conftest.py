@@ -15,7 +15,8 @@ from hypothesis import settings
 
 import gemma_norm
 from benchmark_support import earlier as earlier
-from fake_peers import hip as hip  # fixtures, for every test
+from emulated_device import emulated as emulated  # fixtures, for every test
+from fake_peers import hip as hip
 from fake_peers import peers as peers
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)

@@ -18,6 +18,43 @@ from fuzz_calls import FOUND, Call, calls
 from fuzz_check import check
 
 
+def one_round(
+    number: int, end: float, ops: collections.Counter[str], kinds: collections.Counter[str]
+) -> dict[str, tuple[str, Call]]:
+    """Make the calls of one seed, count them, and return those that fail, by where they do."""
+    failures: dict[str, tuple[str, Call]] = {}
+
+    @seed(number)
+    @given(call=calls())
+    @settings(
+        max_examples=500,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    def check_one(call: Call) -> None:
+        if time.monotonic() > end and not failures:
+            return
+        try:
+            kinds[check(call)] += 1
+            ops[call.op] += 1
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {str(error)[:400]}"
+            # The last of a kind is the simplest, since hypothesis ends with it.
+            failures[f"{call.op} {frame.filename} {frame.lineno}"] = text, call
+            raise
+
+    try:
+        check_one()
+    except Exception:
+        if not failures:
+            raise
+    return failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("minutes", type=float, nargs="?", default=10)
@@ -30,40 +67,10 @@ def main() -> int:
     number = arguments.seed
     print(f"seed {number}", flush=True)
     while time.monotonic() < end:
-        failures: dict[str, tuple[str, Call]] = {}
-
-        @seed(number)
-        @given(call=calls())
-        @settings(
-            max_examples=500,
-            deadline=None,
-            database=None,
-            derandomize=False,
-            phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
-        )
-        def one_round(call: Call) -> None:
-            if time.monotonic() > end and not failures:  # noqa: B023
-                return
-            try:
-                kinds[check(call)] += 1
-                ops[call.op] += 1
-            except Exception as error:
-                frame = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {str(error)[:400]}"
-                # The last of a kind is the simplest, since hypothesis ends with it.
-                failures[f"{call.op} {frame.filename} {frame.lineno}"] = text, call  # noqa: B023
-                raise
-
-        try:
-            one_round()
-        except Exception:
-            if not failures:
-                raise
-            for where, (text, call) in failures.items():
-                if where not in found:
-                    found[where] = call
-                    print(f"FOUND {call.op}: {text}\n      {call.to_json()}", flush=True)
+        for where, (text, call) in one_round(number, end, ops, kinds).items():
+            if where not in found:
+                found[where] = call
+                print(f"FOUND {call.op}: {text}\n      {call.to_json()}", flush=True)
         number += 1
     print(f"{sum(ops.values())} calls in {arguments.minutes:g} minutes")
     print("  " + ", ".join(f"{op} {count}" for op, count in sorted(ops.items())))

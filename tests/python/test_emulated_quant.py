@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_norm import reference
 from support import Placed, assert_same_bits
-from test_emulated import FLOATS, ORDERS, SIZES, emulated, layouts  # noqa: F401
+from test_emulated import FLOATS, ORDERS, SIZES, layouts
 
 FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in reference.QUANTIZED_LARGEST}
 # Whose groups are whole vectors of neighbouring threads; meet in shared memory (5376 / 128); or are anything else.
@@ -58,7 +58,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     return torch.empty(shape, device="meta").stride(), 0
 
 
-def quantise(emulated: ModuleType, call: dict[str, Any], gpu: Any) -> tuple[Tensor, Tensor | None]:  # noqa: F811
+def quantise(emulated: ModuleType, call: dict[str, Any], gpu: Any) -> tuple[Tensor, Tensor | None]:
     """Runs the call, checks every bit, and returns q and the scales."""
     random = torch.Generator().manual_seed(call["seed"])
     shape, group, adds = call["shape"], call["group"], call["adds"] != "no"
@@ -120,7 +120,7 @@ def quantise(emulated: ModuleType, call: dict[str, Any], gpu: Any) -> tuple[Tens
 @given(call=calls(), order=ORDERS, threads=st.sampled_from([2048, 2**32]))
 @settings(max_examples=100, deadline=None)
 def test_every_bit_at_both_wave_widths(
-    emulated: ModuleType,  # noqa: F811
+    emulated: ModuleType,
     call: dict[str, Any],
     order: int,
     threads: int,
@@ -131,6 +131,6 @@ def test_every_bit_at_both_wave_widths(
 
 @given(call=calls(), order=ORDERS, processors=st.sampled_from([0, 132]))
 @settings(max_examples=100, deadline=None)
-def test_every_bit_with_clusters(emulated: ModuleType, call: dict[str, Any], order: int, processors: int) -> None:  # noqa: F811
+def test_every_bit_with_clusters(emulated: ModuleType, call: dict[str, Any], order: int, processors: int) -> None:
     call["layouts"] = [None] * 4
     quantise(emulated, call, emulated.Gpu(32, max_cluster=8, order=order, processors=processors))
