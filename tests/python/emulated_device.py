@@ -1,4 +1,4 @@
-"""The fixture ``emulated``: the GPU kernels compiled for the host, as a Python module (tests/cpp/emulated_module.cpp)."""
+"""The fixture ``emulated``: the GPU kernels compiled for the host, as a module of tests/cpp/emulated_module.cpp."""
 
 from __future__ import annotations
 
