@@ -78,6 +78,7 @@ class Checker {
                (t.dims == 0 || check_last_dimension(rule, t));
       case Extent::kOne: return check_dtype(rule, t) && check_one(rule, t);
       case Extent::kScales: return check_dtype(rule, t) && check_scales(rule, t);
+      case Extent::kCodes: return check_dtype(rule, t) && check_codes(rule, t) && check_last_dimension(rule, t);
     }
     return false;
   }
@@ -117,6 +118,9 @@ class Checker {
       case DTypes::kQuantized:
         return t.dtype == call_.options.dtype || !is_quantized(call_.options.dtype) ||
                invalid("%s must have dtype %s, got %s", name_of(rule), call_.options.dtype_name, t.dtype_name);
+      case DTypes::kScales:
+        return t.dtype == call_.options.scale_dtype || !is_of_scales(call_.options.scale_dtype) ||
+               invalid("%s must have dtype %s, got %s", name_of(rule), call_.options.scale_dtype_name, t.dtype_name);
     }
     return false;
   }
@@ -219,9 +223,19 @@ class Checker {
   bool check_scales(const OperandRule& rule, const Tensor& t) {
     const int64_t size = call_.options.scale_group_size;
     if (size <= 0) return true;
+    const int64_t groups = size < hidden() ? hidden() / size : 1;
+    return check_last_size(rule, t, call_.options.scale_dtype == DType::kInt32 ? (groups + 3) / 4 : groups);
+  }
+
+  bool check_codes(const OperandRule& rule, const Tensor& t) {
+    return check_last_size(rule, t, is_packed(call_.options.dtype) ? hidden() / 2 : hidden());
+  }
+
+  // x's shape, but for the last dimension.
+  bool check_last_size(const OperandRule& rule, const Tensor& t, int64_t size) {
     int64_t sizes[kMaxDims];
     for (int d = 0; d < x().dims; ++d) sizes[d] = x().sizes[d];
-    sizes[x().dims - 1] = size < hidden() ? hidden() / size : 1;
+    sizes[x().dims - 1] = size;
     const Tensor want{nullptr, sizes, nullptr, x().dims, t.dtype, ""};
     bool same = t.dims == want.dims;
     for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == sizes[d];
@@ -275,12 +289,32 @@ class Checker {
   bool check_quantization() {
     const Options& options = call_.options;
     if (!is_quantized(options.dtype))
-      return invalid("dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8, got %s", options.dtype_name);
+      return invalid("dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, int8 or float4_e2m1fn_x2, got %s",
+                     options.dtype_name);
     const int64_t norm = options.group_size, size = options.scale_group_size;
+    const std::string got = size == kWholeRow ? "None" : std::to_string(size);
     if (!check_group("scale_group_size", size)) return false;
-    if (norm >= hidden() || !call_.op->has(kScaleOut) || (size != kWholeRow && norm % size == 0)) return true;
-    return invalid("scale_group_size must divide group_size %lld, got %s", static_cast<long long>(norm),
-                   size == kWholeRow ? "None" : std::to_string(size).c_str());
+    if (is_packed(options.dtype)) {
+      if (!call_.op->has(kScaleOut)) return invalid("scale must be None with float4_e2m1fn_x2, got a tensor");
+      if (size == kWholeRow || size % 16 != 0)
+        return invalid("scale_group_size must be a multiple of 16 with float4_e2m1fn_x2, got %s", got.c_str());
+    }
+    if (!call_.op->has(kScaleOut)) return true;
+    const DType scales = options.scale_dtype;
+    if (!is_of_scales(scales))
+      return invalid("scale_dtype must be float32, float8_e8m0fnu, float8_e4m3fn or int32, got %s",
+                     options.scale_dtype_name);
+    if (options.scale_ue8m0 && scales == DType::kFloat8E4M3FN)
+      return invalid("scale_ue8m0 must be False with scale_dtype=float8_e4m3fn, got True");
+    if (call_.tensors[kGlobalScale] && scales != DType::kFloat8E4M3FN)
+      return invalid("global_scale must be None unless scale_dtype is float8_e4m3fn, got a tensor");
+    if (norm >= hidden()) return true;
+    if (size == kWholeRow || norm % size != 0)
+      return invalid("scale_group_size must divide group_size %lld, got %s", static_cast<long long>(norm), got.c_str());
+    return scales != DType::kInt32 || norm / size % 4 == 0 ||
+           invalid(
+               "scale_dtype must not be int32 unless group_size is a multiple of four times scale_group_size, "
+               "got int32");
   }
 
   // Of an operator with a rotation: which tensors it has, and its options.
@@ -415,8 +449,10 @@ struct Dimensions {
       sizes[count] = groups;
       for (auto& s : strides) s[count] = 0;
       for (int i = 0; i < operands; ++i) strides[with_rows[i]][count] = hidden;
+      if (call.op->quantizes() && is_packed(call.options.dtype)) strides[kOut][count] = hidden / 2;
       if (const Tensor* const scales = call.tensors[kScaleOut])
-        strides[kScaleOut][count] = hidden / call.options.scale_group_size * scales->strides[scales->dims - 1];
+        strides[kScaleOut][count] = hidden / call.options.scale_group_size * scales->strides[scales->dims - 1] /
+                                    (call.options.scale_dtype == DType::kInt32 ? 4 : 1);
       strides[kWeight][count++] = hidden;
     }
     const int groups = count;
@@ -519,7 +555,9 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
   p.norm_before_gate = options.norm_before_gate;
   if (call.op->quantizes()) {
     p.round_first = options.round_first && x.dtype != DType::kFloat32;
-    p.scale_ue8m0 = options.scale_ue8m0;
+    p.scale_ue8m0 =
+        options.scale_ue8m0 || options.scale_dtype == DType::kFloat8E8M0FNU || options.scale_dtype == DType::kInt32;
+    p.scale_dtype = options.scale_dtype;
     p.format = format_of(options.dtype);
     if (const Tensor* const scales = call.tensors[kScaleOut]) {
       const int64_t size = options.scale_group_size, hidden = x.sizes[x.dims - 1];

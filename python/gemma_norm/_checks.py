@@ -19,7 +19,14 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
-QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
+QUANTIZED_DTYPES = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.int8,
+    torch.float4_e2m1fn_x2,
+)
+SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
 # Each message, in C++ too, which says that a tensor must not be written contains one of these.
 UNWRITABLE = ("overlap", "inference tensor", "negated lazily", "got a DTensor")
 
@@ -263,14 +270,36 @@ def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
         _require(weight.dtype == x.dtype, f"{op}: {name} {rule}, got {dtype_name(weight.dtype)}")
     _check_group(call, "group_size", arguments)
     if "dtype" in arguments:
-        dtype = arguments["dtype"]
-        rule = "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8"
-        _require(dtype is None or dtype in QUANTIZED_DTYPES, f"{op}: {rule}, got {dtype and dtype_name(dtype)}")
-        _check_group(call, "scale_group_size", arguments)
-        norm, size = arguments.get("group_size"), arguments.get("scale_group_size")
-        if norm is not None and norm < x.shape[-1] and "scale" not in arguments:
-            divides = size is not None and norm % size == 0
-            _require(divides, f"{op}: scale_group_size must divide group_size {norm}, got {size}")
+        _check_quantization(call, arguments)
+
+
+def _check_quantization(call: Checked, arguments: Mapping[str, Any]) -> None:
+    op, dtype, size = call.label, arguments["dtype"], arguments.get("scale_group_size")
+    rule = "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, int8 or float4_e2m1fn_x2"
+    _require(dtype is None or dtype in QUANTIZED_DTYPES, f"{op}: {rule}, got {dtype and dtype_name(dtype)}")
+    _check_group(call, "scale_group_size", arguments)
+    if dtype is torch.float4_e2m1fn_x2:
+        _require("scale" not in arguments, f"{op}: scale must be None with float4_e2m1fn_x2, got a tensor")
+        rule = "scale_group_size must be a multiple of 16 with float4_e2m1fn_x2"
+        _require(size is not None and size % 16 == 0, f"{op}: {rule}, got {size}")
+    if "scale" in arguments:
+        return
+    scales = arguments["scale_dtype"] or torch.float32
+    rule = "scale_dtype must be float32, float8_e8m0fnu, float8_e4m3fn or int32"
+    _require(scales in SCALE_DTYPES, f"{op}: {rule}, got {dtype_name(scales)}")
+    if scales is torch.float8_e4m3fn:
+        rule = "scale_ue8m0 must be False with scale_dtype=float8_e4m3fn"
+        _require(not arguments["scale_ue8m0"], f"{op}: {rule}, got True")
+    else:
+        rule = "global_scale must be None unless scale_dtype is float8_e4m3fn"
+        _require("global_scale" not in call.tensors, f"{op}: {rule}, got a tensor")
+    norm = arguments.get("group_size")
+    if norm is None or norm >= call.x.shape[-1]:
+        return
+    rule = f"scale_group_size must divide group_size {norm}"
+    _require(size is not None and norm % size == 0, f"{op}: {rule}, got {size}")
+    rule = "scale_dtype must not be int32 unless group_size is a multiple of four times scale_group_size"
+    _require(scales is not torch.int32 or norm // size % 4 == 0, f"{op}: {rule}, got int32")
 
 
 def _check_group(call: Checked, name: str, arguments: Mapping[str, Any]) -> None:
