@@ -309,8 +309,9 @@ def packed_scales(exponents: Tensor) -> Tensor:
 
     What is left of the last int32 is 0. Columns begin at multiples of 16 bytes.
     """
-    fours = torch.nn.functional.pad(exponents, (0, -exponents.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    fours = torch.nn.functional.pad(exponents, (0, -exponents.shape[-1] % 4))
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=exponents.device)
+    fours = fours.reshape(*fours.shape[:-1], fours.shape[-1] // 4, 4)
     return column_major((fours << shifts).sum(-1, dtype=torch.int32), alignment=4)
 
 
@@ -322,8 +323,8 @@ def column_major(t: Tensor, alignment: int = 1) -> Tensor:
     columns = t.movedim(-1, 0)
     if alignment > 1:
         rows = t.shape[:-1].numel()
-        padded = torch.nn.functional.pad(columns.reshape(t.shape[-1], rows), (0, -rows % alignment))
-        return padded[:, :rows].unflatten(-1, t.shape[:-1]).movedim(0, -1) if t.dim() > 1 else padded[:, 0]
+        padded = torch.nn.functional.pad(columns.reshape(t.shape[-1], rows), (0, -rows % alignment)).contiguous()
+        return padded[:, :rows].view(columns.shape).movedim(0, -1)
     return columns.clone(memory_format=torch.contiguous_format).movedim(0, -1)
 
 

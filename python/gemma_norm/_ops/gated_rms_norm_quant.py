@@ -31,7 +31,7 @@ def gated_rms_norm_quant(
     global_scale: Tensor | None = None,
     return_y: bool = False,
 ) -> tuple[Tensor, ...]:
-    """:func:`gemma_norm.gated_rms_norm`, quantised in the same kernel: ``(q, scale)``, or with return_y ``(q, scale, y)``.
+    """:func:`gemma_norm.gated_rms_norm`, quantised in the same kernel: ``(q, scale)`` or, with return_y, also y.
 
     What is quantised is y before it is rounded to x's dtype, or with round_first after it.
 
@@ -41,8 +41,8 @@ def gated_rms_norm_quant(
         gate: x's shape, dtype and device, strides of its own. With None, act is 1.
         scale, dtype, scale_group_size, scale_ub, round_first, scale_ue8m0, column_major_scale, scale_dtype,
             global_scale, return_y: as for :func:`gemma_norm.rms_norm_quant`. With a group_size less than hidden,
-            scale_group_size must divide it, or a scale must be given. Where x is ``[tokens, heads, size]``, as in linear attention, its scales
-            ``[tokens, heads, 1]`` are those of groups of ``size`` elements of the token.
+            scale_group_size must divide it, or a scale must be given. Where x is ``[tokens, heads, size]``, as in
+            linear attention, its scales ``[tokens, heads, 1]`` are those of groups of ``size`` elements of the token.
 
     Results, derivatives and errors are those of :func:`gemma_norm.rms_norm_quant`.
     """
