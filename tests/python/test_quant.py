@@ -62,8 +62,8 @@ def bits(t: Tensor) -> Tensor:
 
 
 def strides(t: Tensor) -> list[int]:
-    """Those that count: a dimension of one element may have any."""
-    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    """Those that count: a dimension of one element may have any, and so may a tensor of none."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
 
 
 def assert_quantised(y: Tensor, q: Tensor, scale: Tensor, format: torch.dtype, scheme: dict[str, Any]) -> None:
