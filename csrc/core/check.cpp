@@ -562,6 +562,7 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
     if (const Tensor* const scales = call.tensors[kScaleOut]) {
       const int64_t size = options.scale_group_size, hidden = x.sizes[x.dims - 1];
       p.scale_group = size < hidden ? size : hidden;
+      p.scale_groups = p.hidden / p.scale_group;
       p.scale_stride = scales->strides[scales->dims - 1];
     }
   }

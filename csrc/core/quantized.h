@@ -28,7 +28,7 @@ struct QuantizedFormat {
   GEMMA_NORM_ANYWHERE int32_t log2_items() const { return dtype == DType::kFloat4E2M1FNx2; }  // in a byte
 };
 
-constexpr QuantizedFormat format_of(DType dtype) {
+GEMMA_NORM_ANYWHERE constexpr QuantizedFormat format_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat8E4M3FN: return {dtype, 448, 1.0f / 448, 0x7f, 121u << 23, 120u << 23, 20, 141u << 23, 0x80, 24};
     // The only zero is +0. What would be -0 is its NaN.
@@ -101,12 +101,19 @@ struct Scale {
   float inverse;
 };
 
-// In the format `dtype`. In float8_e4m3fn, a scale is relative to `global`; if it is rounded to 0, so are the elements.
-GEMMA_NORM_ANYWHERE Scale stored_scale(float scale, DType dtype, float global) {
+// In the format `dtype`. In float8_e4m3fn, a scale is relative to `global`, or to 1 where that is null; if it is
+// rounded to 0, so are the elements.
+GEMMA_NORM_ANYWHERE Scale stored_scale(float scale, DType dtype, const float* global) {
   if (dtype == DType::kFloat32) return {same_bits<uint32_t>(scale), 1.0f / scale};
   if (dtype != DType::kFloat8E4M3FN) return {same_bits<uint32_t>(scale) >> 23 & 0xffu, 1.0f / scale};
-  const uint32_t bits = float_bits(scale / global, format_of(DType::kFloat8E4M3FN));
-  return {bits, bits ? 1.0f / (e4m3_value(bits) * global) : 0.0f};
+  constexpr QuantizedFormat kE4M3 = format_of(DType::kFloat8E4M3FN);
+  const float unit = global ? *global : 1.0f;
+  const uint32_t bits = float_bits(scale / unit, kE4M3);
+  return {bits, bits ? 1.0f / (e4m3_value(bits) * unit) : 0.0f};
+}
+
+GEMMA_NORM_ANYWHERE int64_t scale_bytes(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 1;
 }
 
 // Stores the scale of a row's group. `row` points to the scales of the row, `stride` leads from a scale to the next, or

@@ -21,10 +21,11 @@ class RowQuantizer {
   void run() const {
     if (p_.scale_group == 0) return store(0, p_.hidden, 1.0f / *static_cast<const float*>(p_.data[kScale]));
     for (int64_t begin = 0, g = 0; begin < p_.hidden; begin += p_.scale_group, ++g) {
+      const float* const global = static_cast<const float*>(p_.data[kGlobalScale]);
       const auto divide = [](float v, const QuantizedFormat& f) { return v / f.largest; };
       const float exact = quantized::scale_of(largest(begin, begin + p_.scale_group), format_, p_.scale_ue8m0, divide);
-      const quantized::Scale scale = quantized::stored_scale(exact, p_.scale_dtype, global_);
-      quantized::store_scale(scales_, scale, p_.scale_dtype, g, p_.hidden / p_.scale_group, p_.scale_stride);
+      const quantized::Scale scale = quantized::stored_scale(exact, p_.scale_dtype, global);
+      quantized::store_scale(scales_, scale, p_.scale_dtype, g, p_.scale_groups, p_.scale_stride);
       store(begin, begin + p_.scale_group, scale.inverse);
     }
   }
@@ -81,7 +82,6 @@ class RowQuantizer {
   const Values& values_;
   uint8_t* const out_;
   uint8_t* const scales_;
-  const float global_ = p_.data[kGlobalScale] ? *static_cast<const float*>(p_.data[kGlobalScale]) : 1.0f;
 };
 
 }  // namespace

@@ -117,7 +117,7 @@ class RowCursor {
  private:
   void move(int d, int64_t steps) {
     row_.each([&](Operand operand, auto& place) {
-      place += steps * p_.strides[operand][d] * (operand == kScaleOut ? size_of(p_.scale_dtype) : 1);
+      place += steps * p_.strides[operand][d] * (operand == kScaleOut ? quantized::scale_bytes(p_.scale_dtype) : 1);
     });
   }
 

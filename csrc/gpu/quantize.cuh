@@ -50,7 +50,17 @@ GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
   return largest;
 }
 
-// The scales of a row, its elements in 8 bits, and y where the call wants it too.
+// The scale that is given, or the bound; 0 without either, and in a kernel that does not quantise. Loaded together with
+// the row, not before wait_for_previous_kernel().
+template <class V>
+GEMMA_NORM_DEVICE float given_number(const RowParams& p) {
+  if constexpr (V::Form::kQuantizes)
+    if (p.data[kScale]) return *static_cast<const float*>(p.data[kScale]);
+  return 0.0f;
+}
+
+// The scales of a row, its elements in 8 bits, and y where the call wants it too. A kernel makes one after the sum is
+// known, because its pointers take registers.
 template <class V>
 struct Quantizer {
   using X = typename V::X;
@@ -59,17 +69,15 @@ struct Quantizer {
   X* y_out;
   uint8_t* out;
   uint8_t* scales;
-  float number;  // the scale that is given, or the bound; loaded together with the row
-  float global;
+  float number;  // see given_number()
 
-  // Not before wait_for_previous_kernel().
-  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, int start)
+  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, int start, float number)
       : p(p),
         y_out(row.pointer<X>(p, kYOut, start)),
         out(row.pointer<uint8_t>(p, kOut, start >> p.format.log2_items())),
-        scales(static_cast<uint8_t*>(p.data[kScaleOut]) + row.offset(p, kScaleOut) * size_of(p.scale_dtype)),
-        number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f),
-        global(p.data[kGlobalScale] ? *static_cast<const float*>(p.data[kGlobalScale]) : 1.0f) {}
+        scales(static_cast<uint8_t*>(p.data[kScaleOut]) +
+               row.offset(p, kScaleOut) * quantized::scale_bytes(p.scale_dtype)),
+        number(number) {}
 
   // The scale is given.
   GEMMA_NORM_DEVICE bool is_static() const { return p.scale_group == 0; }
@@ -85,16 +93,25 @@ struct Quantizer {
       const float quotient = device::fma(device::fma(-near, f.largest, v), f.inverse_largest, near);
       return device::as_bits(v) < 0x7f800000u ? quotient : near;
     };
+    const float* const global = static_cast<const float*>(p.data[kGlobalScale]);
     const quantized::Scale scale =
         quantized::stored_scale(quantized::scale_of(largest, p.format, p.scale_ue8m0, divide), p.scale_dtype, global);
-    if (stores) quantized::store_scale(scales, scale, p.scale_dtype, group, p.hidden / p.scale_group, p.scale_stride);
+    if (stores) quantized::store_scale(scales, scale, p.scale_dtype, group, p.scale_groups, p.scale_stride);
     return scale.inverse;
   }
 
-  // Stores a vector of y, if the call wants it. `first` is the index of its first element.
-  template <bool kAligned, class Index>
-  GEMMA_NORM_DEVICE void store_y(const float (&y)[kCount], Index first, int step, Index end) const {
-    if (p.data[kYOut]) store_items<kAligned, kCount>(y_out, first, step, end, pack_items<X>(y));
+  // Store y, if the call wants it: a vector, which is aligned, or an element.
+  GEMMA_NORM_DEVICE void store_y(int first, const float (&y)[kCount]) const {
+    if (p.data[kYOut]) store_items<true, kCount>(y_out, first, 1, NoEnd{}, pack_items<X>(y));
+  }
+  GEMMA_NORM_DEVICE void store_y(int64_t at, float y) const {
+    if (!p.data[kYOut]) return;
+    if constexpr (sizeof(X) == sizeof(float)) {
+      y_out[at] = y;
+    } else {
+      const float two[2] = {y, 0.0f};
+      y_out[at].bits = static_cast<uint16_t>(device::pack<X>(two));
+    }
   }
 
   // Stores a vector whose first element has the index `first`, a multiple of kCount, in memory that is aligned to that.
@@ -121,13 +138,6 @@ struct Quantizer {
       *reinterpret_cast<uint16_t*>(out + first / 2) = static_cast<uint16_t>(word);
   }
 };
-
-// Of a kernel that does not quantise.
-struct NoQuantizer {
-  GEMMA_NORM_DEVICE NoQuantizer(const RowParams&, const RowIndex&, int) {}
-};
-template <class V>
-using QuantizerOf = std::conditional_t<V::Form::kQuantizes, Quantizer<V>, NoQuantizer>;
 
 // The groups of a row that a thread's vectors belong to. The vectors of a row are numbered: this thread's are `vector`,
 // `vector` + slots, ... A group is a power of two of vectors. If the slots are a multiple of that, neighbouring lanes
@@ -175,8 +185,6 @@ struct Groups {
 template <class V, Scope kScope, int kUses, int kVectors, class First>
 GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, int row_lanes,
                                      const float (&y)[kVectors][FinishOf<V>::kCount], const First& first, int end) {
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) quantizer.template store_y<true>(y[k], first(k), 1, end);
   float inverse[kVectors];
   if (quantizer.is_static()) {
     const float given = 1.0f / quantizer.number;
@@ -202,8 +210,11 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     }
   }
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k)
-    if (first(k) < end) quantizer.store(first(k), y[k], inverse[k]);
+  for (int k = 0; k < kVectors; ++k) {
+    if (!(first(k) < end)) continue;
+    quantizer.store_y(first(k), y[k]);
+    quantizer.store(first(k), y[k], inverse[k]);
+  }
 }
 
 // Quantises a row of a block, of any alignment and with groups of any size. y_of(k, y) computes a thread's vector k
@@ -214,13 +225,6 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const L
   constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p = quantizer.p;
   const int thread = device::thread_index();
-  if (p.data[kYOut]) {
-    for (int k = 0; k < launch.vectors; ++k) {
-      float y[kCount];
-      y_of(k, y);
-      quantizer.template store_y<false>(y, first(k), step, end);
-    }
-  }
   // Calls visit(index of an element, y) for the thread's elements.
   const auto each = [&](const auto& visit) {
     for (int k = 0; k < launch.vectors; ++k) {
@@ -235,6 +239,7 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const L
   // Two elements of float4 are a byte. Its rows are whole vectors, so a thread has both, one after the other.
   uint32_t low_bits = 0;
   const auto store = [&](int64_t at, float y, float inverse) {
+    quantizer.store_y(at, y);
     const uint32_t bits = quantized::bits_of(y * inverse, p.format);
     if (!p.format.log2_items())
       quantizer.out[at] = static_cast<uint8_t>(bits);
