@@ -67,6 +67,7 @@ enum Operand : int32_t {
   kResidualOut,  // [..., hidden]
   kKeyOut,       // [..., k_heads, hidden]
   kScaleOut,     // [..., groups], by which the elements of each group of a quantised result are to be multiplied
+  kYOut,         // [..., hidden]; what was quantised, rounded to x's dtype
   // Gradients. d<operand> is the gradient of <operand>.
   kDOut,     // [..., hidden]
   kDSum,     // [..., hidden]; of residual_out
@@ -93,6 +94,7 @@ constexpr const char* kOperandNames[kOperands] = {"x",
                                                   "residual_out",
                                                   "k_out",
                                                   "scale_out",
+                                                  "y",
                                                   "dout",
                                                   "dsum",
                                                   "dx",

@@ -276,7 +276,11 @@ class Checker {
     const Options& options = call_.options;
     if (!is_quantized(options.dtype))
       return invalid("dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8, got %s", options.dtype_name);
-    return check_group("scale_group_size", options.scale_group_size);
+    const int64_t norm = options.group_size, size = options.scale_group_size;
+    if (!check_group("scale_group_size", size)) return false;
+    if (norm >= hidden() || !call_.op->has(kScaleOut) || (size != kWholeRow && norm % size == 0)) return true;
+    return invalid("scale_group_size must divide group_size %lld, got %s", static_cast<long long>(norm),
+                   size == kWholeRow ? "None" : std::to_string(size).c_str());
   }
 
   // Of an operator with a rotation: which tensors it has, and its options.
@@ -411,6 +415,8 @@ struct Dimensions {
       sizes[count] = groups;
       for (auto& s : strides) s[count] = 0;
       for (int i = 0; i < operands; ++i) strides[with_rows[i]][count] = hidden;
+      if (const Tensor* const scales = call.tensors[kScaleOut])
+        strides[kScaleOut][count] = hidden / call.options.scale_group_size * scales->strides[scales->dims - 1];
       strides[kWeight][count++] = hidden;
     }
     const int groups = count;

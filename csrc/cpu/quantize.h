@@ -10,7 +10,8 @@
 namespace gemma_norm {
 namespace {
 
-// `Values` has y of a row: values(i, count, y) computes `count` elements from i on, at most kLanes.
+// `Values` has y of a row: values(i, count, y) computes `count` elements from i on, at most kLanes, and
+// values.store(i, count, y) stores them where the call wants y too.
 template <class Values>
 class RowQuantizer {
  public:
@@ -62,6 +63,7 @@ class RowQuantizer {
   [[gnu::always_inline]] void store_as(const Bits& bits, int64_t begin, int64_t end, float inverse) const {
     each(begin, end, [&](int64_t i, int64_t count, const float(&y)[kLanes]) {
       uint8_t q[kLanes];
+      values_.store(i, count, y);
       for (int j = 0; j < kLanes; ++j) q[j] = static_cast<uint8_t>(bits(y[j] * inverse));
       if (count == kLanes)
         copy(out_ + i, q, kLanes);

@@ -223,19 +223,42 @@ void run_beside(const RowParams& p, Factors factors, typename C::S* sums, bool n
   normalize<C>(p, factors, row, rstd, nontemporal);
 }
 
-// One row after another, quantised.
+// y of a row, for RowQuantizer.
 template <class C, class Factors>
-void run_quantized(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
+class QuantizedValues {
   using V = typename C::V;
+  using X = typename C::X;
+
+ public:
+  QuantizedValues(const RowParams& p, const Normalizer<C, Factors>& normalizer, X* y_out)
+      : round_first_(p.round_first), normalizer_(normalizer), y_out_(y_out) {}
+
+  [[gnu::always_inline]] void operator()(int64_t i, int64_t count, float* y) const {
+    const V v = count == kLanes ? normalizer_.unrounded(i) : normalizer_.unrounded_rest(i, count);
+    (round_first_ ? rounded<V, X>(v) : v).store(y);
+  }
+  [[gnu::always_inline]] void store(int64_t i, int64_t count, const float* y) const {
+    if (!y_out_) return;
+    X x[kLanes];
+    V::load(y).store(x);
+    copy(y_out_ + i, x, count);
+  }
+
+ private:
+  const bool round_first_;
+  const Normalizer<C, Factors>& normalizer_;
+  X* const y_out_;
+};
+
+// One row after another, quantised. `sum` is as for run_few.
+template <class C, class Factors>
+void run_quantized(const RowParams& p, Factors factors, typename C::S* sum, int64_t begin, int64_t end) {
   RowCursor<RowPointers<C>> cursor(p, begin);
   for (; begin < end; ++begin) {
     RowPointers<C> row = cursor.next();
-    row.sum = row.residual_out;
+    row.sum = C::kGatesX ? sum : row.residual_out;
     const Normalizer<C, Factors> normalizer(p, factors, row, statistics<C>(p, row, false), false);
-    const auto values = [&](int64_t i, int64_t count, float* y) __attribute__((always_inline)) {
-      const V v = count == kLanes ? normalizer.unrounded(i) : normalizer.unrounded_rest(i, count);
-      (p.round_first ? rounded<V, typename C::X>(v) : v).store(y);
-    };
+    const QuantizedValues<C, Factors> values(p, normalizer, p.data[kYOut] ? row.y_out : nullptr);
     RowQuantizer(p, values, row.out, row.scales).run();
   }
 }
@@ -247,6 +270,12 @@ template <class C, class Factors>
                                         int64_t end) {
   alignas(kCacheLine) typename C::S sum[kBufferElements];
   run_few<C>(p, factors, sum, nontemporal, begin, end);
+}
+
+template <class C, class Factors>
+[[gnu::noinline]] void run_quantized_with_sum(const RowParams& p, Factors factors, int64_t begin, int64_t end) {
+  alignas(kCacheLine) typename C::S sum[C::kGatesX ? kBufferElements : 1];
+  run_quantized<C>(p, factors, C::kGatesX && p.hidden <= kBufferElements ? sum : nullptr, begin, end);
 }
 
 template <class C, class Factors>
@@ -294,7 +323,7 @@ void compute_rows(const RowParams& p, int64_t begin, int64_t end) {
     using C = Choice<V, Op, decltype(variant)>;
     const auto run = [&](auto factors) {
       if constexpr (C::Form::kQuantizes)
-        run_quantized<C>(p, factors, begin, end);
+        run_quantized_with_sum<C>(p, factors, begin, end);
       else
         run_strategy<C>(p, factors, choose<C>(p, end - begin), begin, end);
     };

@@ -55,6 +55,7 @@ struct RowPointers {
   S *residual = nullptr, *post = nullptr, *residual_out = nullptr;
   typename C::W* post_weight = nullptr;
   float* scales = nullptr;
+  X* y_out = nullptr;
   S* sum = nullptr;    // the first pass stores s here for the second: residual_out or a buffer; null: it does not
   float x_rstd = 0;    // the rstd of x, if x is normalised before the residual is added
   int64_t weight = 0;  // the index of the row's first weight: 0, but for a group that of the group's first element
@@ -70,13 +71,19 @@ struct RowPointers {
     visit_if<kResidualOut>(visit, residual_out);
     visit_if<kPostWeight>(visit, post_weight);
     visit_if<kScaleOut>(visit, scales);
+    visit_if<kYOut>(visit, y_out);
     if constexpr (C::Form::kGroups) visit(kWeight, weight);
   }
 
  private:
   template <Operand kOperand, class Visit, class Place>
   static void visit_if(const Visit& visit, Place& place) {
-    if constexpr (C::Op::kInfos[0].has(kOperand)) visit(kOperand, place);
+    if constexpr (some_call_has(kOperand)) visit(kOperand, place);
+  }
+  static constexpr bool some_call_has(Operand operand) {
+    for (const OpInfo& info : C::Op::kInfos)
+      if (info.has(operand)) return true;
+    return false;
   }
 };
 

@@ -50,17 +50,20 @@ GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
   return largest;
 }
 
-// The scales of a row, and its elements in 8 bits.
+// The scales of a row, its elements in 8 bits, and y where the call wants it too.
 template <class V>
 struct Quantizer {
+  using X = typename V::X;
   static constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p;
+  X* y_out;
   float* scales;
   float number;  // the scale that is given, or the bound; loaded together with the row
 
   // Not before wait_for_previous_kernel().
-  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row)
+  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, int start)
       : p(p),
+        y_out(row.pointer<X>(p, kYOut, start)),
         scales(row.pointer<float>(p, kScaleOut, 0)),
         number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f) {}
 
@@ -83,6 +86,12 @@ struct Quantizer {
     return 1.0f / scale;
   }
 
+  // Stores a vector of y, if the call wants it. `first` is the index of its first element.
+  template <bool kAligned, class Index>
+  GEMMA_NORM_DEVICE void store_y(const float (&y)[kCount], Index first, int step, Index end) const {
+    if (p.data[kYOut]) store_items<kAligned, kCount>(y_out, first, step, end, pack_items<X>(y));
+  }
+
   // Stores a vector at `out`, which is aligned to kCount bytes.
   GEMMA_NORM_DEVICE void store(uint8_t* out, const float (&y)[kCount], float inverse) const {
     uint32_t words[kCount / 4];
@@ -100,7 +109,7 @@ struct Quantizer {
 
 // Of a kernel that does not quantise.
 struct NoQuantizer {
-  GEMMA_NORM_DEVICE NoQuantizer(const RowParams&, const RowIndex&) {}
+  GEMMA_NORM_DEVICE NoQuantizer(const RowParams&, const RowIndex&, int) {}
 };
 template <class V>
 using QuantizerOf = std::conditional_t<V::Form::kQuantizes, Quantizer<V>, NoQuantizer>;
@@ -152,6 +161,8 @@ template <class V, Scope kScope, int kUses, int kVectors, class First>
 GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, uint8_t* out,
                                      int row_lanes, const float (&y)[kVectors][FinishOf<V>::kCount], const First& first,
                                      int end) {
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) quantizer.template store_y<true>(y[k], first(k), 1, end);
   float inverse[kVectors];
   if (quantizer.is_static()) {
     const float given = 1.0f / quantizer.number;
@@ -189,6 +200,13 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, uint8_t
   constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p = quantizer.p;
   const int thread = device::thread_index();
+  if (p.data[kYOut]) {
+    for (int k = 0; k < launch.vectors; ++k) {
+      float y[kCount];
+      y_of(k, y);
+      quantizer.template store_y<false>(y, first(k), step, end);
+    }
+  }
   // Calls visit(index of an element, y) for the thread's elements.
   const auto each = [&](const auto& visit) {
     for (int k = 0; k < launch.vectors; ++k) {

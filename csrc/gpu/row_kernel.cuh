@@ -20,13 +20,17 @@ namespace gemma_norm::gpu {
 template <class V>
 constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
-constexpr Held kHeld = V::Form::kGated                            ? Held::kRowAndGates
-                       : V::Form::kNormsX                         ? Held::kTwoRowsTwoWeights
-                       : V::Form::kTwoRows && V::Form::kQuantizes ? Held::kTwoQuantizedRows
-                       : V::Form::kTwoRows                        ? Held::kTwoRows
-                       : V::Form::kQuantizes ? (kWideWeights<V> ? Held::kTwoRows : Held::kQuantizedRow)
-                       : kWideWeights<V>     ? Held::kRowWideWeights
-                                             : Held::kRow;
+constexpr Held held() {
+  using Form = typename V::Form;
+  if (Form::kQuantizes && (Form::kTwoRows || Form::kGated)) return Held::kTwoQuantizedRows;
+  if (Form::kQuantizes) return kWideWeights<V> ? Held::kTwoRows : Held::kQuantizedRow;
+  if (Form::kGated) return Held::kRowAndGates;
+  if (Form::kNormsX) return Held::kTwoRowsTwoWeights;
+  if (Form::kTwoRows) return Held::kTwoRows;
+  return kWideWeights<V> ? Held::kRowWideWeights : Held::kRow;
+}
+template <class V>
+constexpr Held kHeld = held<V>();
 // Of the numbers that the threads of a row exchange: those of x, if it has a norm of its own, those of s, and the
 // largest element, if it decides the scale.
 template <class V>
@@ -143,7 +147,7 @@ normalize_rows(RowParams p, Launch launch) {
   } else {
     load(end);
   }
-  const QuantizerOf<V> quantizer(p, row);
+  const QuantizerOf<V> quantizer(p, row, start);
   [[maybe_unused]] const Groups<kScope> groups{launch, place.slot};
   if constexpr (V::Form::kQuantizes) groups.open();
   if constexpr (V::Form::kNormsX) {
@@ -207,6 +211,7 @@ normalize_rows(RowParams p, Launch launch) {
         if (k % kBatch == 0)
           for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
       }
+      if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
       finish.to_quantize(s[k], w[k], gate[k], rstd, y[k]);
     }
     quantize_held<V, kScope, kExchanges<V>>(quantizer, groups, finish.out, 1 << launch.log2_slots, y, first, end);
@@ -284,11 +289,14 @@ normalize_in_two_passes(RowParams p, Launch launch) {
   if constexpr (V::Form::kQuantizes) {
     const auto first = [&](int k) { return first_item<kAligned, S, int64_t>(launch, place.slot, k); };
     const auto y_of = [&](int k, float(&y)[Finish::kCount]) {
+      typename Finish::Gate gate;
       typename Finish::HeldWeights w;
+      finish.template load_gate<kAligned>(gate, first(k), step, end);
       finish.template load<kAligned>(w, finish.weight, first(k), step, end);
-      finish.to_quantize(source.template read_again<kAligned>(first(k), step, end), w, {}, rstd, y);
+      finish.activate_gate(gate);
+      finish.to_quantize(source.template read_again<kAligned>(first(k), step, end), w, gate, rstd, y);
     };
-    quantize_in_passes<V>(Quantizer<V>(p, row), finish.out, launch, y_of, first, step, end);
+    quantize_in_passes<V>(Quantizer<V>(p, row, 0), finish.out, launch, y_of, first, step, end);
   } else {
     for (int k = 0; k < launch.vectors; ++k) {
       const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);

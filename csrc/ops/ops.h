@@ -3,6 +3,7 @@
 
 #include "gated_rms_norm.h"
 #include "gated_rms_norm_backward.h"
+#include "gated_rms_norm_quant.h"
 #include "qk_norm_rope.h"
 #include "rms_norm.h"
 #include "rms_norm_add_rms_norm.h"
@@ -52,9 +53,10 @@ struct OpList {
   }
 };
 
-using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant>;
-using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant, RmsNormBackward,
-                   GatedRmsNormBackward, QkNormRope>;
+using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant,
+                          GatedRmsNormQuant>;
+using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant,
+                   GatedRmsNormQuant, RmsNormBackward, GatedRmsNormBackward, QkNormRope>;
 
 // Writes the message for a call whose operator is not in the table, and returns kInvalidArgument.
 Status no_such_operator(const Call& call, Message* message);

@@ -9,16 +9,11 @@
 // `static` is given one scale for all elements. core/quantized.h has the rounding.
 #pragma once
 
-#include "../core/op_info.h"
+#include "quant_overloads.h"
 #include "rms_norm.h"
 #include "variants.h"
 
 namespace gemma_norm {
-
-constexpr OperandRule kGivenScaleRule = {kScale, Extent::kOne, DTypes::kFloat32};
-constexpr OperandRule kScaleBoundRule = optional(named("scale_ub", kGivenScaleRule));
-constexpr OperandRule kQuantizedRule = {kOut, Extent::kLikeX, DTypes::kQuantized, Use::kNew, kX};
-constexpr OperandRule kScalesRule = {kScaleOut, Extent::kScales, DTypes::kFloat32, Use::kNew};
 
 struct RmsNormQuant : Form<InputSource, formulas::Scale> {
   static constexpr bool kQuantizes = true;
@@ -26,19 +21,15 @@ struct RmsNormQuant : Form<InputSource, formulas::Scale> {
   static void with_form(const RowParams&, const Visit& visit) {
     visit(RmsNormQuant());
   }
-  static constexpr OperandRule kRules[] = {kXRule, optional(kWeightRule), kScaleBoundRule, kQuantizedRule, kScalesRule};
-  static constexpr OperandRule kStaticRules[] = {kXRule, optional(kWeightRule), kGivenScaleRule, kQuantizedRule};
-  static constexpr OpInfo kInfos[] = {
-      {"rms_norm_quant", "rms_norm_quant",
-       "(Tensor x, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False, *, "
-       "ScalarType? dtype=None, int? scale_group_size=None, Tensor? scale_ub=None, bool round_first=False, "
-       "bool scale_ue8m0=False, bool column_major_scale=False) -> (Tensor, Tensor)",
-       "rms_norm", kRules},
-      {"rms_norm_quant", "rms_norm_quant.static",
-       "(Tensor x, Tensor? weight, Tensor scale, float eps=1e-6, bool gemma=False, bool round_each_step=False, *, "
-       "ScalarType? dtype=None, bool round_first=False) -> Tensor",
-       "rms_norm", kStaticRules},
+  struct Own {
+    static constexpr char kName[] = "rms_norm_quant", kDifferentiable[] = "rms_norm";
+    static constexpr char kTensors[] = "Tensor x, Tensor? weight", kWeightDefault[] = "=None";
+    static constexpr char kOptions[] = "float eps=1e-6, bool gemma=False, bool round_each_step=False";
+    static constexpr OperandRule kInputs[] = {kXRule, optional(kWeightRule)};
+    static constexpr OperandRule kOutputs[] = {{}};
   };
+  static constexpr OpInfo kInfos[] = {QuantOverload<Own, false, false>::kInfo, QuantOverload<Own, true, false>::kInfo,
+                                      QuantOverload<Own, false, true>::kInfo, QuantOverload<Own, true, true>::kInfo};
 };
 
 // The form of AddRmsNormQuant for a float32 residual and a 16-bit x.
@@ -52,37 +43,23 @@ struct AddRmsNormQuant : Form<ResidualSource, formulas::Scale> {
   static void with_form(const RowParams& p, const Visit& visit) {
     p.dtypes[kResidual] == p.dtypes[kX] ? visit(AddRmsNormQuant()) : visit(AddToFloat32RmsNormQuant());
   }
-  static constexpr OperandRule kResidualRule = like_x(kResidual, DTypes::kXOrFloat32);
-  static constexpr OperandRule kSumRule = output(kResidualOut, Use::kNew, kResidual, DTypes::kLikeResidual);
-  static constexpr OperandRule kSumInPlaceRule = output(kResidualOut, Use::kInPlace, kResidual, DTypes::kLikeResidual);
-  static constexpr OperandRule kRules[] = {kXRule,         optional(kWeightRule), kResidualRule, kScaleBoundRule,
-                                           kQuantizedRule, kScalesRule,           kSumRule};
-  static constexpr OperandRule kStaticRules[] = {kXRule,          optional(kWeightRule), kResidualRule,
-                                                 kGivenScaleRule, kQuantizedRule,        kSumRule};
-  static constexpr OperandRule kFusedRules[] = {kXRule,         optional(kWeightRule), kResidualRule,  kScaleBoundRule,
-                                                kQuantizedRule, kScalesRule,           kSumInPlaceRule};
-  static constexpr OperandRule kFusedStaticRules[] = {kXRule,          optional(kWeightRule), kResidualRule,
-                                                      kGivenScaleRule, kQuantizedRule,        kSumInPlaceRule};
+  struct Own : RmsNormQuant::Own {
+    static constexpr char kName[] = "add_rms_norm_quant", kDifferentiable[] = "add_rms_norm";
+    static constexpr char kTensors[] = "Tensor x, Tensor residual, Tensor? weight";
+    static constexpr OperandRule kInputs[] = {kXRule, optional(kWeightRule), like_x(kResidual, DTypes::kXOrFloat32)};
+    static constexpr OperandRule kOutputs[] = {output(kResidualOut, Use::kNew, kResidual, DTypes::kLikeResidual), {}};
+  };
+  struct Fused : Own {
+    static constexpr char kName[] = "fused_add_rms_norm_quant";
+    static constexpr char kTensors[] = "Tensor x, Tensor(a!) residual, Tensor? weight";
+    static constexpr OperandRule kOutputs[] = {output(kResidualOut, Use::kInPlace, kResidual, DTypes::kLikeResidual),
+                                               {}};
+  };
   static constexpr OpInfo kInfos[] = {
-      {"add_rms_norm_quant", "add_rms_norm_quant",
-       "(Tensor x, Tensor residual, Tensor? weight=None, float eps=1e-6, bool gemma=False, bool round_each_step=False, "
-       "*, ScalarType? dtype=None, int? scale_group_size=None, Tensor? scale_ub=None, bool round_first=False, "
-       "bool scale_ue8m0=False, bool column_major_scale=False) -> (Tensor, Tensor, Tensor)",
-       "add_rms_norm", kRules},
-      {"add_rms_norm_quant", "add_rms_norm_quant.static",
-       "(Tensor x, Tensor residual, Tensor? weight, Tensor scale, float eps=1e-6, bool gemma=False, "
-       "bool round_each_step=False, *, ScalarType? dtype=None, bool round_first=False) -> (Tensor, Tensor)",
-       "add_rms_norm", kStaticRules},
-      {"fused_add_rms_norm_quant", "fused_add_rms_norm_quant",
-       "(Tensor x, Tensor(a!) residual, Tensor? weight=None, float eps=1e-6, bool gemma=False, "
-       "bool round_each_step=False, *, ScalarType? dtype=None, int? scale_group_size=None, "
-       "Tensor? scale_ub=None, bool round_first=False, bool scale_ue8m0=False, bool column_major_scale=False) "
-       "-> (Tensor, Tensor)",
-       "add_rms_norm", kFusedRules},
-      {"fused_add_rms_norm_quant", "fused_add_rms_norm_quant.static",
-       "(Tensor x, Tensor(a!) residual, Tensor? weight, Tensor scale, float eps=1e-6, bool gemma=False, "
-       "bool round_each_step=False, *, ScalarType? dtype=None, bool round_first=False) -> Tensor",
-       "add_rms_norm", kFusedStaticRules},
+      QuantOverload<Own, false, false>::kInfo,   QuantOverload<Own, true, false>::kInfo,
+      QuantOverload<Own, false, true>::kInfo,    QuantOverload<Own, true, true>::kInfo,
+      QuantOverload<Fused, false, false>::kInfo, QuantOverload<Fused, true, false>::kInfo,
+      QuantOverload<Fused, false, true>::kInfo,  QuantOverload<Fused, true, true>::kInfo,
   };
 };
 

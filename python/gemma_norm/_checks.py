@@ -267,6 +267,10 @@ def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
         rule = "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8"
         _require(dtype is None or dtype in QUANTIZED_DTYPES, f"{op}: {rule}, got {dtype and dtype_name(dtype)}")
         _check_group(call, "scale_group_size", arguments)
+        norm, size = arguments.get("group_size"), arguments.get("scale_group_size")
+        if norm is not None and norm < x.shape[-1] and "scale" not in arguments:
+            divides = size is not None and norm % size == 0
+            _require(divides, f"{op}: scale_group_size must divide group_size {norm}, got {size}")
 
 
 def _check_group(call: Checked, name: str, arguments: Mapping[str, Any]) -> None:

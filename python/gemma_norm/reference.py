@@ -1,9 +1,9 @@
 """The numerical contract in plain PyTorch, the exact answer, and the distance of a result from it.
 
-``rms_norm``, ``add_rms_norm``, ``gated_rms_norm``, ``rms_norm_add_rms_norm``, ``qk_norm_rope``, ``rms_norm_quant`` and
-``add_rms_norm_quant`` are the operators' definitions. They also run on devices without a native kernel. ``oracle``
-computes the exact answer in float64. ``ulp_error`` says how far a result is from it, and ``max_ulp_error`` how far it
-may be. The tests and ``python -m gemma_norm`` use these.
+``rms_norm``, ``add_rms_norm``, ``gated_rms_norm``, ``rms_norm_add_rms_norm``, ``qk_norm_rope``, ``rms_norm_quant``,
+``add_rms_norm_quant`` and ``gated_rms_norm_quant`` are the operators' definitions. They also run on devices without a
+native kernel. ``oracle`` computes the exact answer in float64. ``ulp_error`` says how far a result is from it, and
+``max_ulp_error`` how far it may be. The tests and ``python -m gemma_norm`` use these.
 """
 
 from __future__ import annotations
@@ -94,6 +94,20 @@ def gated_rms_norm(
     Each group of ``group_size`` elements has its own rstd. With ``round_each_step`` the results are
     ``round(round(round(x * rstd) * weight) * act(gate))`` and ``round(round(s * rstd) * weight)``.
     """
+    y = _unrounded_gated_norm(x, gate, weight, eps, sigmoid, norm_before_gate, group_size, round_each_step)
+    return y.to(x.dtype)
+
+
+def _unrounded_gated_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    sigmoid: bool,
+    norm_before_gate: bool,
+    group_size: int | None,
+    round_each_step: bool,
+) -> Tensor:
     s, dtype = x.float(), x.dtype
     activation = None
     if gate is not None:
@@ -106,7 +120,7 @@ def gated_rms_norm(
     n = (n.to(dtype).float() if round_each_step else n) * weight.float()
     if activation is not None and norm_before_gate:
         n = (n.to(dtype).float() if round_each_step else n) * activation
-    return n.to(dtype)
+    return n
 
 
 def qk_norm_rope(
@@ -167,17 +181,15 @@ def rms_norm_quant(
     eps: float = 1e-6,
     gemma: bool = False,
     round_each_step: bool = False,
-    dtype: torch.dtype | None = None,
-    scale_group_size: int | None = None,
-    scale_ub: Tensor | None = None,
-    round_first: bool = False,
-    scale_ue8m0: bool = False,
-    column_major_scale: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    """``(q, scale)``, or q alone if a scale is given: :func:`quantize` of the norm before it is rounded."""
+    """``(q, scale)``, or ``(q,)`` if a scale is given: :func:`quantize` of the norm before it is rounded.
+
+    With the option ``round_first`` it is rounded. With ``return_y``, the rounded norm is another result. All other
+    options are those of :func:`quantize`.
+    """
     y = _unrounded_norm(x.float(), x.dtype, weight, eps, gemma, round_each_step)
-    y = y.to(x.dtype).float() if round_first else y
-    return quantize(y, scale, dtype, scale_group_size, scale_ub, scale_ue8m0, column_major_scale)
+    return _quantized(y, x.dtype, scale, **options)
 
 
 def add_rms_norm_quant(
@@ -188,18 +200,37 @@ def add_rms_norm_quant(
     eps: float = 1e-6,
     gemma: bool = False,
     round_each_step: bool = False,
-    dtype: torch.dtype | None = None,
-    scale_group_size: int | None = None,
-    scale_ub: Tensor | None = None,
-    round_first: bool = False,
-    scale_ue8m0: bool = False,
-    column_major_scale: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    """``(q, scale, s)``, or ``(q, s)`` if a scale is given, with ``s = x + residual`` in the residual's dtype."""
+    """The results of :func:`rms_norm_quant` for ``s = x + residual`` in the residual's dtype, and s."""
     s = (x + residual).to(residual.dtype)
     y = _unrounded_norm(s.float(), x.dtype, weight, eps, gemma, round_each_step)
-    y = y.to(x.dtype).float() if round_first else y
-    return (*quantize(y, scale, dtype, scale_group_size, scale_ub, scale_ue8m0, column_major_scale), s)
+    return (*_quantized(y, x.dtype, scale, **options), s.contiguous())
+
+
+def gated_rms_norm_quant(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    sigmoid: bool = False,
+    norm_before_gate: bool = True,
+    group_size: int | None = None,
+    round_each_step: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """The results of :func:`rms_norm_quant` for the norm of :func:`gated_rms_norm`."""
+    y = _unrounded_gated_norm(x, gate, weight, eps, sigmoid, norm_before_gate, group_size, round_each_step)
+    return _quantized(y, x.dtype, scale, **options)
+
+
+def _quantized(
+    y: Tensor, dtype_of_x: torch.dtype, scale: Tensor | None, round_first: bool = False, return_y: bool = False, **options: Any
+) -> tuple[Tensor, ...]:
+    rounded = y.to(dtype_of_x).contiguous()
+    results = quantize(rounded.float() if round_first else y, scale, **options)
+    return (*results, rounded) if return_y else results
 
 
 def quantize(

@@ -90,6 +90,51 @@ def test_every_bit_of_a_sum(device, dtype, scheme, float32_residual):
     assert_same_bits(x, x_before)
 
 
+GATED = {
+    "silu": {},
+    "sigmoid": {"sigmoid": True},
+    "gated input": {"norm_before_gate": False},
+    "no gate": {"gate": None},
+    "each step": {"round_each_step": True},
+}
+
+
+@pytest.mark.parametrize("options", GATED.values(), ids=GATED)
+def test_every_bit_of_a_gated_norm(device, dtype, scheme, options):
+    for shape in [(7, 128), (2, 3, 1024), (2, 2560), (1, 8192), (1, 20000)]:
+        if shape[-1] % (scheme.get("scale_group_size") or 1):
+            continue
+        x, gate = randn(*shape, dtype=dtype, device=device), randn(*shape, dtype=dtype, device=device, seed=1)
+        given = {"x": x, "gate": gate, "weight": make_weight(shape[-1], dtype, device, False), **options}
+        y = gemma_norm.gated_rms_norm(**given)
+        q, scale = gemma_norm.gated_rms_norm_quant(**given, round_first=True, **scheme)
+        assert_quantised(y, q, scale, torch.float8_e4m3fn, scheme)
+
+
+@pytest.mark.parametrize("group", [128, 64, 32, 16])
+@pytest.mark.parametrize("column_major_scale", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "heads before tokens"])
+def test_every_bit_of_norms_of_groups(device, dtype, group, column_major_scale, layout):
+    """Rows of four norms. Each has a scale of its own, or several."""
+    x, gate = (place(randn(3, 5, 512, dtype=dtype, device=device, seed=n), layout).view for n in range(2))
+    weight, options = make_weight(512, dtype, device, False), {"group_size": 128}
+    y = gemma_norm.gated_rms_norm(x, gate, weight, **options)
+    scheme = {"scale_group_size": group, "column_major_scale": column_major_scale}
+    q, scale = gemma_norm.gated_rms_norm_quant(x, gate, weight, **options, round_first=True, **scheme)
+    assert_quantised(y, q, scale, torch.float8_e4m3fn, scheme)
+    given = torch.full((), 0.01, device=device)
+    q, scale = gemma_norm.gated_rms_norm_quant(x, gate, weight, given, **options, round_first=True)
+    assert_quantised(y, q, scale, torch.float8_e4m3fn, {"scale": given})
+
+
+@pytest.mark.parametrize("size", [None, 256, 96])
+def test_a_scale_belongs_to_one_norm(device, size):
+    x = randn(3, 768, device=device)
+    with pytest.raises(RuntimeError) as error:
+        gemma_norm.gated_rms_norm_quant(x, x, x[0].contiguous(), group_size=128, scale_group_size=size)
+    assert str(error.value) == f"gated_rms_norm_quant: scale_group_size must divide group_size 128, got {size}"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [96, 127, 128])
 def test_any_layout(device, dtype, layout, size):
@@ -240,24 +285,35 @@ def test_bad_arguments(device, name):
 
 OVERLOADS = {
     f"{name}.{overload}": (name, overload)
-    for name in ("rms_norm_quant", "add_rms_norm_quant", "fused_add_rms_norm_quant")
-    for overload in ("default", "static")
+    for name in ("rms_norm_quant", "add_rms_norm_quant", "fused_add_rms_norm_quant", "gated_rms_norm_quant")
+    for overload in ("default", "static", "y", "static_y")
 }
 
 
-def arguments(name: str, overload: str, device: str, rows: int = 4) -> dict[str, Any]:
+def operands(name: str, overload: str, device: str, rows: int = 4) -> dict[str, Any]:
+    """Arguments of the overload."""
     given: dict[str, Any] = {"x": randn(rows, 64, dtype=torch.bfloat16, device=device)}
     if "add" in name:
         given["residual"] = randn(rows, 64, device=device, seed=1)
+    if "gated" in name:
+        given["gate"] = randn(rows, 64, dtype=torch.bfloat16, device=device, seed=2)
     given["weight"] = make_weight(64, torch.bfloat16, device, True)
-    if overload == "static":
+    if "static" in overload:
         return {**given, "scale": torch.full((1,), 0.02, device=device)}
     return {**given, "scale_group_size": 32, "column_major_scale": True, "dtype": torch.int8}
+
+
+def arguments(name: str, overload: str, device: str, rows: int = 4) -> dict[str, Any]:
+    """Arguments with which the function calls the overload."""
+    return {**operands(name, overload, device, rows), "return_y": overload.endswith("y")}
 
 
 @pytest.fixture(params=OVERLOADS.values(), ids=OVERLOADS)
 def overload(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
+
+
+PLACED = ("x", "residual", "gate")
 
 
 def as_bytes(results: Any) -> list[Tensor]:
@@ -266,8 +322,8 @@ def as_bytes(results: Any) -> list[Tensor]:
 
 
 def test_opcheck(device, overload):
-    given = arguments(*overload, device)
-    positional = [given.pop(n) for n in ("x", "residual", "weight", "scale") if n in given]
+    given = operands(*overload, device)
+    positional = [given.pop(n) for n in ("x", "residual", "gate", "weight", "scale") if n in given]
     torch.library.opcheck(getattr(getattr(OPS, overload[0]), overload[1]), tuple(positional), given)
 
 
@@ -275,6 +331,7 @@ def test_torch_compile(device, overload):
     def run(given: dict[str, Any]) -> Any:
         return getattr(gemma_norm, overload[0])(**given)
 
+    torch._dynamo.reset()  # each overload is a closure of its own, and Dynamo counts them as one
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     for rows in (4, 7):
         want, got = arguments(*overload, device, rows), arguments(*overload, device, rows)
@@ -286,8 +343,12 @@ def test_torch_compile(device, overload):
 
 def test_plain_pytorch(device, overload):
     """The implementation for devices without a native one. Its y may be off by a bit, and so may q."""
-    op = f"{overload[0]}.static" if overload[1] == "static" else overload[0]
-    native, plain = arguments(*overload, device), arguments(*overload, device)
+    op = overload[0] if overload[1] == "default" else ".".join(overload)
+    native, plain = operands(*overload, device), operands(*overload, device)
+    for given in (native, plain):  # the results are row-major all the same
+        given.update(
+            {n: place(given[n].unflatten(0, (2, 2)), "heads before tokens").view for n in PLACED if n in given}
+        )
     want = getattr(getattr(OPS, overload[0]), overload[1])(**native)
     with pytest.warns(UserWarning) if device not in _registry._warned else nothing():
         got = _registry.OPERATORS[op].plain(**plain)
@@ -297,6 +358,27 @@ def test_plain_pytorch(device, overload):
         torch.testing.assert_close(a.float(), b.float(), rtol=2**-2 if a.dtype.itemsize == 1 else 1e-6, atol=1e-6)
     if "residual" in native:
         assert torch.equal(native["residual"], plain["residual"])
+
+
+@pytest.mark.parametrize("overload", [o for o in OVERLOADS.values() if o[1].endswith("y")], ids=".".join)
+def test_y_as_well(device, dtype, overload):
+    for shape in [(4, 64), (3, 1280), (2, 4096), (2, 5376), (1, 8192), (3, 127), (1, 20000)]:
+        given = {k: v for k, v in arguments(*overload, device).items() if k in ("scale", "return_y")}
+        given["x"], given["weight"] = randn(*shape, dtype=dtype, device=device), randn(shape[-1], device=device)
+        if "add" in overload[0]:
+            given["residual"] = randn(*shape, dtype=dtype, device=device, seed=1)
+        if "gated" in overload[0]:
+            given["gate"] = randn(*shape, dtype=dtype, device=device, seed=2)
+        copies = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()} for _ in range(3)]
+        q, scale, y, *sums = getattr(gemma_norm, overload[0])(**copies[0])
+        want = getattr(gemma_norm, overload[0])(**{**copies[1], "return_y": False})
+        for a, b in zip((q, scale, *sums), want, strict=True):
+            assert torch.equal(bits(a.contiguous()), bits(b.contiguous()))
+        norm = overload[0].removeprefix("fused_").removesuffix("_quant")
+        y_alone = getattr(gemma_norm, norm)(**{k: v for k, v in copies[2].items() if k not in ("scale", "return_y")})
+        y_alone = y_alone[0] if isinstance(y_alone, tuple) else y_alone
+        assert_same_bits(y, y_alone)
+        assert y.is_contiguous()
 
 
 def test_vmap(device):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from .. import reference
-from .._calls import explain, overridden
-from .._checks import ONE, OPTIONAL_ONE, OPTIONAL_WEIGHT, RESIDUAL, Extent, Rule, X
-from .._registry import Arguments, Operator, register
+from .._checks import OPTIONAL_WEIGHT, RESIDUAL, Extent, X
+from .quantising import QuantisingOperators
 
 
 def rms_norm_quant(
@@ -29,7 +24,8 @@ def rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
-) -> tuple[Tensor, Tensor]:
+    return_y: bool = False,
+) -> tuple[Tensor, ...]:
     """:func:`gemma_norm.rms_norm`, quantised in the same kernel: ``(q, scale)`` with ``q * scale`` close to y::
 
         y = x * rstd * w                                        in float32, not rounded
@@ -52,13 +48,17 @@ def rms_norm_quant(
         scale_ue8m0: round each scale up to a power of two.
         column_major_scale: the last dimension of the new scale is the outermost in memory, so that the scales of one
             group of all rows are neighbours.
+        return_y: return y as well, rounded to x's dtype, with the bits of :func:`gemma_norm.rms_norm`. A mixture of
+            experts gives it to the router, and q to the experts.
 
     The scale of a group of zeros is that of max(abs(y)) = 1e-10. A NaN makes the scale of its group a NaN, and itself
     a NaN, which in int8 is 0.
 
+    A smooth-quant vector is a part of the weight: pass the product of both as a float32 weight.
+
     Returns:
-        q, row-major, x's shape; and the scale, float32: ``[..., 1]``, or ``[..., hidden / scale_group_size]``, or the
-        one that was given.
+        q, row-major, x's shape; the scale, float32: ``[..., 1]``, or ``[..., hidden / scale_group_size]``, or the one
+        that was given; and with return_y y, row-major.
 
     No derivative exists. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside
     ``torch.func.grad`` and the like are refused.
@@ -67,17 +67,21 @@ def rms_norm_quant(
         RuntimeError: if an argument breaks a rule above. Nothing has been written then.
         torch.OutOfMemoryError: if a GPU has no memory for the results. On the CPU, as in PyTorch, it is a RuntimeError.
     """
-    norm = {"x": x, "weight": weight, "eps": eps, "gemma": gemma, "round_each_step": round_each_step}
-    scales = {
-        "scale_group_size": scale_group_size,
-        "scale_ub": scale_ub,
-        "scale_ue8m0": scale_ue8m0,
-        "column_major_scale": column_major_scale,
-    }
-    results: tuple[Tensor, Tensor] = _call(
-        rms_norm_quant, RMS_NORM_QUANT, scale, norm, scales, dtype=dtype, round_first=round_first
+    return RMS_NORM_QUANT.call(
+        scale,
+        return_y,
+        x=x,
+        weight=weight,
+        eps=eps,
+        gemma=gemma,
+        round_each_step=round_each_step,
+        dtype=dtype,
+        scale_group_size=scale_group_size,
+        scale_ub=scale_ub,
+        round_first=round_first,
+        scale_ue8m0=scale_ue8m0,
+        column_major_scale=column_major_scale,
     )
-    return results
 
 
 def add_rms_norm_quant(
@@ -95,25 +99,30 @@ def add_rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_y: bool = False,
+) -> tuple[Tensor, ...]:
     """``(q, scale, s)``: :func:`rms_norm_quant` of ``s = round(x + residual)``, and that sum.
 
-    residual has x's shape and device and x's dtype or float32, which is also that of s, as for
-    :func:`gemma_norm.add_rms_norm`. All other arguments and the errors are those of :func:`rms_norm_quant`.
+    With return_y the results are ``(q, scale, y, s)``. residual has x's shape and device and x's dtype or float32,
+    which is also that of s, as for :func:`gemma_norm.add_rms_norm`. All other arguments and the errors are those of
+    :func:`rms_norm_quant`.
     """
-    norm = {"x": x, "residual": residual, "weight": weight, "eps": eps, "gemma": gemma}
-    norm["round_each_step"] = round_each_step
-    scales = {
-        "scale_group_size": scale_group_size,
-        "scale_ub": scale_ub,
-        "scale_ue8m0": scale_ue8m0,
-        "column_major_scale": column_major_scale,
-    }
-    options = {"dtype": dtype, "round_first": round_first}
-    results: tuple[Tensor, Tensor, Tensor] = _call(
-        add_rms_norm_quant, ADD_RMS_NORM_QUANT, scale, norm, scales, **options
+    return ADD_RMS_NORM_QUANT.call(
+        scale,
+        return_y,
+        x=x,
+        residual=residual,
+        weight=weight,
+        eps=eps,
+        gemma=gemma,
+        round_each_step=round_each_step,
+        dtype=dtype,
+        scale_group_size=scale_group_size,
+        scale_ub=scale_ub,
+        round_first=round_first,
+        scale_ue8m0=scale_ue8m0,
+        column_major_scale=column_major_scale,
     )
-    return results
 
 
 def fused_add_rms_norm_quant(
@@ -131,104 +140,39 @@ def fused_add_rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s: ``(q, scale)``.
+    return_y: bool = False,
+) -> tuple[Tensor, ...]:
+    """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s.
 
     x is only read, because q does not fit its dtype, unless it is residual itself. Otherwise residual must not overlap
     x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors.
     """
-    norm = {"x": x, "residual": residual, "weight": weight, "eps": eps, "gemma": gemma}
-    norm["round_each_step"] = round_each_step
-    scales = {
-        "scale_group_size": scale_group_size,
-        "scale_ub": scale_ub,
-        "scale_ue8m0": scale_ue8m0,
-        "column_major_scale": column_major_scale,
-    }
-    options = {"dtype": dtype, "round_first": round_first}
-    op = FUSED_ADD_RMS_NORM_QUANT
-    results: tuple[Tensor, Tensor] = _call(fused_add_rms_norm_quant, op, scale, norm, scales, **options)
-    return results
-
-
-for _function in (rms_norm_quant, add_rms_norm_quant, fused_add_rms_norm_quant):
-    torch.fx.node.has_side_effect(_function)
-
-
-def _call(
-    function: Callable[..., Any],
-    operators: tuple[Operator, Operator],
-    scale: Any,
-    norm: Arguments,
-    scales: Arguments,
-    **options: Any,
-) -> Any:
-    """Call the first of ``operators``, or if a scale is given the second. ``scales`` are the arguments of the first."""
-    op = operators[0] if scale is None else operators[1]
-    arguments = {**norm, **scales, **options} if scale is None else {**norm, "scale": scale, **options}
-    tensors = tuple(arguments[name] for name in op.rules)
-    for name, value in scales.items():
-        if scale is not None and value is not None and value is not False:
-            raise RuntimeError(f"{op.label}: {name} must be {_ABSENT[name]} with a scale, got {value!r}")
-    if has_torch_function(tensors):
-        results = overridden(function, op, tensors, **{**norm, **scales, **options, "scale": scale})
-        is_definition = isinstance(results, tuple) and len(results) == len(op.extents) < len(operators[0].extents)
-        return (results[0], scale, *results[1:]) if is_definition else results  # exported to ONNX, with a scale
-    try:
-        results = op.overload(**arguments)
-    except RuntimeError as error:
-        explain(error, op, **arguments)
-        raise
-    if scale is None:
-        return results
-    return (results, scale) if isinstance(results, Tensor) else (results[0], scale, *results[1:])
-
-
-_ABSENT = {"scale_group_size": None, "scale_ub": None, "scale_ue8m0": False, "column_major_scale": False}
-
-
-def _new_results(arguments: Arguments) -> tuple[Tensor, ...]:
-    """Empty results of a call of any operator here: q, the scale, unless it is given, and the sum, if it is new."""
-    x, residual = arguments["x"], arguments.get("residual")
-    dtype = arguments["dtype"] or torch.float8_e4m3fn
-    results = [torch.empty(x.shape, dtype=dtype, device=x.device)]
-    if "scale" not in arguments:
-        groups = 1 if arguments["scale_group_size"] is None else x.shape[-1] // arguments["scale_group_size"]
-        shape = (*x.shape[:-1], groups)
-        scale = x.new_empty(shape, dtype=torch.float32)
-        results.append(reference.column_major(scale) if arguments["column_major_scale"] else scale)
-    if residual is not None:
-        results.append(residual.new_empty(residual.shape))
-    return tuple(results)
-
-
-def _operators(
-    name: str, definition: Callable[..., Any], functional: str, *extents: Extent
-) -> tuple[Operator, Operator]:
-    """The operator that computes scales, and its overload that is given one."""
-    norm: dict[str, Rule] = {"x": X, "weight": OPTIONAL_WEIGHT}
-    if "add" in name:
-        norm["residual"] = RESIDUAL
-    dynamic = Operator(
-        name,
-        definition,
-        {**norm, "scale_ub": OPTIONAL_ONE},
-        functional,
-        new_results=_new_results,
-        extents=(Extent.ROWS, Extent.SCALES, *extents),
+    return FUSED_ADD_RMS_NORM_QUANT.call(
+        scale,
+        return_y,
+        x=x,
+        residual=residual,
+        weight=weight,
+        eps=eps,
+        gemma=gemma,
+        round_each_step=round_each_step,
+        dtype=dtype,
+        scale_group_size=scale_group_size,
+        scale_ub=scale_ub,
+        round_first=round_first,
+        scale_ue8m0=scale_ue8m0,
+        column_major_scale=column_major_scale,
     )
-    given = Operator(
-        f"{name}.static",
-        definition,
-        {**norm, "scale": ONE},
-        functional,
-        new_results=_new_results,
-        extents=(Extent.ROWS, *extents),
-    )
-    register(dynamic, given)
-    return dynamic, given
 
 
-RMS_NORM_QUANT = _operators("rms_norm_quant", reference.rms_norm_quant, "rms_norm")
-ADD_RMS_NORM_QUANT = _operators("add_rms_norm_quant", reference.add_rms_norm_quant, "add_rms_norm", Extent.LIKE_X)
-FUSED_ADD_RMS_NORM_QUANT = _operators("fused_add_rms_norm_quant", reference.add_rms_norm_quant, "add_rms_norm")
+torch.fx.node.has_side_effect(fused_add_rms_norm_quant)
+
+_RULES = {"x": X, "weight": OPTIONAL_WEIGHT}
+_ADD_RULES = {**_RULES, "residual": RESIDUAL}
+RMS_NORM_QUANT = QuantisingOperators(rms_norm_quant, reference.rms_norm_quant, _RULES, "rms_norm")
+ADD_RMS_NORM_QUANT = QuantisingOperators(
+    add_rms_norm_quant, reference.add_rms_norm_quant, _ADD_RULES, "add_rms_norm", Extent.LIKE_X
+)
+FUSED_ADD_RMS_NORM_QUANT = QuantisingOperators(
+    fused_add_rms_norm_quant, reference.add_rms_norm_quant, _ADD_RULES, "add_rms_norm"
+)

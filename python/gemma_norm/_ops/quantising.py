@@ -1,0 +1,100 @@
+"""What the operators that quantise share: their overloads, and how a function calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from .. import reference
+from .._calls import explain, overridden
+from .._checks import ONE, OPTIONAL_ONE, Extent, Rule
+from .._registry import Arguments, Operator, register
+
+_WITHOUT_SCALE = {"scale_group_size": None, "scale_ub": None, "scale_ue8m0": False, "column_major_scale": False}
+"""The arguments that say how scales are computed, and what they must be where a scale is given."""
+
+
+class QuantisingOperators:
+    """The overloads of an operator: with scales that it computes or one that is given, and with y as well or not."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        definition: Callable[..., Any],
+        rules: Mapping[str, Rule],
+        differentiable: str,
+        *sums: Extent,
+    ):
+        """``sums`` are the extents of the results after q, the scales and y."""
+        self.function = function
+        self.overloads: dict[tuple[bool, bool], Operator] = {}
+        for given in (False, True):
+            for return_y in (False, True):
+                overload = {(False, False): "", (True, False): ".static", (False, True): ".y", (True, True): ".static_y"}
+                scales, ys = (() if given else (Extent.SCALES,)), ((Extent.LIKE_X,) if return_y else ())
+                self.overloads[given, return_y] = Operator(
+                    function.__name__ + overload[given, return_y],
+                    _returning_y(definition) if return_y else definition,
+                    {**rules, **({"scale": ONE} if given else {"scale_ub": OPTIONAL_ONE})},
+                    differentiable,
+                    new_results=_new_results_with_y if return_y else _new_results,
+                    extents=(Extent.ROWS, *scales, *ys, *sums),
+                )
+        register(*self.overloads.values())
+
+    def call(self, scale: Any, return_y: bool, **arguments: Any) -> tuple[Tensor, ...]:
+        """Call the overload for these arguments, and return what the public function does."""
+        op = self.overloads[scale is not None, bool(return_y)]
+        given = {**arguments, "scale": scale, "return_y": return_y}
+        if not isinstance(return_y, bool):
+            raise RuntimeError(f"{op.label}: return_y must be a bool, got {return_y!r}")
+        if scale is not None:
+            arguments["scale"] = scale
+            for name, absent in _WITHOUT_SCALE.items():
+                value = arguments.pop(name)
+                if value is not None and value is not False:
+                    raise RuntimeError(f"{op.label}: {name} must be {absent} with a scale, got {value!r}")
+        tensors = tuple(arguments[name] for name in op.rules)
+        if has_torch_function(tensors):
+            results: tuple[Tensor, ...] = overridden(self.function, op, tensors, **given)
+            return results
+        try:
+            results = op.overload(**arguments)
+        except RuntimeError as error:
+            explain(error, op, **arguments)
+            raise
+        if scale is None:
+            return results
+        return (results, scale) if isinstance(results, Tensor) else (results[0], scale, *results[1:])
+
+
+def _returning_y(definition: Callable[..., Any]) -> Callable[..., Any]:
+    def with_y(**arguments: Any) -> Any:
+        return definition(**{**arguments, "return_y": True})
+
+    return with_y
+
+
+def _new_results(arguments: Arguments, return_y: bool = False) -> tuple[Tensor, ...]:
+    """Empty results of a call of any operator here: q, the scale, unless it is given, y, and the sum."""
+    x, residual = arguments["x"], arguments.get("residual")
+    dtype = arguments["dtype"] or torch.float8_e4m3fn
+    results = [torch.empty(x.shape, dtype=dtype, device=x.device)]
+    if "scale" not in arguments:
+        groups = 1 if arguments["scale_group_size"] is None else x.shape[-1] // arguments["scale_group_size"]
+        shape = (*x.shape[:-1], groups)
+        scale = x.new_empty(shape, dtype=torch.float32)
+        results.append(reference.column_major(scale) if arguments["column_major_scale"] else scale)
+    if return_y:
+        results.append(x.new_empty(x.shape))
+    if residual is not None:
+        results.append(residual.new_empty(residual.shape))
+    return tuple(results)
+
+
+def _new_results_with_y(arguments: Arguments) -> tuple[Tensor, ...]:
+    return _new_results(arguments, return_y=True)
