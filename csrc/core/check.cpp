@@ -518,7 +518,9 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
   p.sigmoid = options.sigmoid;
   p.norm_before_gate = options.norm_before_gate;
   if (call.op->quantizes()) {
-    p.round_first = options.round_first && x.dtype != DType::kFloat32;
+    // Without a weight, y is s * rstd, which kernels round only once they store y.
+    const bool rounds_norm = options.round_each_step && !call.tensors[kWeight];
+    p.round_first = (options.round_first || rounds_norm) && x.dtype != DType::kFloat32;
     p.scale_ue8m0 = options.scale_ue8m0;
     p.format = format_of(options.dtype);
     if (const Tensor* const scales = call.tensors[kScaleOut]) {

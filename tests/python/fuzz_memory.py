@@ -87,6 +87,9 @@ class Memory:
         index, layout = self.views[name]
         return torch.arange(self.bases[index].numel(), device=self.device).as_strided(*layout).flatten()
 
+    def is_without_gaps(self, name: str) -> bool:
+        return name not in self.views or bool(self.arguments[name].is_contiguous())
+
     def assert_nothing_written_but(self, names: tuple[str, ...]) -> None:
         for index, (base, before) in enumerate(zip(self.bases, self.before, strict=True)):
             same = torch.ones(base.numel(), dtype=torch.bool, device=self.device)

@@ -112,8 +112,9 @@ def gated(a: Arguments) -> Bounds:
     if act is not None and not a["norm_before_gate"]:
         s = s.times(act).off_by(UNIT)
     y = weighted(normed(s, a["eps"], a.get("group_size")), a["weight"], False, each_step)
-    if act is not None and a["norm_before_gate"]:
-        y = y.rounded(each_step).times(act).off_by(UNIT)
+    if a["norm_before_gate"]:
+        y = y.rounded(each_step)
+        y = y if act is None else y.times(act).off_by(UNIT)
     return y
 
 

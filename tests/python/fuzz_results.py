@@ -93,11 +93,13 @@ def check_results(call: Call, arguments: Arguments, before: Arguments, got: Any)
             return
         want = results(op.functional, a, returned, native)
         if op.new_results:
-            assert isinstance(want[0], Bounds)
-            want = quantised(want[0], a, returned) + want[1:]
-            if native and (a["round_first"] or a["x"].dtype == torch.float32):
-                for y, exact in zip(returned, _quantised_norm(op, a), strict=False):
-                    assert_same(y, exact, "beside the norm, quantised")
+            y, *sums = want
+            assert isinstance(y, Bounds)
+            want = [*quantised(y, a, returned), *([y] if returns_y(op) else []), *sums]
+            if native:
+                for result, exact in zip(returned, _quantised_norm(op, a), strict=False):
+                    if exact is not None:
+                        assert_same(result, exact, "beside the norm, quantised")
         in_new = op.name if not op.written else op.name.removeprefix("fused_") if op.new_results else op.functional
         same = OPERATORS[in_new].overload(**{k: v for k, v in a.items() if k != "out"})
         for y, bound, other in zip(returned, want, as_tuple(same), strict=True):
@@ -109,6 +111,11 @@ def check_results(call: Call, arguments: Arguments, before: Arguments, got: Any)
                 assert_same(y, other, "beside new tensors without gaps")
 
 
+def returns_y(op: Operator) -> bool:
+    """Of an operator that quantises: whether y is a result as well."""
+    return op.name.endswith((".y", ".static_y"))
+
+
 def _layouts(op: Operator, a: Arguments) -> list[tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]]:
     """Shape, dtype and strides of each result that is new."""
     x = a[op.first]
@@ -117,6 +124,7 @@ def _layouts(op: Operator, a: Arguments) -> list[tuple[tuple[int, ...], torch.dt
         if "scale" not in op.rules:
             groups = 1 if a["scale_group_size"] is None else x.shape[-1] // a["scale_group_size"]
             alike.append(torch.empty(*x.shape[:-1], groups, device="meta"))
+        alike += [x] if returns_y(op) else []
         alike += [a["residual"]] if "residual" in a and "residual" not in op.written else []
     else:
         alike = [x] + [x[..., :0, :] if a[name] is None else a[name] for name in op.more_results]
@@ -126,12 +134,15 @@ def _layouts(op: Operator, a: Arguments) -> list[tuple[tuple[int, ...], torch.dt
     return found
 
 
-def _quantised_norm(op: Operator, a: Arguments) -> tuple[Tensor, ...]:
-    """The definition's q and scales of the norm's own result, in the bits of its kernels (C12.1)."""
+def _quantised_norm(op: Operator, a: Arguments) -> list[Tensor | None]:
+    """q, the scales and y, by the definition, of the norm's own result (C12.1). None: that does not have the bits."""
     norm = OPERATORS[op.functional].overload
     y = as_tuple(norm(**{n.name: a[n.name] for n in norm._schema.arguments if n.name in a}))[0]
     options = [a.get(k) for k in ("scale", "dtype", "scale_group_size", "scale_ub")]
-    return reference.quantize(y.float(), *options, bool(a.get("scale_ue8m0")))
+    found: list[Tensor | None] = list(reference.quantize(y.float(), *options, bool(a.get("scale_ue8m0"))))
+    if not a["round_first"] and a["x"].dtype != torch.float32:
+        found = [None for _ in found]
+    return [*found, *([y] if returns_y(op) else [])]
 
 
 def check_fake(call: Call, arguments: Arguments, got: Any) -> None:
