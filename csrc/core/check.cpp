@@ -554,7 +554,9 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
   p.sigmoid = options.sigmoid;
   p.norm_before_gate = options.norm_before_gate;
   if (call.op->quantizes()) {
-    p.round_first = options.round_first && x.dtype != DType::kFloat32;
+    // Without a weight, y is s * rstd, which kernels round only once they store y.
+    const bool rounds_norm = options.round_each_step && !call.tensors[kWeight];
+    p.round_first = (options.round_first || rounds_norm) && x.dtype != DType::kFloat32;
     p.scale_ue8m0 =
         options.scale_ue8m0 || options.scale_dtype == DType::kFloat8E8M0FNU || options.scale_dtype == DType::kInt32;
     p.scale_dtype = options.scale_dtype;

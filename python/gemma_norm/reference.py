@@ -118,8 +118,10 @@ def _unrounded_gated_norm(
     groups = s.reshape(*s.shape[:-1], s.shape[-1] // size, size)
     n = (groups / torch.sqrt(groups.square().mean(-1, keepdim=True) + eps)).reshape(s.shape)
     n = (n.to(dtype).float() if round_each_step else n) * weight.float()
+    if norm_before_gate and round_each_step:
+        n = n.to(dtype).float()
     if activation is not None and norm_before_gate:
-        n = (n.to(dtype).float() if round_each_step else n) * activation
+        n = n * activation
     return n
 
 

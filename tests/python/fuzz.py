@@ -1,5 +1,7 @@
 """Goes on with test_fuzz.py's calls for some minutes, with others each time: make fuzz MINUTES=10.
 
+After each thousand of them, one operator is called by way of torch.compile, which takes seconds a call.
+
 Each call that fails, made as simple as hypothesis can, is printed and appended to fuzz_found.jsonl. test_fuzz.py makes
 it again in every later run, so that line goes into the commit of the fix.
 """
@@ -14,28 +16,28 @@ import traceback
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import conftest  # noqa: F401  (what it sets in the environment, before torch is imported)
-from fuzz_calls import FOUND, Call, calls
+from fuzz_calls import FOUND, MODES, Call, calls
 from fuzz_check import check
 
 
 def one_round(
-    number: int, end: float, ops: collections.Counter[str], kinds: collections.Counter[str]
+    number: int, end: float, ops: collections.Counter[str], kinds: collections.Counter[str], compiled: bool = False
 ) -> dict[str, tuple[str, Call]]:
     """Make the calls of one seed, count them, and return those that fail, by where they do."""
     failures: dict[str, tuple[str, Call]] = {}
 
     @seed(number)
-    @given(call=calls())
+    @given(call=calls(modes=("compile",) if compiled else MODES))
     @settings(
-        max_examples=500,
+        max_examples=5 if compiled else 500,
         deadline=None,
         database=None,
         derandomize=False,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate,) if compiled else (Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
     def check_one(call: Call) -> None:
-        if time.monotonic() > end and not failures:
+        if time.monotonic() > end + (30 if failures else 0):
             return
         try:
             kinds[check(call)] += 1
@@ -67,7 +69,7 @@ def main() -> int:
     number = arguments.seed
     print(f"seed {number}", flush=True)
     while time.monotonic() < end:
-        for where, (text, call) in one_round(number, end, ops, kinds).items():
+        for where, (text, call) in one_round(number, end, ops, kinds, compiled=number % 3 == 2).items():
             if where not in found:
                 found[where] = call
                 print(f"FOUND {call.op}: {text}\n      {call.to_json()}", flush=True)

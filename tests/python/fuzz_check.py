@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import gemma_norm
-from fuzz_calls import OPERATORS, Arguments, Call, Memory
-from fuzz_oracle import OPS, assert_gradients, results
-from gemma_norm import reference
+from fuzz_calls import Arguments, Call
+from fuzz_memory import Memory, as_argument
+from fuzz_results import as_tuple, assert_same, check_fake, check_results, composed, returns_y, tensors_of
 from gemma_norm._checks import WITH_ROWS, Extent, check_arguments, check_memory
-from support import bits
+from gemma_norm._registry import Operator
 
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
@@ -35,7 +35,9 @@ def check(call: Call) -> str:
         memory = Memory(call)
         arguments = _flawed(call, memory)
         refusal = _refusal(call, arguments, memory)
-        run = functools.partial(_function(call), **arguments)
+        # Dynamo takes no out that has gaps.
+        compiled = call.mode == "compile" and not refusal and memory.is_without_gaps("out")
+        run = functools.partial(_function(call, compiled), **arguments)
         if refusal:
             with pytest.raises(RuntimeError) as caught:
                 run()
@@ -45,28 +47,24 @@ def check(call: Call) -> str:
             )
             memory.assert_nothing_written_but(())
             return "refused"
-        if any(t.is_meta for t in _tensors(arguments).values()):  # x, with no other tensor
-            assert run().is_meta
+        if any(t.is_meta for t in tensors_of(arguments).values()):  # x, with no other tensor
+            assert all(t.is_meta for t in as_tuple(run()))
             return "meta"
-        before = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in _tensors(arguments).items()}
+        before = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors_of(arguments).items()}
         before = arguments | before
         if call.mode == "vmap" and _can_vmap(call):
             got = _vmapped(call, arguments)
-        elif call.mode == "vjp" and not op.written:
+        elif call.mode == "vjp" and not op.written and not op.new_results:
             got = _in_a_transform(call, arguments)
         elif call.mode == "autograd" and op.derivative is not None:
             got = _recorded(call, arguments, before)
         else:
             got = run()
         memory.assert_nothing_written_but(op.written)
-        _check_results(call, arguments, before, got)
-        if call.mode in ("no_grad", "grad mode", "inference_mode") and not op.written:
-            _check_fake(call, arguments, got)
+        check_results(call, arguments, before, got)
+        if call.mode in ("no_grad", "grad mode", "inference_mode") and (op.new_results or not op.written):
+            check_fake(call, arguments, got)
     return call.mode
-
-
-def _tensors(arguments: Arguments) -> dict[str, Tensor]:
-    return {k: t for k, t in arguments.items() if isinstance(t, Tensor)}
 
 
 def _flawed(call: Call, memory: Memory) -> Arguments:
@@ -80,7 +78,7 @@ def _flawed(call: Call, memory: Memory) -> Arguments:
     elif kind == "sparse":
         arguments[name] = arguments[name].to_sparse()
     elif kind == "option":
-        arguments[name] = value
+        arguments[name] = as_argument(name, value)
     elif kind == "requires_grad" and arguments[name].is_floating_point() and call.mode != "inference_mode":
         arguments[name] = arguments[name].detach().requires_grad_()
     return {k: v for k, v in arguments.items() if v is not None or k in call.operator.rules}
@@ -93,8 +91,9 @@ def _refusal(call: Call, arguments: Arguments, memory: Memory) -> str:
     differentiable = op.derivative is not None
     if differentiable:
         full = {k: v.detach() if isinstance(v, Tensor) else v for k, v in full.items()}
-    if _writes_in_a_transform(call):
-        return f"{op.label}: writing into an argument is not available ..."
+    if _is_refused_in_a_transform(call):
+        what = "writing into an argument is not available" if op.written else "a quantised result has no derivative"
+        return f"{op.label}: {what}..."
     try:
         check_arguments(op, full)
     except RuntimeError as error:
@@ -106,7 +105,7 @@ def _refusal(call: Call, arguments: Arguments, memory: Memory) -> str:
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
     assert bool(said) == _overlaps(call, arguments, memory), f"the checks in Python say {said!r} of the overlap"
-    if not said and outside and arguments["positions"].numel():
+    if not said and outside and arguments["positions"].numel() and call.device == "cpu":
         rule = "positions must be at least 0 and less than cos_sin_cache's 7 rows"
         return f"{op.label}: {rule}, got {outside[0]}"
     return said
@@ -135,22 +134,43 @@ def _overlaps(call: Call, arguments: Arguments, memory: Memory) -> bool:
     return False
 
 
-def _function(call: Call) -> Callable[..., Any]:
+def _function(call: Call, compiled: bool = False) -> Callable[..., Any]:
     """The function of the package, unless it takes what the operator does not: shapes that it broadcasts."""
     op = call.operator
     broadcasts = call.flaw and call.flaw[0] in ("shape", "none", "option", "sparse", "meta", "dtype", "stride")
     public = getattr(gemma_norm, op.label, None)
-    function = public if public and call.public and not broadcasts else op.overload
-    return _writing_in_a_transform(function) if _writes_in_a_transform(call) else function
+    is_public = public and call.public and not broadcasts
+    function = public if is_public else op.overload
+    if _is_refused_in_a_transform(call):
+        return _in_vjp(function)
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, dynamic=bool(call.seed % 2))
+    return functools.partial(_as_operator, op, function) if is_public else function
 
 
-def _writes_in_a_transform(call: Call) -> bool:
-    return call.mode in ("vmap", "vjp") and bool(call.operator.written) and call.flaw is None
+def _as_operator(op: Operator, function: Callable[..., Any], **arguments: Any) -> Any:
+    """A function's results as the operator returns them: not with the scale that was given, and with empty copies."""
+    got = function(**arguments, **({"return_y": True} if returns_y(op) else {}))
+    if "scale" in op.rules:
+        assert got[1] is arguments["scale"]
+        return got[0] if len(got) == 2 else (got[0], *got[2:])
+    if op.name.endswith(".copies"):
+        q, k, *copies = got
+        empty = torch.empty_like(arguments["q"][..., :0, :], memory_format=torch.contiguous_format)
+        return q, k, *(empty if arguments[name] is None else copies.pop(0) for name in ("gate", "v"))
+    return got
 
 
-def _writing_in_a_transform(function: Callable[..., Any]) -> Callable[..., Any]:
+def _is_refused_in_a_transform(call: Call) -> bool:
+    op = call.operator
+    refused = (op.written and call.mode in ("vmap", "vjp")) or (op.new_results is not None and call.mode == "vjp")
+    return bool(refused) and call.flaw is None
+
+
+def _in_vjp(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(**arguments: Any) -> Any:
-        tensors = {k: t for k, t in _tensors(arguments).items() if t.is_floating_point()}
+        tensors = {k: t for k, t in tensors_of(arguments).items() if t.is_floating_point()}
 
         def of_tensors(given: dict[str, Tensor]) -> Tensor:
             function(**arguments | given)
@@ -170,8 +190,8 @@ def _can_vmap(call: Call) -> bool:
 def _vmapped(call: Call, arguments: Arguments) -> Any:
     rules, sections = call.operator.rules, call.options.get("mrope_section")
     dims = {}
-    for name in _tensors(arguments):
-        shared = rules[name].extent in (Extent.HIDDEN, Extent.TABLE)
+    for name in tensors_of(arguments):
+        shared = rules[name].extent in (Extent.HIDDEN, Extent.TABLE, Extent.ONE)
         dims[name] = None if shared else 1 if rules[name].extent is Extent.POSITIONS and sections else 0
     rest = {k: v for k, v in arguments.items() if k not in dims}
     function = call.operator.overload
@@ -179,21 +199,19 @@ def _vmapped(call: Call, arguments: Arguments) -> Any:
     def one(tensors: dict[str, Tensor]) -> Any:
         return function(**tensors, **rest)
 
-    return torch.func.vmap(one, in_dims=(dims,))(_tensors(arguments))
+    return torch.func.vmap(one, in_dims=(dims,))(tensors_of(arguments))
 
 
 def _in_a_transform(call: Call, arguments: Arguments) -> Any:
     """Results of torch.func.vjp, after a comparison of its gradients with those of the definition."""
-    floats = {k: t for k, t in _tensors(arguments).items() if t.is_floating_point()}
+    floats = {k: t for k, t in tensors_of(arguments).items() if t.is_floating_point()}
     rest = {k: v for k, v in arguments.items() if k not in floats}
 
     def pulled(function: Callable[..., Any]) -> tuple[Any, Any]:
         got, back = torch.func.vjp(lambda given: function(**given, **rest), floats)
         return got, back(torch.utils._pytree.tree_map(lambda t: (t.float() * 0.37).cos().to(t.dtype), got))[0]
 
-    full = call.operator.bind((), rest)
-    names = call.operator.definition.__code__.co_varnames[: call.operator.definition.__code__.co_argcount]
-    rest = {k: full[k] for k in names if k not in floats}
+    rest = {k: v for k, v in call.operator.bind((), rest).items() if k not in floats}
     got, mine = pulled(call.operator.overload)
     _, want = pulled(call.operator.definition)
     for name in floats:
@@ -203,110 +221,22 @@ def _in_a_transform(call: Call, arguments: Arguments) -> Any:
 
 def _recorded(call: Call, arguments: Arguments, before: Arguments) -> Any:
     """Results under autograd, after a comparison of the gradients with those of the backward operators, to the bit."""
-    floats = [k for k, t in _tensors(arguments).items() if t.is_floating_point()]
+    floats = [k for k, t in tensors_of(arguments).items() if t.is_floating_point()]
     wanted = [k for k in floats if k not in call.frozen]
     given = arguments | {k: arguments[k].detach().requires_grad_(k in wanted) for k in floats}
     got = _function(call)(**given)
-    returned = got if isinstance(got, tuple) else (got,)
+    returned = as_tuple(got)
     if wanted and not call.special:
         random = torch.Generator().manual_seed(call.seed + 1)
-        douts = [torch.randn(y.shape, generator=random).to(y.dtype) for y in returned]
-        mine = torch.autograd.grad(returned, [given[k] for k in wanted], douts, allow_unused=True)
-        want = _composed(call.op, call.operator.bind((), before), douts)
+        douts = [torch.randn(y.shape, generator=random).to(y) for y in returned]
+        pairs = [(y, dy) for y, dy in zip(returned, douts, strict=True) if y.requires_grad]
+        mine = torch.autograd.grad(
+            [y for y, _ in pairs], [given[k] for k in wanted], [dy for _, dy in pairs], allow_unused=True
+        )
+        want = composed(call.operator.label, call.operator.bind((), before), douts)
         for name, gradient in zip(wanted, mine, strict=True):
             assert gradient is not None and gradient.dtype == given[name].dtype
             assert gradient.shape == given[name].shape
             if name in want:
-                _assert_same(gradient, want[name], f"the gradient of {name}")
+                assert_same(gradient, want[name], f"the gradient of {name}")
     return torch.utils._pytree.tree_map(torch.Tensor.detach, got)
-
-
-def _composed(op: str, a: Arguments, douts: list[Tensor]) -> dict[str, Tensor]:
-    """The gradients of docs/contract.md, C8, C10.3 and C11.8, by the backward operators, which are fuzzed themselves.
-
-    That of a weight depends on the strides of x (C8.2) and is left out, but for its shape and dtype.
-    """
-    x, eps, gemma = a.get("x"), a["eps"], bool(a.get("gemma"))
-
-    def ds(dout: Tensor, s: Tensor, weight: Tensor | None, dsum: Tensor | None = None) -> Tensor:
-        return OPS.rms_norm_backward_input(dout, s, weight, dsum, eps, gemma)
-
-    if op == "rms_norm":
-        return {"x": ds(douts[0], x, a["weight"])}
-    if op == "gated_rms_norm":
-        if a["gate"] is None:
-            return {"x": ds(douts[0], x, a["weight"])} if a.get("group_size") is None else {}
-        options = [a.get(k) for k in ("eps", "sigmoid", "norm_before_gate", "group_size")]
-        dx, dgate = OPS.gated_rms_norm_backward_input(douts[0], x, a["gate"], a["weight"], *options)
-        return {"x": dx, "gate": dgate}
-    if op == "qk_norm_rope":
-        cos, sin = a["cos"], a["sin"]
-        if cos is None:
-            sections = a.get("mrope_section"), bool(a.get("mrope_interleaved"))
-            cos, sin = reference.angles(a["cos_sin_cache"], a["positions"], a["interleaved"], *sections)
-        found = {}
-        for name, dy in zip(("q", "k"), douts, strict=True):
-            first, rest = dy[..., : cos.shape[-1]].float(), dy[..., cos.shape[-1] :]
-            turned = reference.rotate_half(first * sin.float().unsqueeze(-2), a["interleaved"])
-            back = (first * cos.float().unsqueeze(-2) - turned).to(dy.dtype)
-            found[name] = ds(torch.cat((back, rest), -1), a[name], a[f"{name}_weight"])
-        return found
-    given = {k: a[k] for k in ("x", "residual", "post_residual_addition") if k in a}
-    if op == "rms_norm_add_rms_norm":
-        options = {k: a[k] for k in ("eps", "gemma", "round_each_step")}
-        n = gemma_norm.rms_norm(x, a["post_weight"], **options)
-        of_s = ds(douts[0], n + a["residual"], a["weight"], douts[1])
-        return {"residual": of_s, "x": ds(of_s, x, a["post_weight"])}
-    s = reference.add_rms_norm(x, a["residual"], None, post_residual_addition=a["post_residual_addition"])[1]
-    of_s = ds(douts[0], s, a["weight"], douts[1])
-    return {k: of_s.to(t.dtype) for k, t in given.items() if t is not None}
-
-
-def _assert_same(got: Tensor, want: Tensor, what: str) -> None:
-    """To the bit, but for the payload of NaN."""
-    differ = (bits(got) != bits(want)).view(got.shape) & ~(got.isnan() & want.isnan())
-    assert not bool(differ.any()), f"{what}: {int(differ.sum())} of {differ.numel()} elements differ"
-
-
-def _check_results(call: Call, arguments: Arguments, before: Arguments, got: Any) -> None:
-    op = call.operator
-    if op.written:
-        assert got is None or got is arguments["out"]
-        returned = tuple(arguments[name] for name in op.written)
-    else:
-        returned = tuple(y.detach() for y in (got if isinstance(got, tuple) else (got,)))
-        inputs = {t.untyped_storage().data_ptr() for t in _tensors(arguments).values() if t.numel()}
-        for y, name in zip(returned, (op.first, *op.more_results), strict=True):
-            assert y.dtype == before[name].dtype and y.shape == before[name].shape
-            assert y.is_contiguous() or call.mode in ("vmap", "vjp")
-            assert not y.numel() or y.untyped_storage().data_ptr() not in inputs
-    a = op.bind((), before)
-    with torch.no_grad():
-        if "backward" in call.op:
-            if not call.special:
-                assert_gradients(call.op, a, returned)
-            return
-        functional = OPERATORS[op.functional].overload
-        same = functional(**{k: v for k, v in a.items() if k != "out"})
-        native = call.mode not in ("vmap", "vjp")  # these have the bits of plain PyTorch (C8.4)
-        want = results(op.functional, a, returned, native)
-        for y, bound, other in zip(returned, want, same if isinstance(same, tuple) else (same,), strict=True):
-            if isinstance(bound, Tensor):
-                _assert_same(y, bound, "the new residual")
-            else:
-                bound.assert_holds(y)
-            if native:
-                _assert_same(y, other, "beside new tensors without gaps")
-
-
-def _check_fake(call: Call, arguments: Arguments, got: Any) -> None:
-    """The fake implementation, for torch.compile, foretells the shapes, strides and dtypes."""
-
-    def on_meta(t: Any) -> Any:
-        tensor = isinstance(t, Tensor)
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if tensor else t
-
-    with torch.no_grad():
-        foretold = call.operator.overload(**{k: on_meta(t) for k, t in arguments.items()})
-    for y, fake in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, foretold)), strict=True):
-        assert (fake.shape, fake.stride(), fake.dtype) == (y.shape, y.stride(), y.dtype)

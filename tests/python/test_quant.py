@@ -326,6 +326,16 @@ def test_each_step_rounded(device, scheme):
     assert_quantised(y, q, scale, torch.float8_e4m3fn, scheme)
 
 
+def test_each_step_rounded_where_nothing_follows(device, scheme):
+    """Without a weight y is s * rstd, and without a gate its product with the weight: numbers that are rounded."""
+    x, weight = randn(3, 1024, dtype=torch.bfloat16, device=device), randn(1024, dtype=torch.bfloat16, device=device)
+    q, scale = gemma_norm.rms_norm_quant(x, round_each_step=True, **scheme)
+    assert_quantised(gemma_norm.rms_norm(x), q, scale, torch.float8_e4m3fn, scheme)
+    q, scale = gemma_norm.gated_rms_norm_quant(x, None, weight, round_each_step=True, **scheme)
+    y = gemma_norm.gated_rms_norm(x, None, weight, round_each_step=True)
+    assert_quantised(y, q, scale, torch.float8_e4m3fn, scheme)
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 128), (64,)], ids=str)
 def test_no_rows_and_one(device, shape, scheme):
     q, scale = gemma_norm.rms_norm_quant(
