@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from ._checks import DTYPES, check_arguments, check_memory, dtype_name, overlap
+from ._checked import dtype_name
+from ._checks import DTYPES, check_arguments, check_memory, overlap
 from ._registry import OPERATORS
 
 PROVIDERS = ("auto", "native", "aiter", "vllm", "torch")
