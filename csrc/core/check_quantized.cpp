@@ -28,10 +28,7 @@ bool Checker::check_last_size(const OperandRule& rule, const Tensor& t, int64_t 
   int64_t sizes[kMaxDims];
   for (int d = 0; d < x().dims; ++d) sizes[d] = x().sizes[d];
   sizes[x().dims - 1] = size;
-  const Tensor want{nullptr, sizes, nullptr, x().dims, t.dtype, ""};
-  bool same = t.dims == want.dims;
-  for (int d = 0; same && d < t.dims; ++d) same = t.sizes[d] == sizes[d];
-  return same || invalid("%s must have shape %s, got %s", name_of(rule), ShapeText(want).text, ShapeText(t).text);
+  return check_shape(rule, t, sizes, x().dims);
 }
 
 bool Checker::check_quantization() {

@@ -1,5 +1,4 @@
-// What check() consists of: the checks of one call. Each returns true if the call passes it. Otherwise it writes the
-// message and returns false.
+// What check() consists of: the checks of a call, in several files by subject, and its collapsed form.
 #pragma once
 
 #include <cstdio>
@@ -9,11 +8,14 @@
 
 namespace gemma_norm {
 
+// Each check returns true if the call passes it. Otherwise it writes the message and returns false.
 class Checker {
  public:
   Checker(const Call& call, Message* message) : call_(call), message_(message) {}
 
   bool passes();
+  // Whether every position is a row of the cache, of a call that passes and whose tensors can be read.
+  bool check_position_values();  // check_heads.cpp
 
  private:
   bool invalid(const char* format, ...);
@@ -45,6 +47,7 @@ class Checker {
   bool check_rows(const OperandRule& rule, const Tensor& t);
   bool check_shape_of_x(const OperandRule& rule, const Tensor& t);
   bool check_hidden(const OperandRule& rule, const Tensor& t);
+  bool check_shape(const OperandRule& rule, const Tensor& t, const int64_t* sizes, int dims);
   bool check_last_dimension(const OperandRule& rule, const Tensor& t);
   bool check_contiguous(const OperandRule& rule, const Tensor& t);
   static bool is_contiguous(const Tensor& t) { return t.strides[t.dims - 1] == 1 || t.sizes[t.dims - 1] == 1; }
@@ -52,7 +55,7 @@ class Checker {
   bool check_options();
   bool check_group(const char* name, int64_t size);
 
-  // check.cpp: of an operator whose rows are heads, which are rotated
+  // check_heads.cpp: of an operator whose rows are heads, which are rotated
   bool check_rows_of_heads(const OperandRule& rule, const Tensor& t);
   bool has_head(const OperandRule& rule, const Tensor& t);
   bool check_heads(const OperandRule& rule, const Tensor& t);
@@ -101,5 +104,8 @@ class Checker {
   Message* message_;
   RowsOfOne scales_;
 };
+
+// Of a call that passes (collapse.cpp).
+void collapse(const Call& call, RowParams* params, RowSlices* slices);
 
 }  // namespace gemma_norm

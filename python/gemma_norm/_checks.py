@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._checked import Arguments, Check, Checked, check_group, check_rows, dtype_name, require
+from ._checks_heads import check_angle, check_angles, check_heads, check_positions, check_table, check_x_of_heads
 from ._checks_quantized import check_one, check_quantization
+from ._checks_shared import Arguments, Check, Checked, check_group, check_rows, dtype_name, require
+from ._overlap import overlap, overlaps_itself, same_memory
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
@@ -67,19 +69,16 @@ OPTIONAL_LIKE_RESIDUAL = Rule(Extent.LIKE_X, DTypes.LIKE_RESIDUAL, optional=True
 WEIGHT = Rule(Extent.HIDDEN, DTypes.WEIGHT)
 OPTIONAL_WEIGHT = WEIGHT._replace(optional=True)
 LIKE_WEIGHT = Rule(Extent.HIDDEN, DTypes.LIKE_WEIGHT)
-
-
+OPTIONAL_LIKE_WEIGHT = LIKE_WEIGHT._replace(optional=True)
 Q = Rule(Extent.ROWS_OF_HEADS, DTypes.FLOAT)
 K = Rule(Extent.HEADS, DTypes.LIKE_X)
 COPIED = K._replace(optional=True)
-OPTIONAL_LIKE_WEIGHT = LIKE_WEIGHT._replace(optional=True)
 COS = Rule(Extent.ANGLES, DTypes.X_OR_FLOAT32, optional=True)
 SIN = Rule(Extent.ANGLES, DTypes.LIKE_COS, optional=True)
 COS_SIN_CACHE = Rule(Extent.TABLE, DTypes.X_OR_FLOAT32, optional=True)
 POSITIONS = Rule(Extent.POSITIONS, DTypes.INTEGER, optional=True)
 ONE = Rule(Extent.ONE, DTypes.FLOAT32)
 OPTIONAL_ONE = ONE._replace(optional=True)
-MAX_HEAD_DIM = 512
 # The extents of tensors with rows that are normalised.
 WITH_ROWS = (Extent.ROWS, Extent.LIKE_X, Extent.ROWS_OF_HEADS, Extent.HEADS)
 
@@ -140,7 +139,7 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
         _CHECKS[op.rules[name].extent](call, name, t, not transformed, check_dtype, arguments)
     _check_options(call, arguments)
     if "positions" in op.rules:
-        _check_angles(call, arguments)
+        check_angles(call, arguments)
 
 
 def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
@@ -176,46 +175,6 @@ def _tensors(op: Described, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: t for name, t, optional in named if not (optional and t is None)}
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    strides = [(sa, sb) for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=False) if n != 1]
-    same = a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape
-    return same and all(sa == sb for sa, sb in strides)
-
-
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether some byte belongs to both tensors, exactly, for any strides."""
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    if a_end <= b_begin or b_end <= a_begin:
-        return False
-    a_starts, b_starts = _row_starts(a), _row_starts(b)
-    # A row of b overlaps a row of a if it begins before that row's end, but after (that row's beginning - the length of
-    # a row of b).
-    first = torch.searchsorted(b_starts, a_starts - _row_bytes(b), right=True)
-    return bool((first < torch.searchsorted(b_starts, a_starts + _row_bytes(a))).any())
-
-
-def overlaps_itself(a: Tensor) -> bool:
-    """Whether two elements share a byte."""
-    return bool((_row_starts(a).diff() < _row_bytes(a)).any())
-
-
-def _row_bytes(a: Tensor) -> int:
-    return (a.shape[-1] if a.dim() else 1) * a.element_size()
-
-
-def _extent(a: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True))
-    return a.data_ptr(), a.data_ptr() + (last + 1) * a.element_size()
-
-
-def _row_starts(a: Tensor) -> Tensor:
-    """The address of every row's first byte, sorted."""
-    starts = torch.tensor([a.data_ptr()], device="cpu")
-    for n, stride in zip(a.shape[:-1], a.stride()[:-1], strict=True):
-        starts = (starts[:, None] + torch.arange(n, device="cpu") * (stride * a.element_size())).flatten()
-    return starts.sort().values
-
-
 def check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
     """Raise RuntimeError if a derivative with respect to one of ``tensors`` is expected."""
     call = f"call {op.call_instead}, which is differentiable"
@@ -244,30 +203,6 @@ def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
     check_group(call, "group_size", arguments)
     if "dtype" in arguments:
         check_quantization(call, arguments)
-
-
-def _check_angles(call: Checked, arguments: Mapping[str, Any]) -> None:
-    """The checks of an operator with a rotation: which tensors it has, and its options."""
-    op, given = call.label, call.tensors
-    has_weights = ("q_weight" in given) == ("k_weight" in given)
-    require(has_weights, f"{op}: q_weight and k_weight must both be given or both be None, got one of them")
-    has_angles = "cos" in given and "sin" in given and not ("cos_sin_cache" in given or "positions" in given)
-    has_cache = "cos_sin_cache" in given and "positions" in given and not ("cos" in given or "sin" in given)
-    names = [name for name in ("cos", "sin", "cos_sin_cache", "positions") if name in given]
-    either = "either cos and sin or cos_sin_cache and positions must be given"
-    require(has_angles or has_cache, f"{op}: {either}, got {' and '.join(names) or 'none'}")
-    each_step, rotation = arguments["round_each_step"], arguments["round_rotation"]
-    require(rotation or not each_step, f"{op}: round_rotation must be True with round_each_step=True, got False")
-    sections = arguments["mrope_section"]
-    if sections is None:
-        alone = f"{op}: mrope_interleaved must be False without mrope_section, got True"
-        require(not arguments["mrope_interleaved"], alone)
-        return
-    require(has_cache, f"{op}: mrope_section must be None without positions, got {list(sections)}")
-    pairs = given["cos_sin_cache"].shape[-1] // 2
-    fits = len(sections) == 3 and all(size >= 0 for size in sections) and sum(sections) == pairs
-    rule = f"must be three sizes that add up to half of cos_sin_cache's last dimension, {pairs}"
-    require(fits, f"{op}: mrope_section {rule}, got {list(sections)}")
 
 
 def _check_dtype(call: Checked, name: str, t: Tensor, dtypes: DTypes) -> None:
@@ -303,19 +238,6 @@ def _check_x(call: Checked, name: str, x: Tensor, strides: bool, check_dtype: Ch
     check_rows(op, name, x, strides)
 
 
-def _check_x_of_heads(call: Checked, name: str, x: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    op = call.label
-    check_dtype()
-    heads = f"{op}: {name} must have at least two dimensions, heads and their elements, got shape {list(x.shape)}"
-    require(x.dim() >= 2, heads)
-    require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
-    size = f"{op}: {name} must have a last dimension of 1 to {MAX_HEAD_DIM}, got shape {list(x.shape)}"
-    require(x.shape[-1] >= 1, size)
-    require(x.shape[-1] <= MAX_HEAD_DIM, size)
-    require(x.shape[-2] >= 1, f"{op}: {name} must have at least one head, got shape {list(x.shape)}")
-    check_rows(op, name, x, strides)
-
-
 def _check_like_x(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
     check_dtype()
     x = call.x
@@ -323,17 +245,6 @@ def _check_like_x(call: Checked, name: str, t: Tensor, strides: bool, check_dtyp
         # One f-string: Dynamo puts quotes around the text of one within another, if that has symbolic sizes.
         text = f"{call.label}: {name} must have {call.x_name}'s shape {list(x.shape)}, got {list(t.shape)}"
         require(same, text)
-    check_rows(call.label, name, t, strides)
-
-
-def _check_heads(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    x = call.x
-    same_dimensions = ((*t.shape[:-2], *t.shape[-1:]), (*x.shape[:-2], *x.shape[-1:]))
-    for same in (t.dim() == x.dim(), *(n == m for n, m in zip(*same_dimensions, strict=False))):
-        but = f"{call.x_name}'s shape {list(x.shape)}, but for the number of heads, got {list(t.shape)}"
-        require(same, f"{call.label}: {name} must have " + but)
-    require(t.shape[-2] >= 1, f"{call.label}: {name} must have at least one head, got shape {list(t.shape)}")
     check_rows(call.label, name, t, strides)
 
 
@@ -347,51 +258,15 @@ def _check_hidden(call: Checked, name: str, t: Tensor, strides: bool, check_dtyp
         require(contiguous, f"{op}: {name} must be contiguous (stride 1), got stride {t.stride(0)}")
 
 
-def _check_rotary(call: Checked, name: str, t: Tensor, strides: bool) -> None:
-    hidden = call.x.shape[-1]
-    rule = f"must have a last dimension that is even and from 2 to {call.x_name}'s {hidden}"
-    for fits in (t.shape[-1] % 2 == 0, t.shape[-1] >= 2, t.shape[-1] <= hidden):
-        require(fits, f"{call.label}: {name} {rule}, got shape {list(t.shape)}")
-    check_rows(call.label, name, t, strides)
-
-
-def _check_angle(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    leading = call.leading()
-    shape = f"shape {[*leading, 'rotary']}".replace("'", "")
-    for same in (t.dim() == len(leading) + 1, *(n == m for n, m in zip(t.shape, leading, strict=False))):
-        require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
-    if name == "sin" and "cos" in call.tensors:
-        cos = call.tensors["cos"].shape
-        require(t.shape[-1] == cos[-1], f"{call.label}: {name} must have cos's shape {list(cos)}, got {list(t.shape)}")
-    _check_rotary(call, name, t, strides)
-
-
-def _check_table(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    require(t.dim() == 2, f"{call.label}: {name} must have shape [positions, rotary], got {list(t.shape)}")
-    require(t.shape[0] >= 1, f"{call.label}: {name} must have at least one row, got shape {list(t.shape)}")
-    _check_rotary(call, name, t, strides)
-
-
-def _check_positions(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, given: Arguments) -> None:
-    check_dtype()
-    want = [*([] if given["mrope_section"] is None else [3]), *call.leading()]
-    for same in (t.dim() == len(want), *(n == m for n, m in zip(t.shape, want, strict=False))):
-        require(same, f"{call.label}: {name} must have shape {want}, got {list(t.shape)}")
-    if t.dim() > 0:
-        check_rows(call.label, name, t, strides)
-
-
 _CHECKS = {
     Extent.ROWS: _check_x,
     Extent.LIKE_X: _check_like_x,
     Extent.HIDDEN: _check_hidden,
-    Extent.ROWS_OF_HEADS: _check_x_of_heads,
-    Extent.HEADS: _check_heads,
-    Extent.ANGLES: _check_angle,
-    Extent.TABLE: _check_table,
-    Extent.POSITIONS: _check_positions,
+    Extent.ROWS_OF_HEADS: check_x_of_heads,
+    Extent.HEADS: check_heads,
+    Extent.ANGLES: check_angle,
+    Extent.TABLE: check_table,
+    Extent.POSITIONS: check_positions,
     Extent.ONE: check_one,
 }
 # The tensor whose dtype another must have.

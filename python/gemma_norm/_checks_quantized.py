@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checked import Arguments, Check, Checked, check_group, dtype_name, require
+from ._checks_shared import Arguments, Check, Checked, check_group, dtype_name, require
 
 QUANTIZED_DTYPES = (
     torch.float8_e4m3fn,

@@ -1,4 +1,4 @@
-"""A call whose arguments are checked, and what all rules share. The rules themselves are in `_checks*.py`."""
+"""A call whose arguments are checked, and what the rules in the files `_checks*.py` share."""
 
 from __future__ import annotations
 
