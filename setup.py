@@ -74,7 +74,7 @@ from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "gemma_norm"
-CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp"]
+CORE = [*sorted(glob.glob("csrc/core/*.cpp", root_dir=ROOT)), "csrc/ops/ops.cpp"]
 CPU = ["csrc/torch/schema.cpp"]
 GPU = ["csrc/gpu/backward_plan.cpp", "csrc/gpu/plan.cpp"]
 # Error messages contain the paths of source files. Without the folders of this build in them, libraries are the same

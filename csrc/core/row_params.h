@@ -1,4 +1,4 @@
-// The parameters of a kernel: the checked and collapsed form of a Call, made by check.cpp, the same for every device.
+// The parameters of a kernel: the checked and collapsed form of a Call, by collapse.cpp, the same for every device.
 #pragma once
 
 #include <cstdint>

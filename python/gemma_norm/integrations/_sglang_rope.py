@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import reference
-from .._checks import INTEGERS, MAX_HEAD_DIM
+from .._checks import INTEGERS
+from .._checks_heads import MAX_HEAD_DIM
 from .._ops.qk_norm_rope import qk_norm_rope
 from ._engine import Engine, has_kernels
 
