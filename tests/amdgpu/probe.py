@@ -33,7 +33,8 @@ class Tensor(ctypes.Structure):
 
 
 OPERANDS = ["x", "weight", "residual", "post", "gate", "post_weight", "k", "k_weight"]  # gemma_norm::Operand
-OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "scale", "out", "residual_out", "k_out", "scale_out"]
+OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "scale", "global_scale"]
+OPERANDS += ["out", "residual_out", "k_out", "scale_out", "y"]
 OPERANDS += ["dout", "dsum", "dx", "dgate", "dweight"]
 
 
@@ -48,7 +49,8 @@ class Options(ctypes.Structure):
                 ("mrope_interleaved", ctypes.c_bool), ("mrope_section", Sections),
                 ("dtype", ctypes.c_int32), ("dtype_name", ctypes.c_char_p), ("scale_group_size", ctypes.c_int64),
                 ("round_first", ctypes.c_bool), ("scale_ue8m0", ctypes.c_bool),
-                ("column_major_scale", ctypes.c_bool)]  # fmt: skip
+                ("column_major_scale", ctypes.c_bool),
+                ("scale_dtype", ctypes.c_int32), ("scale_dtype_name", ctypes.c_char_p)]  # fmt: skip
 
 
 WHOLE_ROW = 2**63 - 1

@@ -20,7 +20,7 @@ from .cases import (
     Heads,
     Point,
 )
-from .quantised import QUANT_OPS
+from .quantised import GATED_NORM, QUANT_OPS
 from .rotation import ROTATIONS, TOKENS
 
 LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
@@ -133,7 +133,10 @@ def quant(choice: Choice) -> Iterator[Point]:
     shapes: Sequence[tuple[int, int]] = ((1, 4096), (64, 4096)) if choice.quick else QUANT_SHAPES
     if choice.rows or choice.hidden:
         shapes = list(product(choice.rows or (1, 64, 8192), choice.hidden or (4096,)))
-    for dtype, (r, h), op, t in product(choice.dtypes or (torch.bfloat16,), shapes, QUANT_OPS, threads):
+    points = [(shape, op) for shape in shapes for op in QUANT_OPS if op != GATED_NORM]
+    if choice.rows or not choice.hidden:
+        points += [((r, 128), GATED_NORM) for r in (choice.rows or (32, 2048, 262144)[: 2 if choice.quick else 3])]
+    for dtype, ((r, h), op), t in product(choice.dtypes or (torch.bfloat16,), points, threads):
         cache = "cold" if device == "cuda" and r * h * dtype.itemsize > 4 * 2**20 else "hot"
         yield Point("quant", op, r, h, dtype, device, cache, t)
 
