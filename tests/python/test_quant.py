@@ -115,6 +115,21 @@ def test_every_bit_of_float4(device, dtype, scheme):
             assert_quantised(y, q, scale, format, scheme)
 
 
+@pytest.mark.parametrize("scheme", FLOAT4.values(), ids=FLOAT4)
+def test_float4_in_programs(device, scheme):
+    """Operator, fake implementation, compiled program and vmap agree on values, shapes and strides."""
+    scheme = {"dtype": torch.float4_e2m1fn_x2, **on_device(scheme, device)}
+    x, weight = randn(2, 3, 768, device=device), randn(768, device=device)
+    torch.library.opcheck(OPS.rms_norm_quant.y, (x, weight), scheme)
+    want = gemma_norm.rms_norm_quant(x, weight, **scheme)
+    compiled = torch.compile(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme), fullgraph=True)
+    mapped = torch.func.vmap(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme))
+    for got, most in ((compiled(x), 0), (mapped(x), 0.01 * x.numel())):
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape
+            assert (bits(a) != bits(b)).sum() <= most  # vmap runs the definition, whose y may be off by a bit
+
+
 def place_last(values: Tensor) -> Tensor:
     """The same values, and gaps of 13 elements between rows, so that rows are not aligned, unless there is one."""
     return torch.nn.functional.pad(values, (0, 13))[..., : values.shape[-1]]
