@@ -15,14 +15,11 @@ import sys
 import hipemu
 import numpy as np
 import torch
-from probe import DTYPES, OPERANDS, WHOLE_ROW, Call, Options, Tensor
+from probe import DTYPES, WHOLE_ROW, Tensor, launch, options
 
 from gemma_norm import reference
 
-# gemma_norm::DType
-FORMATS = {"int8": 6, "float8_e4m3fn": 7, "float8_e4m3fnuz": 8, "float8_e5m2": 9, "float4_e2m1fn_x2": 10}
-SCALES = {"float32": 0, "int32": 4, "float8_e4m3fn": 7, "float8_e8m0fnu": 11}
-FLOAT8 = [name for name in FORMATS if "float4" not in name]
+FORMATS_OF_8_BITS = ("int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2")
 # A scheme and the dtype of its scales, where that is not float32.
 SCALE_DTYPES = {"exponents": "float8_e8m0fnu", "four exponents": "int32", "float8 scales": "float8_e4m3fn"}
 # hidden, and the groups: on lanes, that meet in shared memory, and of an odd size
@@ -31,26 +28,7 @@ ROWS = 2
 
 
 def tensor(t: torch.Tensor, dtype: str) -> Tensor:
-    sizes, strides = (ctypes.c_int64 * t.dim())(*t.shape), (ctypes.c_int64 * t.dim())(*t.stride())
-    number = {**SCALES, **DTYPES, **FORMATS}[dtype]
-    address = ctypes.addressof
-    result = Tensor(t.data_ptr(), address(sizes), address(strides), t.dim(), number, dtype.encode())
-    result.alive = (t, sizes, strides)
-    return result
-
-
-def launch(hip: ctypes.CDLL, op: bytes, options: Options, **tensors: Tensor) -> None:
-    hip.gemma_norm_op.restype = ctypes.c_void_p
-    call = Call(op=hip.gemma_norm_op(op), options=options)
-    for name, t in tensors.items():
-        call.tensors[OPERANDS.index(name)] = ctypes.pointer(t)
-    message = ctypes.create_string_buffer(512)
-    if hip.gemma_norm_hip(ctypes.byref(call), None, message):
-        raise RuntimeError(message.value.decode())
-
-
-def options(**more: object) -> Options:
-    return Options(**{"eps": 1e-6, "gemma": True, "norm_before_gate": True, "group_size": WHOLE_ROW, **more})
+    return Tensor.at(t.data_ptr(), t.shape, t.stride(), dtype, t)
 
 
 def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | None) -> str:
@@ -75,9 +53,9 @@ def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | 
     y_as_well = torch.empty_like(y)
     quantised = options(
         **norms,
-        scale_dtype=SCALES[scale_dtype],
+        scale_dtype=DTYPES[scale_dtype],
         scale_dtype_name=scale_dtype.encode(),
-        dtype=FORMATS[format],
+        dtype=DTYPES[format],
         dtype_name=format.encode(),
         scale_group_size=group or WHOLE_ROW,
         scale_ue8m0=scheme == "powers of two",
@@ -112,7 +90,10 @@ def numbers(scales: torch.Tensor) -> np.ndarray:
 if __name__ == "__main__":
     arch, library, code_object = sys.argv[1:]
     hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
-    calls = [(hidden, f, s, None) for hidden, f, s in itertools.product((512, 5376, 999), FLOAT8, ("token", "given"))]
+    calls = [
+        (hidden, f, s, None)
+        for hidden, f, s in itertools.product((512, 5376, 999), FORMATS_OF_8_BITS, ("token", "given"))
+    ]
     calls += [(h, f, "groups", g) for f in ("float8_e4m3fn", "int8") for h, groups in SHAPES.items() for g in groups]
     calls += [(5376, "float8_e5m2", "powers of two", 128), (512, "float8_e4m3fn", "gated", 128)]
     calls += [(h, "float4_e2m1fn_x2", s, g) for h in (512, 5376) for s, g in itertools.product(SCALE_DTYPES, (16, 32))]

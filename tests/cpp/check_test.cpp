@@ -355,7 +355,8 @@ TEST(Check, LetsScalesOfNormedGroupsThrough) {
   // Two elements are a byte, and four scales are an element.
   TestCall float4;
   float4.quantised().options.scale_group_size = 16;
-  float4.x = float4.y = Place{10000, {4, 128}, {128, 1}};
+  float4.x = Place{10000, {4, 128}, {128, 1}};
+  float4.y = float4.x;
   float4.y->first = 30000;
   float4.weight = Place{20000, {128}, {1}};
   float4.options.dtype = DType::kFloat4E2M1FNx2;
