@@ -11,17 +11,14 @@
 
 namespace gemma_norm {
 
-// A format of 8 or 4 bits. A float32 is rounded to a float8 or float4 in two ways, and then one result is taken. If the
-// result is normal, the fraction is rounded where it is, and the exponent is that of the other bias. If it is
-// subnormal, a number is added whose last bit is worth the format's least number, so that this addition rounds.
+// A format of 8 or 4 bits.
 struct QuantizedFormat {
   DType dtype;
   float largest, inverse_largest;
+  // Of a float8 or float4.
   uint32_t nan;
-  uint32_t least_normal;  // the bits of the float32
-  uint32_t rebias;        // what is subtracted from the bits of a float32, for the other bias
-  uint32_t dropped;       // bits of the fraction that a float32 has and this format has not
-  uint32_t to_subnormal;  // the bits of the number that is added
+  uint32_t least_exponent;  // that of the least normal number, as float32 has it
+  uint32_t fraction_bits;
   uint32_t negative_zero;
   int32_t sign_shift;  // from the place of a float32's sign to that of the format's
 
@@ -30,13 +27,12 @@ struct QuantizedFormat {
 
 GEMMA_NORM_ANYWHERE constexpr QuantizedFormat format_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat8E4M3FN: return {dtype, 448, 1.0f / 448, 0x7f, 121u << 23, 120u << 23, 20, 141u << 23, 0x80, 24};
+    case DType::kFloat8E4M3FN: return {dtype, 448, 1.0f / 448, 0x7f, 121, 3, 0x80, 24};
     // The only zero is +0. What would be -0 is its NaN.
-    case DType::kFloat8E4M3FNUZ: return {dtype, 240, 1.0f / 240, 0x80, 120u << 23, 119u << 23, 20, 140u << 23, 0, 24};
-    case DType::kFloat8E5M2:
-      return {dtype, 57344, 1.0f / 57344, 0x7f, 113u << 23, 112u << 23, 21, 134u << 23, 0x80, 24};
-    case DType::kFloat4E2M1FNx2: return {dtype, 6, 1.0f / 6, 7, 127u << 23, 126u << 23, 22, 149u << 23, 8, 28};
-    default: return {DType::kInt8, 127, 1.0f / 127, 0, 0, 0, 0, 0, 0, 0};
+    case DType::kFloat8E4M3FNUZ: return {dtype, 240, 1.0f / 240, 0x80, 120, 3, 0, 24};
+    case DType::kFloat8E5M2: return {dtype, 57344, 1.0f / 57344, 0x7f, 113, 2, 0x80, 24};
+    case DType::kFloat4E2M1FNx2: return {dtype, 6, 1.0f / 6, 7, 127, 1, 8, 28};
+    default: return {DType::kInt8, 127, 1.0f / 127, 0, 0, 0, 0, 0};
   }
 }
 
@@ -53,14 +49,16 @@ GEMMA_NORM_ANYWHERE uint32_t int8_bits(float v) {
   return v == v ? same_bits<uint32_t>(limited + 12582912.0f) & 0xffu : 0u;
 }
 
+// The bits of the nearest number of the format. The sum's last bit is worth as much as the format's last bit at this
+// exponent, so the addition rounds, and what it changed in the sum counts such units. The codes of the numbers of the
+// next greater exponent follow.
 GEMMA_NORM_ANYWHERE uint32_t float_bits(float v, const QuantizedFormat& f) {
   const uint32_t bits = same_bits<uint32_t>(v), any = bits & 0x7fffffffu, sign = (bits ^ any) >> f.sign_shift;
   const uint32_t most = same_bits<uint32_t>(f.largest), magnitude = any < most ? any : most;
-  const uint32_t half = (1u << f.dropped >> 1) - 1;
-  const uint32_t normal = (magnitude - f.rebias + half + (magnitude >> f.dropped & 1u)) >> f.dropped;
-  const uint32_t subnormal =
-      same_bits<uint32_t>(same_bits<float>(magnitude) + same_bits<float>(f.to_subnormal)) - f.to_subnormal;
-  const uint32_t rounded = magnitude < f.least_normal ? subnormal : normal;
+  const uint32_t exponent = magnitude >> 23 > f.least_exponent ? magnitude >> 23 : f.least_exponent;
+  const uint32_t large = (exponent + 23 - f.fraction_bits) << 23;
+  const uint32_t units = same_bits<uint32_t>(same_bits<float>(magnitude) + same_bits<float>(large)) - large;
+  const uint32_t rounded = units + ((exponent - f.least_exponent) << f.fraction_bits);
   const uint32_t with_sign = rounded ? rounded | sign : sign & f.negative_zero;
   return any > 0x7f800000u ? f.nan : with_sign;
 }
@@ -104,12 +102,15 @@ struct Scale {
 // In the format `dtype`. In float8_e4m3fn, a scale is relative to `global`, or to 1 where that is null; if it is
 // rounded to 0, so are the elements.
 GEMMA_NORM_ANYWHERE Scale stored_scale(float scale, DType dtype, const float* global) {
-  if (dtype == DType::kFloat32) return {same_bits<uint32_t>(scale), 1.0f / scale};
-  if (dtype != DType::kFloat8E4M3FN) return {same_bits<uint32_t>(scale) >> 23 & 0xffu, 1.0f / scale};
-  constexpr QuantizedFormat kE4M3 = format_of(DType::kFloat8E4M3FN);
-  const float unit = global ? *global : 1.0f;
-  const uint32_t bits = float_bits(scale / unit, kE4M3);
-  return {bits, bits ? 1.0f / (e4m3_value(bits) * unit) : 0.0f};
+  uint32_t bits = same_bits<uint32_t>(scale);
+  if (dtype == DType::kFloat8E4M3FN) {
+    const float unit = global ? *global : 1.0f;
+    bits = float_bits(scale / unit, format_of(DType::kFloat8E4M3FN));
+    scale = e4m3_value(bits) * unit;
+  }
+  if (dtype == DType::kFloat32) return {bits, 1.0f / scale};
+  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  return {dtype == DType::kFloat8E4M3FN ? bits : bits >> 23 & 0xffu, inverse};
 }
 
 GEMMA_NORM_ANYWHERE int64_t scale_bytes(DType dtype) {
@@ -118,17 +119,16 @@ GEMMA_NORM_ANYWHERE int64_t scale_bytes(DType dtype) {
 
 // Stores the scale of a row's group. `row` points to the scales of the row, `stride` leads from a scale to the next, or
 // with kInt32 from four scales to the next four. What is left of the last four is set to 0.
-GEMMA_NORM_ANYWHERE void store_scale(void* row, const Scale& scale, DType dtype, int64_t group, int64_t groups,
+GEMMA_NORM_ANYWHERE void store_scale(uint8_t* row, const Scale& scale, DType dtype, int64_t group, int64_t groups,
                                      int64_t stride) {
   if (dtype == DType::kFloat32) {
-    static_cast<float*>(row)[group * stride] = same_bits<float>(scale.bits);
-  } else if (dtype != DType::kInt32) {
-    static_cast<uint8_t*>(row)[group * stride] = static_cast<uint8_t>(scale.bits);
-  } else {
-    uint8_t* const four = static_cast<uint8_t*>(row) + (group >> 2) * stride * 4;
-    four[group & 3] = static_cast<uint8_t>(scale.bits);
-    for (int64_t next = group + 1; group == groups - 1 && next & 3; ++next) four[next & 3] = 0;
+    reinterpret_cast<float*>(row)[group * stride] = same_bits<float>(scale.bits);
+    return;
   }
+  const bool packed = dtype == DType::kInt32;
+  uint8_t* const at = row + (packed ? (group >> 2) * stride * 4 + (group & 3) : group * stride);
+  *at = static_cast<uint8_t>(scale.bits);
+  for (int next = 1; packed && group == groups - 1 && (group + next) & 3; ++next) at[next] = 0;
 }
 
 }  // namespace quantized

@@ -59,8 +59,8 @@ GEMMA_NORM_DEVICE float given_number(const RowParams& p) {
   return 0.0f;
 }
 
-// The scales of a row, its elements in 8 bits, and y where the call wants it too. A kernel makes one after the sum is
-// known, because its pointers take registers.
+// The scales of a row, its elements in 8 or 4 bits, and y where the call wants it too. A kernel makes one after the sum
+// is known, because its pointers take registers.
 template <class V>
 struct Quantizer {
   using X = typename V::X;
@@ -83,8 +83,11 @@ struct Quantizer {
   GEMMA_NORM_DEVICE bool is_static() const { return p.scale_group == 0; }
   GEMMA_NORM_DEVICE bool is_of_row() const { return p.scale_group == p.hidden; }
 
-  // Stores the scale of a group, if this thread is to, and returns what its elements are multiplied by.
+  // Stores the scale of a group, if this thread is to, and returns what its elements are multiplied by. kFloat32 says
+  // that scales are float32. The others take several times as many instructions.
+  template <bool kFloat32>
   GEMMA_NORM_DEVICE float inverse(uint32_t largest, int64_t group, bool stores) const {
+    const DType dtype = kFloat32 ? DType::kFloat32 : p.scale_dtype;
     if (p.data[kScale]) largest = quantized::bounded(largest, number);
     // A division takes many instructions more. From the product with the rounded reciprocal, one step gives the rounded
     // quotient (Markstein 1990), unless the product is infinite.
@@ -95,17 +98,20 @@ struct Quantizer {
     };
     const float* const global = static_cast<const float*>(p.data[kGlobalScale]);
     const quantized::Scale scale =
-        quantized::stored_scale(quantized::scale_of(largest, p.format, p.scale_ue8m0, divide), p.scale_dtype, global);
-    if (stores) quantized::store_scale(scales, scale, p.scale_dtype, group, p.scale_groups, p.scale_stride);
+        quantized::stored_scale(quantized::scale_of(largest, p.format, p.scale_ue8m0, divide), dtype, global);
+    if (stores) quantized::store_scale(scales, scale, dtype, group, p.scale_groups, p.scale_stride);
     return scale.inverse;
   }
+  GEMMA_NORM_DEVICE float inverse(uint32_t largest, int64_t group, bool stores) const {
+    return __builtin_expect(p.scale_dtype == DType::kFloat32, 1) ? inverse<true>(largest, group, stores)
+                                                                 : inverse<false>(largest, group, stores);
+  }
 
-  // Store y, if the call wants it: a vector, which is aligned, or an element.
+  // Store y, where the call wants it: a vector, which is aligned, or an element.
   GEMMA_NORM_DEVICE void store_y(int first, const float (&y)[kCount]) const {
-    if (p.data[kYOut]) store_items<true, kCount>(y_out, first, 1, NoEnd{}, pack_items<X>(y));
+    store_items<true, kCount>(y_out, first, 1, NoEnd{}, pack_items<X>(y));
   }
   GEMMA_NORM_DEVICE void store_y(int64_t at, float y) const {
-    if (!p.data[kYOut]) return;
     if constexpr (sizeof(X) == sizeof(float)) {
       y_out[at] = y;
     } else {
@@ -116,7 +122,6 @@ struct Quantizer {
 
   // Stores a vector whose first element has the index `first`, a multiple of kCount, in memory that is aligned to that.
   GEMMA_NORM_DEVICE void store(int first, const float (&y)[kCount], float inverse) const {
-    if (p.format.log2_items()) return store_float4(first, y, inverse);
     uint32_t words[kCount / 4];
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
@@ -129,9 +134,10 @@ struct Quantizer {
       *reinterpret_cast<uint32_t*>(out + first) = words[0];
   }
   GEMMA_NORM_DEVICE void store_float4(int first, const float (&y)[kCount], float inverse) const {
+    constexpr QuantizedFormat kFloat4 = format_of(DType::kFloat4E2M1FNx2);
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) word |= quantized::float_bits(y[i] * inverse, p.format) << 4 * i;
+    for (int i = 0; i < kCount; ++i) word |= quantized::float_bits(y[i] * inverse, kFloat4) << 4 * i;
     if constexpr (kCount == 8)
       *reinterpret_cast<uint32_t*>(out + first / 2) = word;
     else
@@ -182,7 +188,9 @@ struct Groups {
 };
 
 // Quantises rows of which a thread holds kVectors vectors of y.
-template <class V, Scope kScope, int kUses, int kVectors, class First>
+//
+// What few calls want is in a loop of its own, not in a branch of the others' loop, which it made slower (T141).
+template <Scope kScope, int kUses, int kVectors, class V, class First>
 GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, int row_lanes,
                                      const float (&y)[kVectors][FinishOf<V>::kCount], const First& first, int end) {
   float inverse[kVectors];
@@ -204,17 +212,28 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
       for (int k = 0; k < kVectors; ++k) inverse[k] = one;
     } else {
       groups.exchange(largest, first, end);
+      const auto inverses = [&](auto is_float32) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k)
-        inverse[k] = quantizer.inverse(largest[k], groups.of(k), groups.is_first(k) && first(k) < end);
+        for (int k = 0; k < kVectors; ++k)
+          inverse[k] = quantizer.template inverse<decltype(is_float32)::value>(largest[k], groups.of(k),
+                                                                               groups.is_first(k) && first(k) < end);
+      };
+      if (__builtin_expect(quantizer.p.scale_dtype == DType::kFloat32, 1))
+        inverses(std::true_type());
+      else
+        inverses(std::false_type());
     }
   }
+  const auto each = [&](const auto& visit) {
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    if (!(first(k) < end)) continue;
-    quantizer.store_y(first(k), y[k]);
-    quantizer.store(first(k), y[k], inverse[k]);
-  }
+    for (int k = 0; k < kVectors; ++k)
+      if (first(k) < end) visit(k);
+  };
+  if (quantizer.p.data[kYOut]) each([&](int k) { quantizer.store_y(first(k), y[k]); });
+  if (__builtin_expect(quantizer.p.format.log2_items() == 0, 1))
+    each([&](int k) { quantizer.store(first(k), y[k], inverse[k]); });
+  else
+    each([&](int k) { quantizer.store_float4(first(k), y[k], inverse[k]); });
 }
 
 // Quantises a row of a block, of any alignment and with groups of any size. y_of(k, y) computes a thread's vector k
@@ -239,7 +258,7 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const L
   // Two elements of float4 are a byte. Its rows are whole vectors, so a thread has both, one after the other.
   uint32_t low_bits = 0;
   const auto store = [&](int64_t at, float y, float inverse) {
-    quantizer.store_y(at, y);
+    if (p.data[kYOut]) quantizer.store_y(at, y);
     const uint32_t bits = quantized::bits_of(y * inverse, p.format);
     if (!p.format.log2_items())
       quantizer.out[at] = static_cast<uint8_t>(bits);

@@ -216,7 +216,7 @@ normalize_rows(RowParams p, Launch launch) {
       finish.to_quantize(s[k], w[k], gate[k], rstd, y[k]);
     }
     const Quantizer<V> quantizer(p, row, start, scale_number);
-    quantize_held<V, kScope, kExchanges<V>>(quantizer, groups, 1 << launch.log2_slots, y, first, end);
+    quantize_held<kScope, kExchanges<V>>(quantizer, groups, 1 << launch.log2_slots, y, first, end);
   } else {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
