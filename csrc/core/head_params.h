@@ -9,7 +9,7 @@
 
 namespace gemma_norm {
 
-// See QkNormRope::kCopiesRules.
+// See QkNormRope::kCopies.
 constexpr Operand kValue = kResidual, kValueOut = kResidualOut, kGateOut = kDGate;
 
 // Heads that are copied beside q and k: those of the gate and of v.

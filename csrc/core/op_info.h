@@ -89,6 +89,19 @@ constexpr OperandRule named(const char* name, OperandRule rule) {
   return rule;
 }
 
+// The rules `first`, and then `more`: of overloads that take the same arguments.
+template <int kFirst, int kMore>
+struct JoinedRules {
+  OperandRule all[kFirst + kMore];
+};
+template <int kFirst, int kMore>
+constexpr JoinedRules<kFirst, kMore> joined(const OperandRule (&first)[kFirst], const OperandRule (&more)[kMore]) {
+  JoinedRules<kFirst, kMore> rules{};
+  for (int i = 0; i < kFirst; ++i) rules.all[i] = first[i];
+  for (int i = 0; i < kMore; ++i) rules.all[kFirst + i] = more[i];
+  return rules;
+}
+
 // Operands are checked in the order of their rules. That order is: x, with which all others are compared; the weight;
 // the other inputs in the order of the schema; the outputs.
 struct OpInfo {

@@ -24,7 +24,7 @@
 namespace gemma_norm {
 
 struct QkNormRope {
-  static constexpr OperandRule kRules[] = {
+  static constexpr OperandRule kInputs[] = {
       named("q", {kX, Extent::kRowsOfHeads, DTypes::kFloat}),
       named("q_weight", optional(kWeightRule)),
       {kKey, Extent::kHeads, DTypes::kLikeX},
@@ -33,58 +33,47 @@ struct QkNormRope {
       optional({kSin, Extent::kAngles, DTypes::kLikeCos}),
       optional({kCosSinCache, Extent::kTable, DTypes::kXOrFloat32}),
       optional({kPositions, Extent::kPositions, DTypes::kInteger}),
+  };
+  static constexpr OperandRule kOutputs[] = {
       named("q_out", output(kOut, Use::kNew, kX)),
       {kKeyOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kKey},
   };
-  // Operands that mean something else elsewhere stand for v, its copy and the gate's: each further operand would make
-  // the parameters of every kernel longer.
-  static constexpr OperandRule kCopiesRules[] = {
-      kRules[0],
-      kRules[1],
-      kRules[2],
-      kRules[3],
-      kRules[4],
-      kRules[5],
-      kRules[6],
-      kRules[7],
-      optional({kGate, Extent::kHeads, DTypes::kLikeX}),
-      named("v", optional({kValue, Extent::kHeads, DTypes::kLikeX})),
-      kRules[8],
-      kRules[9],
-      named("gate_out", optional({kGateOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kGate})),
-      named("v_out", optional({kValueOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kValue})),
-  };
-  static constexpr OperandRule kFusedRules[] = {
-      kRules[0],
-      kRules[1],
-      kRules[2],
-      kRules[3],
-      kRules[4],
-      kRules[5],
-      kRules[6],
-      kRules[7],
+  static constexpr OperandRule kInPlace[] = {
       named("q_out", output(kOut, Use::kInPlace, kX)),
       {kKeyOut, Extent::kHeads, DTypes::kLikeX, Use::kInPlace, kKey},
   };
+  // Operands that mean something else elsewhere stand for v, its copy and the gate's: each further operand would make
+  // the parameters of every kernel longer.
+  static constexpr OperandRule kCopies[] = {
+      optional({kGate, Extent::kHeads, DTypes::kLikeX}),
+      named("v", optional({kValue, Extent::kHeads, DTypes::kLikeX})),
+      kOutputs[0],
+      kOutputs[1],
+      named("gate_out", optional({kGateOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kGate})),
+      named("v_out", optional({kValueOut, Extent::kHeads, DTypes::kLikeX, Use::kNew, kValue})),
+  };
+  static constexpr auto kRules = joined(kInputs, kOutputs);
+  static constexpr auto kFusedRules = joined(kInputs, kInPlace);
+  static constexpr auto kCopiesRules = joined(kInputs, kCopies);
   static constexpr OpInfo kInfos[] = {
       {"qk_norm_rope", "qk_norm_rope",
        "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, "
        "Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "
        "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
        "bool mrope_interleaved=False) -> (Tensor, Tensor)",
-       "qk_norm_rope", kRules},
+       "qk_norm_rope", kRules.all},
       {"qk_norm_rope", "qk_norm_rope.copies",
        "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, Tensor? sin=None, "
        "Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "
        "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
        "bool mrope_interleaved=False, Tensor? gate=None, Tensor? v=None) -> (Tensor, Tensor, Tensor, Tensor)",
-       "qk_norm_rope", kCopiesRules},
+       "qk_norm_rope", kCopiesRules.all},
       {"fused_qk_norm_rope", "fused_qk_norm_rope",
        "(Tensor(a!) q, Tensor(b!) k, Tensor? q_weight=None, Tensor? k_weight=None, Tensor? cos=None, "
        "Tensor? sin=None, Tensor? cos_sin_cache=None, Tensor? positions=None, float eps=1e-6, bool gemma=False, "
        "bool round_each_step=False, bool round_rotation=False, bool interleaved=False, int[]? mrope_section=None, "
        "bool mrope_interleaved=False) -> ()",
-       "qk_norm_rope", kFusedRules},
+       "qk_norm_rope", kFusedRules.all},
   };
 };
 

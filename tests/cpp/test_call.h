@@ -54,7 +54,7 @@ struct TestCall {
 
   // Two dimensions of tokens, 2 x 3, whose angles are those of the second alone; 4 heads of q and of k.
   TestCall& rotated() {
-    op = OpInfo("op", "op", "", "", QkNormRope::kRules);
+    op = OpInfo("op", "op", "", "", QkNormRope::kRules.all);
     x = Place{10000, {2, 3, 4, 8}, {96, 32, 8, 1}};
     out = Place{30000, {2, 3, 4, 8}, {96, 32, 8, 1}};
     k = Place{40000, {2, 3, 4, 8}, {96, 32, 8, 1}};
@@ -67,7 +67,7 @@ struct TestCall {
 
   // With a gate of 2 heads, but without v.
   TestCall& with_copies() {
-    rotated().op = OpInfo("op", "op", "", "", QkNormRope::kCopiesRules);
+    rotated().op = OpInfo("op", "op", "", "", QkNormRope::kCopiesRules.all);
     gate = Place{90000, {2, 3, 2, 8}, {48, 16, 8, 1}};
     gate_out = Place{95000, {2, 3, 2, 8}, {48, 16, 8, 1}};
     return *this;

@@ -9,7 +9,8 @@ import torch
 
 from gemma_norm import reference
 from gemma_norm.benchmark import providers, results
-from gemma_norm.benchmark.cases import EPS, NORM_ADD_NORM, RMS_NORM, Point, post_weight
+from gemma_norm.benchmark.cases import NORM_ADD_NORM, RMS_NORM, Point, post_weight
+from gemma_norm.benchmark.formula import EPS
 from gemma_norm.benchmark.providers import Provider
 from gemma_norm.benchmark.results import Result
 from gemma_norm.benchmark.run import run

@@ -19,7 +19,6 @@ from gemma_norm.benchmark import __main__ as command
 from gemma_norm.benchmark import providers, report, results, timing
 from gemma_norm.benchmark.cases import (
     ADD_RMS_NORM,
-    EPS,
     GATED_RMS_NORM,
     NORM_ADD_NORM,
     OPS,
@@ -27,6 +26,7 @@ from gemma_norm.benchmark.cases import (
     Inputs,
     post_weight,
 )
+from gemma_norm.benchmark.formula import EPS
 from gemma_norm.benchmark.providers import PROVIDERS, Provider
 from gemma_norm.benchmark.results import Result
 from gemma_norm.benchmark.suites import FORWARD_HIDDEN, SUITES, Choice

@@ -18,7 +18,7 @@ import torch
 from benchmark_support import HERE, TINY, correct, point
 from gemma_norm.benchmark import __main__ as command
 from gemma_norm.benchmark import plot, providers, report, results
-from gemma_norm.benchmark.cases import ADD_RMS_NORM
+from gemma_norm.benchmark.cases import ADD_RMS_NORM, BACKWARD, RMS_NORM, Point
 from gemma_norm.benchmark.providers import PROVIDERS
 from gemma_norm.benchmark.suites import SUITES, Choice
 from gemma_norm.benchmark.timing import Timing
@@ -150,3 +150,40 @@ def test_progress_is_one_line_on_a_terminal_and_every_tenth_elsewhere(monkeypatc
             assert text.endswith("\r\x1b[K") and "[############............] 20/40" in text and "\n" not in text
         else:
             assert text.splitlines() == [f"{i}/40 point {i}" for i in range(0, 40, 4)]
+
+
+def of_a_gpu(op: str, rows: int, hidden: int, provider: str, weight: str, us: float) -> results.Result:
+    at = Point("backward", op, rows, hidden, torch.bfloat16, "cuda", "cold", work=BACKWARD)
+    return results.make(at, provider, weight, Timing(us, us, us), Timing(us, us, us))
+
+
+def test_a_table_of_derivatives_shows_the_floor_of_each_point() -> None:
+    shapes = ((16384, 4096, 100.0), (4096, 64, 5.0))  # the second is so small that copy_ takes the time of a launch
+    found = [
+        of_a_gpu(RMS_NORM, rows, hidden, provider, weight, us * factor)
+        for rows, hidden, us in shapes
+        for provider, weight, factor in (("ours", "gemma", 1.25), ("copy_", "none", 1.0), ("torch.add", "none", 0.5))
+    ]
+    text = report.table("backward", found)
+    assert "floor: the bytes over 4.03 TB/s" in text and "0.800" in text and "next best" in text
+    assert "x torch.add" not in text, "it computes no derivative"
+    points = [line for line in text.splitlines() if "|" in line and line.split()[0].isdigit()]
+    large, small = (float(line.split("|")[1].split()[0]) for line in points)
+    assert large == pytest.approx(100.0, 0.01) and small < 1
+
+
+def test_a_plot_of_derivatives_has_a_panel_for_each_number_of_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    made = []
+    for suite in ("backward", "backward-few", "backward-cpu", "train-host"):
+        for p, provider in product(SUITES[suite].points(Choice(quick=suite != "backward")), ("ours", "copy_", "liger")):
+            weight = "none" if provider == "copy_" else "gemma"
+            made.append(results.make(p, provider, weight, Timing(1, 2, 3), Timing(1, 2, 3)))
+    results.write_csv(tmp_path / "r.csv", {"gpu": "some", "cpu": "some"}, made)
+    assert command.main(["--load", str(tmp_path / "r.csv"), "--plot", str(tmp_path / "plots")]) == 0
+    assert {p.name.partition("-bfloat16")[0] for p in (tmp_path / "plots").iterdir() if "float32" not in p.name} == {
+        "backward",
+        "backward-few",
+        "backward-cpu",
+        "train-host",
+    }

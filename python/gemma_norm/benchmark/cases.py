@@ -18,7 +18,6 @@ QK_NORM_ROPE = "qk_norm_rope"
 IN_PLACE = (ADD_RMS_NORM, NORM_ADD_NORM)
 """What this package and some others compute in the memory of x and residual."""
 OPS = (RMS_NORM, ADD_RMS_NORM)
-EPS = 1e-6
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 """What a call does."""
 _TENSORS = {

@@ -14,7 +14,8 @@ from torch.nn import functional
 from gemma_norm import reference
 
 from . import quantised, rotation
-from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, Inputs, post_weight
+from .cases import ADD_RMS_NORM, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, Inputs, post_weight
+from .formula import EPS
 from .providers import Call, Provider
 
 PEERS = 8.0

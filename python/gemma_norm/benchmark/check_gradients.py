@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from gemma_norm import reference
 
-from .cases import ADD_RMS_NORM, EPS, GATED_RMS_NORM
+from .cases import ADD_RMS_NORM, GATED_RMS_NORM
 from .check import MOST, WrongResult, poison
+from .formula import EPS
 from .gradients import Call, GradientInputs
 from .providers import Provider
 

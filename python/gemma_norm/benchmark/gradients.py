@@ -20,7 +20,8 @@ from torch import Tensor
 
 import gemma_norm
 
-from .cases import ADD_RMS_NORM, BACKWARD, EPS, GATED_RMS_NORM, RMS_NORM, Inputs, Point
+from .cases import ADD_RMS_NORM, BACKWARD, GATED_RMS_NORM, RMS_NORM, Inputs, Point
+from .formula import EPS
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]

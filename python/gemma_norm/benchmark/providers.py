@@ -40,7 +40,6 @@ from . import gradients, quantised, rotation, rotation_peers
 from .cases import (
     ADD_RMS_NORM,
     BACKWARD,
-    EPS,
     FORWARD,
     GATED_RMS_NORM,
     NORM_ADD_NORM,
@@ -50,6 +49,7 @@ from .cases import (
     Point,
     post_weight,
 )
+from .formula import EPS, normed
 from .gradients import GradientInputs
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -149,8 +149,7 @@ def _half_more(x: Tensor, gate: Tensor) -> Tensor:
 
 def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
     def norm(x: Tensor, weight: Tensor = weight) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
+        y = normed(x)
         y = y * (1.0 + weight.float()) if gemma else y * weight.float()
         return y.type_as(x)
 
@@ -159,8 +158,7 @@ def _eager(op: str, weight: Tensor, gemma: bool) -> Call:
         return norm(s), s
 
     def gated_norm(x: Tensor, gate: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
+        y = normed(x)
         return (weight * y.type_as(x) * functional.silu(gate.float())).type_as(x)
 
     def norm_add_norm(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from torch.nn import functional
 import gemma_norm
 from gemma_norm import reference
 
-EPS = 1e-6
+from .formula import EPS, normed
+
 Call = Callable[..., tuple[Tensor, ...]]
 LARGEST = 448.0
 STATIC, TOKEN, GROUP = "a given scale", "a scale a token", "a scale a group of 128"
@@ -74,8 +75,7 @@ def _quantise(op: str, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def eager(op: str, weight: Tensor, gemma: bool) -> Call:
     def quantised_norm(x: Tensor) -> tuple[Tensor, ...]:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
+        y = normed(x)
         return _quantise(op, y * (1.0 + weight.float()) if gemma else y * weight.float())
 
     def with_sum(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
@@ -83,9 +83,7 @@ def eager(op: str, weight: Tensor, gemma: bool) -> Call:
         return (*quantised_norm(s), s)
 
     def with_gate(x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()
-        return _quantise(op, y * functional.silu(gate.float()))
+        return _quantise(op, normed(x) * weight.float() * functional.silu(gate.float()))
 
     return with_sum if adds(op) else with_gate if op == GATED_NORM else quantised_norm
 

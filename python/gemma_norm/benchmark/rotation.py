@@ -18,10 +18,11 @@ from torch import Tensor
 import gemma_norm
 from gemma_norm import reference
 
+from .formula import EPS, normed
+
 if TYPE_CHECKING:
     from .cases import Point
 
-EPS = 1e-6
 Call = Callable[..., tuple[Tensor, ...]]
 ROUNDINGS = 4.0
 """By how many roundings of its two products a result may be off, of providers that round each step."""
@@ -201,8 +202,7 @@ def eager(op: str, weight: Tensor, gemma: bool) -> Call:
     second = k_weight(weight)
 
     def norm(x: Tensor, w: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS)
+        y = normed(x)
         return (y * (1.0 + w.float())).type_as(x) if gemma else w * y.type_as(x)
 
     def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

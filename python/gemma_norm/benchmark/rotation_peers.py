@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rotation import EPS, Call, contiguous, k_weight, packed
+from .formula import EPS
+from .rotation import Call, contiguous, k_weight, packed
 
 
 def liger(op: str, weight: Tensor, gemma: bool) -> Call:
