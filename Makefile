@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Other packages are installed only as wheels. A source package would need its own build system, which may be missing.
 PIP := $(BIN)/pip install -q --only-binary :all:
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py python/setup_packing.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES = $(shell git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|c|cpp|cu|cuh|hip)$$')
 
 # PyPI's PyTorch for Linux is a CUDA build, and for a CUDA build setup.py requires nvcc. A machine that has neither an

@@ -22,8 +22,6 @@ Environment:
 from __future__ import annotations
 
 import glob
-import gzip
-import io
 import mmap
 import os
 import re
@@ -32,7 +30,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -67,14 +64,15 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here 
 
 import torch  # noqa: E402
 from setuptools import setup  # noqa: E402
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
-from setuptools.command.build_py import build_py  # noqa: E402
-from setuptools.command.sdist import sdist  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "python"))  # pip and build run this file without its folder on the path
+
+from setup_packing import BuildModules, PlatformWheel, SourceArchive  # noqa: E402
+
 PACKAGE = "gemma_norm"
-CORE = ["csrc/core/check.cpp", "csrc/core/overlap.cpp", "csrc/ops/ops.cpp"]
+CORE = [*(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/core/*.cpp"))), "csrc/ops/ops.cpp"]
 CPU = ["csrc/torch/schema.cpp"]
 GPU = ["csrc/gpu/backward_plan.cpp", "csrc/gpu/plan.cpp"]
 # Error messages contain the paths of source files. Without the folders of this build in them, libraries are the same
@@ -400,51 +398,6 @@ class BuildLibraries(cpp_extension.BuildExtension):
         if subprocess.run(["ninja", "-j", MAX_JOBS, "-C", str(folder)], check=False).returncode:
             stop("the kernels were not compiled; what the compiler said is above")
         return objects
-
-
-class BuildModules(build_py):
-    """Empties build/lib first. All files there go into the wheel, even modules that have been deleted since."""
-
-    def run(self) -> None:
-        if not self.editable_mode:
-            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
-        super().run()
-
-
-class PlatformWheel(bdist_wheel):
-    """Tags the wheel py3-none-<platform>: it has native libraries, but none that depends on the Python version."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
-
-
-class SourceArchive(sdist):
-    """Packs the same files into the same bytes: without the times, owners and modes of this checkout.
-
-    The time of all is SOURCE_DATE_EPOCH, in seconds since 1970, or else 1980, the first that a wheel can hold.
-    """
-
-    def run(self) -> None:
-        super().run()
-        time = int(os.environ.get("SOURCE_DATE_EPOCH", 315532800))
-
-        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-            member.mtime, member.uid, member.gid, member.uname, member.gname = time, 0, 0, "", ""
-            member.pax_headers = {}  # which have the time once more, in fractions of a second
-            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
-            return member
-
-        for name in filter(lambda name: name.endswith(".tar.gz"), self.archive_files):
-            packed = io.BytesIO()
-            with tarfile.open(name) as old, tarfile.open(fileobj=packed, mode="w") as new:
-                for member in sorted(old.getmembers(), key=lambda member: member.name):
-                    new.addfile(plain(member), old.extractfile(member) if member.isfile() else None)
-            with open(name, "wb") as file, gzip.GzipFile("", "wb", mtime=time, fileobj=file) as archive:
-                archive.write(packed.getvalue())
 
 
 BACKENDS = backends()

@@ -22,12 +22,19 @@ enum class DType : int32_t {
   kFloat8E4M3FN,
   kFloat8E4M3FNUZ,
   kFloat8E5M2,
+  kFloat4E2M1FNx2,  // two elements a byte, the first in the low bits
+  kFloat8E8M0FNU,   // for scales alone: a power of two, by its exponent
 };
 
 constexpr bool is_float(DType dtype) { return dtype < DType::kOther; }
-constexpr bool is_quantized(DType dtype) { return dtype >= DType::kInt8; }
+constexpr bool is_quantized(DType dtype) { return dtype >= DType::kInt8 && dtype <= DType::kFloat4E2M1FNx2; }
+constexpr bool is_packed(DType dtype) { return dtype == DType::kFloat4E2M1FNx2; }
+constexpr bool is_of_scales(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat8E4M3FN || dtype == DType::kFloat8E8M0FNU ||
+         dtype == DType::kInt32;
+}
 constexpr int64_t size_of(DType dtype) {
-  if (is_quantized(dtype)) return 1;
+  if (dtype >= DType::kInt8) return 1;
   return dtype == DType::kInt64 ? 8 : dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2;
 }
 
@@ -63,6 +70,7 @@ enum Operand : int32_t {
   kCosSinCache,  // [max, rotary]
   kPositions,    // [...] or [3, ...], integers
   kScale,        // one number, by which a quantised result is to be multiplied; or scale_ub, an upper bound of |y|
+  kGlobalScale,  // one number, by which the scales are to be multiplied
   kOut,          // [..., hidden]
   kResidualOut,  // [..., hidden]
   kKeyOut,       // [..., k_heads, hidden]
@@ -90,6 +98,7 @@ constexpr const char* kOperandNames[kOperands] = {"x",
                                                   "cos_sin_cache",
                                                   "positions",
                                                   "scale",
+                                                  "global_scale",
                                                   "out",
                                                   "residual_out",
                                                   "k_out",
@@ -131,6 +140,8 @@ struct Options {
   bool round_first = false;              // round y to x's dtype before it is quantised
   bool scale_ue8m0 = false;              // scales are powers of two
   bool column_major_scale = false;       // a new scale_out has its last dimension outermost in memory
+  DType scale_dtype = DType::kFloat32;   // of scale_out; with kInt32, four exponents of powers of two are an element
+  const char* scale_dtype_name = "";
 };
 
 struct OpInfo;

@@ -35,6 +35,7 @@ FUNCTIONS = (
     "rms_norm_quant",
     "add_rms_norm_quant",
     "fused_add_rms_norm_quant",
+    "gated_rms_norm_quant",
 )
 CLASSES = ("RMSNorm", "GemmaRMSNorm", "GatedRMSNorm")
 DEFINITIONS = (
@@ -45,6 +46,7 @@ DEFINITIONS = (
     "qk_norm_rope",
     "rms_norm_quant",
     "add_rms_norm_quant",
+    "gated_rms_norm_quant",
     "quantize",
     "oracle",
     "ulp_error",

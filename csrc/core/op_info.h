@@ -20,6 +20,7 @@ enum class Extent : int8_t {
   kPositions,    // [...], or with mrope_section [3, ...]
   kOne,          // one element, any number of dimensions
   kScales,       // [..., groups], where `...` are x's leading dimensions; any strides
+  kCodes,        // x's shape; of float4, which has two elements in one, half of the last dimension
 };
 
 enum class DTypes : int8_t {
@@ -34,6 +35,7 @@ enum class DTypes : int8_t {
   kInteger,       // int32 or int64
   kFloat32,       // float32
   kQuantized,     // that of the option dtype
+  kScales,        // that of the option scale_dtype
 };
 
 enum class Use : int8_t {
@@ -56,7 +58,7 @@ struct OperandRule {
   // It has rows that are normalised, or their results.
   constexpr bool has_rows() const {
     return extent == Extent::kRows || extent == Extent::kLikeX || extent == Extent::kRowsOfHeads ||
-           extent == Extent::kHeads;
+           extent == Extent::kHeads || extent == Extent::kCodes;
   }
   // Its elements differ between rows, or between tokens.
   constexpr bool moves() const {

@@ -1,4 +1,4 @@
-// The parameters of a kernel: the checked and collapsed form of a Call, made by check.cpp, the same for every device.
+// The parameters of a kernel: the checked and collapsed form of a Call, by collapse.cpp, the same for every device.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,9 @@ struct RowParams {
   // Of an operator that quantises.
   int32_t round_first, scale_ue8m0;  // see Options
   int64_t scale_group;               // elements that share a scale; 0 if the scale is given
+  int64_t scale_groups;              // of a row
   int64_t scale_stride;              // from a group's scale to the next group's
+  DType scale_dtype;                 // see Options
   QuantizedFormat format;
 };
 

@@ -15,16 +15,18 @@ namespace {
 template <class Values>
 class RowQuantizer {
  public:
-  RowQuantizer(const RowParams& p, const Values& values, uint8_t* out, float* scales)
+  RowQuantizer(const RowParams& p, const Values& values, uint8_t* out, uint8_t* scales)
       : p_(p), format_(p.format), values_(values), out_(out), scales_(scales) {}
 
   void run() const {
     if (p_.scale_group == 0) return store(0, p_.hidden, 1.0f / *static_cast<const float*>(p_.data[kScale]));
     for (int64_t begin = 0, g = 0; begin < p_.hidden; begin += p_.scale_group, ++g) {
+      const float* const global = static_cast<const float*>(p_.data[kGlobalScale]);
       const auto divide = [](float v, const QuantizedFormat& f) { return v / f.largest; };
-      const float scale = quantized::scale_of(largest(begin, begin + p_.scale_group), format_, p_.scale_ue8m0, divide);
-      scales_[g * p_.scale_stride] = scale;
-      store(begin, begin + p_.scale_group, 1.0f / scale);
+      const float exact = quantized::scale_of(largest(begin, begin + p_.scale_group), format_, p_.scale_ue8m0, divide);
+      const quantized::Scale scale = quantized::stored_scale(exact, p_.scale_dtype, global);
+      quantized::store_scale(scales_, scale, p_.scale_dtype, g, p_.scale_groups, p_.scale_stride);
+      store(begin, begin + p_.scale_group, scale.inverse);
     }
   }
 
@@ -57,7 +59,7 @@ class RowQuantizer {
   [[gnu::always_inline]] void store(int64_t begin, int64_t end, float inverse) const {
     format_.dtype == DType::kInt8
         ? store_as([](float v) { return quantized::int8_bits(v); }, begin, end, inverse)
-        : store_as([&](float v) { return quantized::float8_bits(v, format_); }, begin, end, inverse);
+        : store_as([&](float v) { return quantized::float_bits(v, format_); }, begin, end, inverse);
   }
   template <class Bits>
   [[gnu::always_inline]] void store_as(const Bits& bits, int64_t begin, int64_t end, float inverse) const {
@@ -65,7 +67,10 @@ class RowQuantizer {
       uint8_t q[kLanes];
       values_.store(i, count, y);
       for (int j = 0; j < kLanes; ++j) q[j] = static_cast<uint8_t>(bits(y[j] * inverse));
-      if (count == kLanes)
+      if (format_.log2_items()) {  // groups are multiples of 16, so `i` and `count` are even
+        for (int j = 0; j < kLanes; j += 2) q[j / 2] = static_cast<uint8_t>(q[j] | q[j + 1] << 4);
+        copy(out_ + i / 2, q, count / 2);
+      } else if (count == kLanes)
         copy(out_ + i, q, kLanes);
       else
         copy(out_ + i, q, count);
@@ -76,7 +81,7 @@ class RowQuantizer {
   const QuantizedFormat format_;
   const Values& values_;
   uint8_t* const out_;
-  float* const scales_;
+  uint8_t* const scales_;
 };
 
 }  // namespace

@@ -54,7 +54,7 @@ struct RowPointers {
   typename C::Out* out = nullptr;
   S *residual = nullptr, *post = nullptr, *residual_out = nullptr;
   typename C::W* post_weight = nullptr;
-  float* scales = nullptr;
+  uint8_t* scales = nullptr;  // of any dtype
   X* y_out = nullptr;
   S* sum = nullptr;    // the first pass stores s here for the second: residual_out or a buffer; null: it does not
   float x_rstd = 0;    // the rstd of x, if x is normalised before the residual is added
@@ -116,7 +116,9 @@ class RowCursor {
 
  private:
   void move(int d, int64_t steps) {
-    row_.each([&](Operand operand, auto& place) { place += steps * p_.strides[operand][d]; });
+    row_.each([&](Operand operand, auto& place) {
+      place += steps * p_.strides[operand][d] * (operand == kScaleOut ? quantized::scale_bytes(p_.scale_dtype) : 1);
+    });
   }
 
   const RowParams& p_;

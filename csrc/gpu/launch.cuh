@@ -85,7 +85,7 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
   }
   int64_t row_bytes = 0;
   for (int o = 0; o < kOperands; ++o)
-    if (p.data[o] && o != kScale && o != kScaleOut) row_bytes += p.hidden * size_of(p.dtypes[o]);
+    if (p.data[o] && o != kScale && o != kGlobalScale && o != kScaleOut) row_bytes += p.hidden * size_of(p.dtypes[o]);
   // Unaligned rows keep their plan: they are read in two passes, and spreading those was never measured.
   // Neither is a row whose groups meet in the shared memory of one block.
   if (aligned && groups_of_row.lanes == 1 << groups_of_row.log2_vectors) plan = spread(plan, p.rows, row_bytes, facts);

@@ -106,7 +106,7 @@ bool is_aligned(const RowParams& p, bool whole_vectors, DType row_dtype) {
   const int64_t items = kVectorBytes / size_of(row_dtype);
   bool aligned = whole_vectors;
   for (int o = 0; o < kOperands; ++o) {
-    if (o == kScale || o == kScaleOut) continue;
+    if (o == kScale || o == kGlobalScale || o == kScaleOut) continue;
     const int64_t item = size_of(p.dtypes[o]), bytes = items * item < kVectorBytes ? items * item : kVectorBytes;
     uint64_t bits = reinterpret_cast<uintptr_t>(p.data[o]);
     for (const int64_t stride : p.strides[o]) bits |= stride * item;

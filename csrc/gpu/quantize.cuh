@@ -50,22 +50,34 @@ GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
   return largest;
 }
 
-// The scales of a row, its elements in 8 bits, and y where the call wants it too.
+// The scale that is given, or the bound; 0 without either, and in a kernel that does not quantise. Loaded together with
+// the row, not before wait_for_previous_kernel().
+template <class V>
+GEMMA_NORM_DEVICE float given_number(const RowParams& p) {
+  if constexpr (V::Form::kQuantizes)
+    if (p.data[kScale]) return *static_cast<const float*>(p.data[kScale]);
+  return 0.0f;
+}
+
+// The scales of a row, its elements in 8 bits, and y where the call wants it too. A kernel makes one after the sum is
+// known, because its pointers take registers.
 template <class V>
 struct Quantizer {
   using X = typename V::X;
   static constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p;
   X* y_out;
-  float* scales;
-  float number;  // the scale that is given, or the bound; loaded together with the row
+  uint8_t* out;
+  uint8_t* scales;
+  float number;  // see given_number()
 
-  // Not before wait_for_previous_kernel().
-  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, int start)
+  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, int start, float number)
       : p(p),
         y_out(row.pointer<X>(p, kYOut, start)),
-        scales(row.pointer<float>(p, kScaleOut, 0)),
-        number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f) {}
+        out(row.pointer<uint8_t>(p, kOut, start >> p.format.log2_items())),
+        scales(static_cast<uint8_t*>(p.data[kScaleOut]) +
+               row.offset(p, kScaleOut) * quantized::scale_bytes(p.scale_dtype)),
+        number(number) {}
 
   // The scale is given.
   GEMMA_NORM_DEVICE bool is_static() const { return p.scale_group == 0; }
@@ -81,19 +93,30 @@ struct Quantizer {
       const float quotient = device::fma(device::fma(-near, f.largest, v), f.inverse_largest, near);
       return device::as_bits(v) < 0x7f800000u ? quotient : near;
     };
-    const float scale = quantized::scale_of(largest, p.format, p.scale_ue8m0, divide);
-    if (stores) scales[group * p.scale_stride] = scale;
-    return 1.0f / scale;
+    const float* const global = static_cast<const float*>(p.data[kGlobalScale]);
+    const quantized::Scale scale =
+        quantized::stored_scale(quantized::scale_of(largest, p.format, p.scale_ue8m0, divide), p.scale_dtype, global);
+    if (stores) quantized::store_scale(scales, scale, p.scale_dtype, group, p.scale_groups, p.scale_stride);
+    return scale.inverse;
   }
 
-  // Stores a vector of y, if the call wants it. `first` is the index of its first element.
-  template <bool kAligned, class Index>
-  GEMMA_NORM_DEVICE void store_y(const float (&y)[kCount], Index first, int step, Index end) const {
-    if (p.data[kYOut]) store_items<kAligned, kCount>(y_out, first, step, end, pack_items<X>(y));
+  // Store y, if the call wants it: a vector, which is aligned, or an element.
+  GEMMA_NORM_DEVICE void store_y(int first, const float (&y)[kCount]) const {
+    if (p.data[kYOut]) store_items<true, kCount>(y_out, first, 1, NoEnd{}, pack_items<X>(y));
+  }
+  GEMMA_NORM_DEVICE void store_y(int64_t at, float y) const {
+    if (!p.data[kYOut]) return;
+    if constexpr (sizeof(X) == sizeof(float)) {
+      y_out[at] = y;
+    } else {
+      const float two[2] = {y, 0.0f};
+      y_out[at].bits = static_cast<uint16_t>(device::pack<X>(two));
+    }
   }
 
-  // Stores a vector at `out`, which is aligned to kCount bytes.
-  GEMMA_NORM_DEVICE void store(uint8_t* out, const float (&y)[kCount], float inverse) const {
+  // Stores a vector whose first element has the index `first`, a multiple of kCount, in memory that is aligned to that.
+  GEMMA_NORM_DEVICE void store(int first, const float (&y)[kCount], float inverse) const {
+    if (p.format.log2_items()) return store_float4(first, y, inverse);
     uint32_t words[kCount / 4];
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
@@ -101,18 +124,20 @@ struct Quantizer {
       words[i / 4] = device::quantize(q, p.format);
     }
     if constexpr (kCount == 8)
-      device::store_once(reinterpret_cast<Vector8*>(out), Vector8{words[0], words[1]});
+      device::store_once(reinterpret_cast<Vector8*>(out + first), Vector8{words[0], words[1]});
     else
-      *reinterpret_cast<uint32_t*>(out) = words[0];
+      *reinterpret_cast<uint32_t*>(out + first) = words[0];
+  }
+  GEMMA_NORM_DEVICE void store_float4(int first, const float (&y)[kCount], float inverse) const {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) word |= quantized::float_bits(y[i] * inverse, p.format) << 4 * i;
+    if constexpr (kCount == 8)
+      *reinterpret_cast<uint32_t*>(out + first / 2) = word;
+    else
+      *reinterpret_cast<uint16_t*>(out + first / 2) = static_cast<uint16_t>(word);
   }
 };
-
-// Of a kernel that does not quantise.
-struct NoQuantizer {
-  GEMMA_NORM_DEVICE NoQuantizer(const RowParams&, const RowIndex&, int) {}
-};
-template <class V>
-using QuantizerOf = std::conditional_t<V::Form::kQuantizes, Quantizer<V>, NoQuantizer>;
 
 // The groups of a row that a thread's vectors belong to. The vectors of a row are numbered: this thread's are `vector`,
 // `vector` + slots, ... A group is a power of two of vectors. If the slots are a multiple of that, neighbouring lanes
@@ -158,11 +183,8 @@ struct Groups {
 
 // Quantises rows of which a thread holds kVectors vectors of y.
 template <class V, Scope kScope, int kUses, int kVectors, class First>
-GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, uint8_t* out,
-                                     int row_lanes, const float (&y)[kVectors][FinishOf<V>::kCount], const First& first,
-                                     int end) {
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) quantizer.template store_y<true>(y[k], first(k), 1, end);
+GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, int row_lanes,
+                                     const float (&y)[kVectors][FinishOf<V>::kCount], const First& first, int end) {
   float inverse[kVectors];
   if (quantizer.is_static()) {
     const float given = 1.0f / quantizer.number;
@@ -188,25 +210,21 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     }
   }
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k)
-    if (first(k) < end) quantizer.store(out + first(k), y[k], inverse[k]);
+  for (int k = 0; k < kVectors; ++k) {
+    if (!(first(k) < end)) continue;
+    quantizer.store_y(first(k), y[k]);
+    quantizer.store(first(k), y[k], inverse[k]);
+  }
 }
 
 // Quantises a row of a block, of any alignment and with groups of any size. y_of(k, y) computes a thread's vector k
 // anew each time; first(k) is the index of its first element, and the others follow in steps.
 template <class V, class YOf, class First>
-GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, uint8_t* out, const Launch& launch,
-                                          const YOf& y_of, const First& first, int step, int64_t end) {
+GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const Launch& launch, const YOf& y_of,
+                                          const First& first, int step, int64_t end) {
   constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p = quantizer.p;
   const int thread = device::thread_index();
-  if (p.data[kYOut]) {
-    for (int k = 0; k < launch.vectors; ++k) {
-      float y[kCount];
-      y_of(k, y);
-      quantizer.template store_y<false>(y, first(k), step, end);
-    }
-  }
   // Calls visit(index of an element, y) for the thread's elements.
   const auto each = [&](const auto& visit) {
     for (int k = 0; k < launch.vectors; ++k) {
@@ -218,8 +236,17 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, uint8_t
       }
     }
   };
+  // Two elements of float4 are a byte. Its rows are whole vectors, so a thread has both, one after the other.
+  uint32_t low_bits = 0;
   const auto store = [&](int64_t at, float y, float inverse) {
-    out[at] = static_cast<uint8_t>(quantized::bits_of(y * inverse, p.format));
+    quantizer.store_y(at, y);
+    const uint32_t bits = quantized::bits_of(y * inverse, p.format);
+    if (!p.format.log2_items())
+      quantizer.out[at] = static_cast<uint8_t>(bits);
+    else if (at % 2 == 0)
+      low_bits = bits;
+    else
+      quantizer.out[at / 2] = static_cast<uint8_t>(low_bits | bits << 4);
   };
   if (quantizer.is_static() || quantizer.is_of_row()) {
     float inverse;

@@ -84,8 +84,8 @@ GEMMA_NORM_DEVICE Vector16 load_items(const T* row, Index first, int step, End e
   return v;
 }
 
-template <bool kAligned, int kCount, class T, class Index>
-GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, Index end, Vector16 v) {
+template <bool kAligned, int kCount, class T, class Index, class End>
+GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, End end, Vector16 v) {
   if constexpr (kAligned && kCount == kItems<T>) {
     if (first < end) device::store_once(reinterpret_cast<Vector16*>(row + first), v);
   } else if constexpr (kAligned) {

@@ -22,6 +22,7 @@ constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
 constexpr Held held() {
   using Form = typename V::Form;
+  if (Form::kQuantizes && Form::kGated && kWideWeights<V>) return Held::kQuantizedRowAndGatesWideWeights;
   if (Form::kQuantizes && (Form::kTwoRows || Form::kGated)) return Held::kTwoQuantizedRows;
   if (Form::kQuantizes) return kWideWeights<V> ? Held::kTwoRows : Held::kQuantizedRow;
   if (Form::kGated) return Held::kRowAndGates;
@@ -147,7 +148,7 @@ normalize_rows(RowParams p, Launch launch) {
   } else {
     load(end);
   }
-  const QuantizerOf<V> quantizer(p, row, start);
+  const float scale_number = given_number<V>(p);
   [[maybe_unused]] const Groups<kScope> groups{launch, place.slot};
   if constexpr (V::Form::kQuantizes) groups.open();
   if constexpr (V::Form::kNormsX) {
@@ -214,7 +215,8 @@ normalize_rows(RowParams p, Launch launch) {
       if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
       finish.to_quantize(s[k], w[k], gate[k], rstd, y[k]);
     }
-    quantize_held<V, kScope, kExchanges<V>>(quantizer, groups, finish.out, 1 << launch.log2_slots, y, first, end);
+    const Quantizer<V> quantizer(p, row, start, scale_number);
+    quantize_held<V, kScope, kExchanges<V>>(quantizer, groups, 1 << launch.log2_slots, y, first, end);
   } else {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -296,7 +298,7 @@ normalize_in_two_passes(RowParams p, Launch launch) {
       finish.activate_gate(gate);
       finish.to_quantize(source.template read_again<kAligned>(first(k), step, end), w, gate, rstd, y);
     };
-    quantize_in_passes<V>(Quantizer<V>(p, row, 0), finish.out, launch, y_of, first, step, end);
+    quantize_in_passes<V>(Quantizer<V>(p, row, 0, given_number<V>(p)), launch, y_of, first, step, end);
   } else {
     for (int k = 0; k < launch.vectors; ++k) {
       const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);

@@ -30,7 +30,8 @@ enum class Held : int32_t {
   kRowAndGates,        // a row and its gates, whose activations take many operations
   kTwoRowsTwoWeights,  // two rows, x and residual, and a weight for the norm of x beside that for the norm of the sum
   kQuantizedRow,       // a row and weights as wide as its elements, and then its norm in float32
-  kTwoQuantizedRows,   // two rows, and then the norm of their sum in float32
+  kTwoQuantizedRows,   // two rows, or a row and its gates, and then the norm in float32
+  kQuantizedRowAndGatesWideWeights,  // the same with gates, and weights twice as wide as the row's elements
 };
 
 // A kernel, except for its types.
@@ -45,28 +46,28 @@ struct KernelTuning {
   // means that there is no such kernel. With many rows, these values keep 48 to 96 KB of rows in flight on a
   // multiprocessor and give it at least three blocks. With fewer blocks, all of them load and then all of them store,
   // and memory is not kept busy.
-  int32_t resident_threads[7];
+  int32_t resident_threads[8];
 };
 
 // The first entry that fits the row is used. Entries with kCluster are skipped on GPUs without clusters. Entries whose
 // row_vectors is 0 are used only by spread().
 constexpr KernelTuning kKernels[] = {
-    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024, 1024, 1280, 1024}},  // T9
-    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024, 0, 0, 0}},                     // T54
-    {128, Scope::kWave, 4, 64, {1024, 1024, 512, 512, 512, 768, 512}},
-    {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024, 1024, 1280, 1024}},  // T6, T8
-    {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512, 512, 768, 512}},      // T32
-    {1536, Scope::kBlock, 8, 192, {768, 576, 384, 384, 384, 384, 384}},        // T33
-    {2048, Scope::kBlock, 8, 256, {768, 512, 512, 512, 512, 512, 512}},        // T31
-    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512, 512, 512, 256}},     // T25
+    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024, 1024, 1280, 1024, 768}},  // T9
+    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024, 0, 0, 0, 0}},                       // T54
+    {128, Scope::kWave, 4, 64, {1024, 1024, 512, 512, 512, 768, 512, 512}},
+    {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024, 1024, 1280, 1024, 768}},  // T6, T8
+    {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512, 512, 768, 512, 512}},      // T32
+    {1536, Scope::kBlock, 8, 192, {768, 576, 384, 384, 384, 384, 384, 384}},        // T33
+    {2048, Scope::kBlock, 8, 256, {768, 512, 512, 512, 512, 512, 512, 512}},        // T31
+    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512, 512, 512, 256, 256}},     // T25
     // In the next kernel a thread has 64 registers, which are too few for two rows, so these would be loaded in
     // batches. With at most 512 threads a thread has 128 registers, and both rows are loaded at once.
-    {4096, Scope::kBlock, 8, 512, {0, 0, 512, 512, 512, 512, 512}},
-    {8192, Scope::kBlock, 8, 1024, {1024, 1024, 1024, 1024, 1024, 1024, 1024}},
-    {65536, Scope::kCluster, 8, 1024, {1024, 1024, 1024, 1024, 1024, 1024, 1024}},  // T19
-    {0, Scope::kCluster, 2, 256, {1536, 1024, 1024, 1024, 1024, 1280, 1024}},       // T34
-    {0, Scope::kCluster, 4, 256, {1024, 1024, 512, 512, 512, 768, 512}},
-    {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, {512, 512, 512, 512, 512, 512, 512}},
+    {4096, Scope::kBlock, 8, 512, {0, 0, 512, 512, 512, 512, 512, 512}},
+    {8192, Scope::kBlock, 8, 1024, {1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024}},
+    {65536, Scope::kCluster, 8, 1024, {1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024}},  // T19
+    {0, Scope::kCluster, 2, 256, {1536, 1024, 1024, 1024, 1024, 1280, 1024, 768}},        // T34
+    {0, Scope::kCluster, 4, 256, {1024, 1024, 512, 512, 512, 768, 512, 512}},
+    {INT64_MAX, Scope::kTwoPasses, 1, kTwoPassSlots, {512, 512, 512, 512, 512, 512, 512, 512}},
 };
 constexpr int kKernelCount = sizeof kKernels / sizeof kKernels[0];
 

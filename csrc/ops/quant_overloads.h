@@ -11,8 +11,9 @@ namespace gemma_norm {
 
 constexpr OperandRule kGivenScaleRule = {kScale, Extent::kOne, DTypes::kFloat32};
 constexpr OperandRule kScaleBoundRule = optional(named("scale_ub", kGivenScaleRule));
-constexpr OperandRule kQuantizedRule = {kOut, Extent::kLikeX, DTypes::kQuantized, Use::kNew, kX};
-constexpr OperandRule kScalesRule = {kScaleOut, Extent::kScales, DTypes::kFloat32, Use::kNew};
+constexpr OperandRule kQuantizedRule = {kOut, Extent::kCodes, DTypes::kQuantized, Use::kNew, kX};
+constexpr OperandRule kScalesRule = {kScaleOut, Extent::kScales, DTypes::kScales, Use::kNew};
+constexpr OperandRule kGlobalScaleRule = optional({kGlobalScale, Extent::kOne, DTypes::kFloat32});
 constexpr OperandRule kYRule = output(kYOut, Use::kNew, kX);
 
 // Text that the compiler puts together.
@@ -26,40 +27,47 @@ struct Text {
   }
 };
 
-// `Own` has what the operator has beside these overloads:
+template <int kCount>
+struct QuantRules {
+  OperandRule all[kCount];
+  int results;  // those that are returned
+};
+
+// The rules of an overload's tensors. `Own` has what the operator has beside these overloads:
 //
 //   kName, kDifferentiable   see OpInfo
-//   kTensors, kWeightDefault, kOptions   of the schema: the tensors up to the last, which is the weight or the gate's
-//                                        weight; the default of that, such as "=None"; the options
+//   kTensors, kWeightDefault, kOptions   of the schema: the tensors, the default of the last, such as "=None", and the
+//                                        options
 //   kInputs                  the rules of those tensors
-//   kOutputs                 of the results after q, the scales and y; the last is a rule without an operand
+//   kOutputs                 of the results after q, the scales and y; the last entry is none, because an array has at
+//                            least one
+template <class Own, bool kIsGiven, bool kReturnsY>
+constexpr auto quant_rules() {
+  constexpr int kInputs = sizeof Own::kInputs / sizeof Own::kInputs[0];
+  constexpr int kOutputs = sizeof Own::kOutputs / sizeof Own::kOutputs[0] - 1;
+  QuantRules<kInputs + 2 + 2 * !kIsGiven + kReturnsY + kOutputs> rules{};
+  OperandRule* end = rules.all;
+  for (const OperandRule& rule : Own::kInputs) *end++ = rule;
+  *end++ = kIsGiven ? kGivenScaleRule : kScaleBoundRule;
+  if (!kIsGiven) *end++ = kGlobalScaleRule;
+  *end++ = kQuantizedRule;
+  if (!kIsGiven) *end++ = kScalesRule;
+  if (kReturnsY) *end++ = kYRule;
+  for (int i = 0; i < kOutputs; ++i) *end++ = Own::kOutputs[i];
+  for (const OperandRule& rule : rules.all) rules.results += rule.use == Use::kNew;
+  return rules;
+}
+
 template <class Own, bool kIsGiven, bool kReturnsY>
 struct QuantOverload {
  private:
-  static constexpr int kInputs = sizeof Own::kInputs / sizeof Own::kInputs[0];
-  static constexpr int kOutputs = sizeof Own::kOutputs / sizeof Own::kOutputs[0] - 1;
-  struct Rules {
-    OperandRule all[kInputs + 2 + !kIsGiven + kReturnsY + kOutputs] = {};
-    int results = 0;
-
-    constexpr Rules() {
-      OperandRule* end = all;
-      for (const OperandRule& rule : Own::kInputs) *end++ = rule;
-      *end++ = kIsGiven ? kGivenScaleRule : kScaleBoundRule;
-      *end++ = kQuantizedRule;
-      if (!kIsGiven) *end++ = kScalesRule;
-      if (kReturnsY) *end++ = kYRule;
-      for (int i = 0; i < kOutputs; ++i) *end++ = Own::kOutputs[i];
-      for (const OperandRule& rule : all) results += rule.use == Use::kNew;
-    }
-  };
-  static constexpr Rules kRules{};
+  static constexpr auto kRules = quant_rules<Own, kIsGiven, kReturnsY>();
   static constexpr std::string_view kResults[] = {"Tensor", "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)",
                                                   "(Tensor, Tensor, Tensor, Tensor)"};
-  static constexpr Text kTorchName{Own::kName, kIsGiven && kReturnsY ? ".static_y"
-                                               : kIsGiven            ? ".static"
-                                               : kReturnsY           ? ".y"
-                                                                     : ""};
+  static constexpr Text kTorchName{Own::kName, kIsGiven&& kReturnsY ? ".static_y"
+                                               : kIsGiven           ? ".static"
+                                               : kReturnsY          ? ".y"
+                                                                    : ""};
   static constexpr Text kSchema{
       "(",
       Own::kTensors,
@@ -69,7 +77,9 @@ struct QuantOverload {
       ", *, ScalarType? dtype=None",
       kIsGiven ? "" : ", int? scale_group_size=None, Tensor? scale_ub=None",
       ", bool round_first=False",
-      kIsGiven ? "" : ", bool scale_ue8m0=False, bool column_major_scale=False",
+      kIsGiven ? ""
+               : ", bool scale_ue8m0=False, bool column_major_scale=False, ScalarType? scale_dtype=None, "
+                 "Tensor? global_scale=None",
       ") -> ",
       kResults[kRules.results - 1]};
 

@@ -27,6 +27,7 @@ struct OptionField {
   int64_t Options::* count = nullptr;      // the value may be None, which leaves the default
   Sections Options::* sections = nullptr;  // likewise
   DType Options::* dtype = nullptr;        // likewise
+  const char* Options::* dtype_name = nullptr;
 };
 constexpr OptionField kOptionFields[] = {
     {"float eps", &Options::eps},
@@ -39,11 +40,12 @@ constexpr OptionField kOptionFields[] = {
     {"bool interleaved", nullptr, &Options::interleaved},
     {"bool mrope_interleaved", nullptr, &Options::mrope_interleaved},
     {"int[]? mrope_section", nullptr, nullptr, nullptr, &Options::mrope_section},
-    {"ScalarType? dtype", nullptr, nullptr, nullptr, nullptr, &Options::dtype},
+    {"ScalarType? dtype", nullptr, nullptr, nullptr, nullptr, &Options::dtype, &Options::dtype_name},
     {"int? scale_group_size", nullptr, nullptr, &Options::scale_group_size},
     {"bool round_first", nullptr, &Options::round_first},
     {"bool scale_ue8m0", nullptr, &Options::scale_ue8m0},
     {"bool column_major_scale", nullptr, &Options::column_major_scale},
+    {"ScalarType? scale_dtype", nullptr, nullptr, nullptr, nullptr, &Options::scale_dtype, &Options::scale_dtype_name},
 };
 
 // The arguments of an operator in order, read from a schema such as "(Tensor x, float eps=1e-6, *, Tensor(a!) out) ->
@@ -95,9 +97,9 @@ inline void set_sections(Sections* sections, const std::optional<std::vector<int
   for (size_t i = 0; i < sizes->size() && i < Sections::kAxes; ++i) sections->sizes[i] = (*sizes)[i];
 }
 
-inline void set_dtype(Options* options, const std::optional<int64_t>& dtype) {
-  if (dtype) options->dtype = to_dtype(static_cast<int32_t>(*dtype));
-  options->dtype_name = dtype_name(dtype ? static_cast<int32_t>(*dtype) : to_scalar_type(options->dtype));
+inline void set_dtype(Options* options, const OptionField& field, const std::optional<int64_t>& dtype) {
+  if (dtype) options->*field.dtype = to_dtype(static_cast<int32_t>(*dtype));
+  options->*field.dtype_name = dtype_name(dtype ? static_cast<int32_t>(*dtype) : to_scalar_type(options->*field.dtype));
 }
 
 inline void set_option(Options* options, const OptionField& field, StableIValue value) {
@@ -108,7 +110,7 @@ inline void set_option(Options* options, const OptionField& field, StableIValue 
   else if (field.sections)
     set_sections(&(options->*field.sections), argument<std::optional<std::vector<int64_t>>>(value));
   else if (field.dtype)
-    set_dtype(options, argument<std::optional<int64_t>>(value));
+    set_dtype(options, field, argument<std::optional<int64_t>>(value));
   else if (const auto count = argument<std::optional<int64_t>>(value))
     options->*field.count = *count;
 }

@@ -147,11 +147,13 @@ struct Shape {
     return *this;
   }
 
-  // A row-major tensor; or one whose last dimension is the outermost in memory and whose others are row-major.
-  Handle make(Device device, int32_t dtype, bool column_major = false) const {
+  // A row-major tensor; or one whose last dimension is the outermost in memory, with a stride that is a multiple of
+  // `alignment`, and whose others are row-major.
+  Handle make(Device device, int32_t dtype, bool column_major = false, int64_t alignment = 1) const {
     int64_t step = 1, strides[kMaxDims];
     for (int64_t i = 0; i < dims; ++i) {
       const int64_t d = column_major ? (2 * dims - 2 - i) % dims : dims - 1 - i;
+      if (column_major && i == dims - 1) step = (step + alignment - 1) / alignment * alignment;
       strides[d] = step;
       step *= sizes[d] > 1 ? sizes[d] : 1;
     }
@@ -177,16 +179,17 @@ inline int32_t dtype_of(const Handle& t) {
 inline Handle new_output(const OpInfo& op, const OperandRule& rule, const Options& options, const Handle& alike,
                          Device device) {
   Shape shape(op, alike);
-  if (rule.extent != Extent::kScales) {
-    const bool quantized = rule.dtypes == DTypes::kQuantized;
-    return shape.make(device, quantized ? to_scalar_type(options.dtype) : dtype_of(alike));
+  if (rule.extent != Extent::kScales && rule.extent != Extent::kCodes) return shape.make(device, dtype_of(alike));
+  int64_t none = 0, &last = shape.dims > 0 ? shape.sizes[shape.dims - 1] : none;
+  if (rule.extent == Extent::kCodes) {
+    if (is_packed(options.dtype)) last /= 2;
+    return shape.make(device, to_scalar_type(options.dtype));
   }
-  if (shape.dims > 0) {
-    int64_t& last = shape.sizes[shape.dims - 1];
-    const int64_t size = options.scale_group_size;
-    last = size > 0 && size <= last ? last / size : 1;
-  }
-  return shape.make(device, to_scalar_type(DType::kFloat32), options.column_major_scale);
+  const int64_t size = options.scale_group_size;
+  last = size > 0 && size <= last ? last / size : 1;
+  const bool packed = options.scale_dtype == DType::kInt32;
+  if (packed) last = (last + 3) / 4;
+  return shape.make(device, to_scalar_type(options.scale_dtype), packed || options.column_major_scale, packed ? 4 : 1);
 }
 
 // An AtenTensorHandle points to an at::Tensor, which is one pointer to its TensorImpl.

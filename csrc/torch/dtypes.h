@@ -53,6 +53,8 @@ inline DType to_dtype(int32_t dtype) {
     case ScalarType::Float8_e4m3fn: return DType::kFloat8E4M3FN;
     case ScalarType::Float8_e4m3fnuz: return DType::kFloat8E4M3FNUZ;
     case ScalarType::Float8_e5m2: return DType::kFloat8E5M2;
+    case ScalarType::Float4_e2m1fn_x2: return DType::kFloat4E2M1FNx2;
+    case ScalarType::Float8_e8m0fnu: return DType::kFloat8E8M0FNU;
     default: return DType::kOther;
   }
 }
@@ -65,6 +67,9 @@ inline int32_t to_scalar_type(DType dtype) {
     case DType::kFloat8E4M3FN: return static_cast<int32_t>(ScalarType::Float8_e4m3fn);
     case DType::kFloat8E4M3FNUZ: return static_cast<int32_t>(ScalarType::Float8_e4m3fnuz);
     case DType::kFloat8E5M2: return static_cast<int32_t>(ScalarType::Float8_e5m2);
+    case DType::kFloat4E2M1FNx2: return static_cast<int32_t>(ScalarType::Float4_e2m1fn_x2);
+    case DType::kFloat8E8M0FNU: return static_cast<int32_t>(ScalarType::Float8_e8m0fnu);
+    case DType::kInt32: return static_cast<int32_t>(ScalarType::Int);
     default: return static_cast<int32_t>(ScalarType::Float);
   }
 }

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from . import __version__, _checkup, _load, _speed, libraries
-from ._checks import DTYPES, dtype_name
+from ._checks import DTYPES
+from ._checks_shared import dtype_name
 from ._screen import Parser, Screen, end_cleanly
 
 SECONDS = 50

@@ -82,6 +82,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "group_size": ((Integral, torch.SymInt, type(None)), "an integer or None"),
     "scale_group_size": ((Integral, torch.SymInt, type(None)), "an integer or None"),
     "dtype": ((torch.dtype, type(None)), "a torch.dtype or None"),
+    "scale_dtype": ((torch.dtype, type(None)), "a torch.dtype or None"),
     "mrope_section": ((list, tuple, type(None)), "a list of three integers or None"),
     **{name: ((bool, torch.SymBool), "a bool") for name in _FLAGS},
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._checks_heads import check_angle, check_angles, check_heads, check_positions, check_table, check_x_of_heads
+from ._checks_quantized import check_one, check_quantization
+from ._checks_shared import Arguments, Check, Checked, check_group, check_rows, dtype_name, require
+from ._overlap import overlap, overlaps_itself, same_memory
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
-QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8)
 # Each message, in C++ too, which says that a tensor must not be written contains one of these.
 UNWRITABLE = ("overlap", "inference tensor", "negated lazily", "got a DTensor")
 
@@ -65,19 +69,16 @@ OPTIONAL_LIKE_RESIDUAL = Rule(Extent.LIKE_X, DTypes.LIKE_RESIDUAL, optional=True
 WEIGHT = Rule(Extent.HIDDEN, DTypes.WEIGHT)
 OPTIONAL_WEIGHT = WEIGHT._replace(optional=True)
 LIKE_WEIGHT = Rule(Extent.HIDDEN, DTypes.LIKE_WEIGHT)
-
-
+OPTIONAL_LIKE_WEIGHT = LIKE_WEIGHT._replace(optional=True)
 Q = Rule(Extent.ROWS_OF_HEADS, DTypes.FLOAT)
 K = Rule(Extent.HEADS, DTypes.LIKE_X)
 COPIED = K._replace(optional=True)
-OPTIONAL_LIKE_WEIGHT = LIKE_WEIGHT._replace(optional=True)
 COS = Rule(Extent.ANGLES, DTypes.X_OR_FLOAT32, optional=True)
 SIN = Rule(Extent.ANGLES, DTypes.LIKE_COS, optional=True)
 COS_SIN_CACHE = Rule(Extent.TABLE, DTypes.X_OR_FLOAT32, optional=True)
 POSITIONS = Rule(Extent.POSITIONS, DTypes.INTEGER, optional=True)
 ONE = Rule(Extent.ONE, DTypes.FLOAT32)
 OPTIONAL_ONE = ONE._replace(optional=True)
-MAX_HEAD_DIM = 512
 # The extents of tensors with rows that are normalised.
 WITH_ROWS = (Extent.ROWS, Extent.LIKE_X, Extent.ROWS_OF_HEADS, Extent.HEADS)
 
@@ -93,10 +94,6 @@ class Described(Protocol):
     def written(self) -> tuple[str, ...]: ...
     @property
     def call_instead(self) -> str: ...
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def layout_name(t: Tensor) -> str:
@@ -128,13 +125,13 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
     x = tensors[call.x_name]
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
-            _require(False, f"{label}: {name} must be a tensor, got {t!r}")
+            require(False, f"{label}: {name} must be a tensor, got {t!r}")
     for name, t in tensors.items():
         dense = t.layout == torch.strided and not t.is_quantized and not t.is_nested
-        _require(dense, f"{label}: {name} must be a dense tensor, got {layout_name(t)}")
+        require(dense, f"{label}: {name} must be a dense tensor, got {layout_name(t)}")
     for name, t in tensors.items():
         on_device = f"{name} must be on {call.x_name}'s device {x.device}"
-        _require(t.device == x.device, f"{label}: {on_device}, got {t.device}")
+        require(t.device == x.device, f"{label}: {on_device}, got {t.device}")
     if not transformed:
         check_derivatives(op, tensors)
     for name, t in tensors.items():
@@ -142,7 +139,7 @@ def check_arguments(op: Described, arguments: Mapping[str, Any], transformed: bo
         _CHECKS[op.rules[name].extent](call, name, t, not transformed, check_dtype, arguments)
     _check_options(call, arguments)
     if "positions" in op.rules:
-        _check_angles(call, arguments)
+        check_angles(call, arguments)
 
 
 def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
@@ -160,80 +157,22 @@ def check_memory(op: Described, arguments: Mapping[str, Any]) -> None:
     outputs = {"x" if in_place and name == "out" else name: rows[name] for name in op.written}
     for (a, ta), (b, tb) in itertools.combinations(outputs.items(), 2):
         both = f"{label}: {b} must not overlap {a}, which is also written, got overlapping memory"
-        _require(not overlap(ta, tb), both)
+        require(not overlap(ta, tb), both)
     for name, t in outputs.items():
         written = f"{label}: {name} is written and must not overlap"
-        _require(not overlaps_itself(t), f"{written} itself, got a tensor with shared elements")
+        require(not overlaps_itself(t), f"{written} itself, got a tensor with shared elements")
         for other_name, other in shared.items():
-            _require(not overlap(t, other), f"{written} {other_name}, got overlapping memory")
+            require(not overlap(t, other), f"{written} {other_name}, got overlapping memory")
         for other_name, other in inputs.items():
             apart = same_memory(t, other) or not overlap(t, other)
             either = f"{other_name}'s memory exactly or not overlap it"
-            _require(apart, f"{label}: {name} must be {either}, got a partial overlap")
-
-
-class Checked(NamedTuple):
-    """A call that is being checked: its tensors by name, and the names of the first two, x and the weight."""
-
-    label: str
-    x_name: str
-    weight_name: str
-    tensors: Mapping[str, Any]
-
-    @property
-    def x(self) -> Tensor:
-        x: Tensor = self.tensors[self.x_name]
-        return x
-
-    def leading(self) -> torch.Size:
-        """The leading dimensions of x, without the heads."""
-        return self.x.shape[:-2]
+            require(apart, f"{label}: {name} must be {either}, got a partial overlap")
 
 
 def _tensors(op: Described, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of the call by name, in the order of the rules, without optional ones that are left out."""
     named = ((name, arguments[name], rule.optional) for name, rule in op.rules.items())
     return {name: t for name, t, optional in named if not (optional and t is None)}
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    strides = [(sa, sb) for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=False) if n != 1]
-    same = a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape
-    return same and all(sa == sb for sa, sb in strides)
-
-
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether some byte belongs to both tensors, exactly, for any strides."""
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    if a_end <= b_begin or b_end <= a_begin:
-        return False
-    a_starts, b_starts = _row_starts(a), _row_starts(b)
-    # A row of b overlaps a row of a if it begins before that row's end, but after (that row's beginning - the length of
-    # a row of b).
-    first = torch.searchsorted(b_starts, a_starts - _row_bytes(b), right=True)
-    return bool((first < torch.searchsorted(b_starts, a_starts + _row_bytes(a))).any())
-
-
-def overlaps_itself(a: Tensor) -> bool:
-    """Whether two elements share a byte."""
-    return bool((_row_starts(a).diff() < _row_bytes(a)).any())
-
-
-def _row_bytes(a: Tensor) -> int:
-    return (a.shape[-1] if a.dim() else 1) * a.element_size()
-
-
-def _extent(a: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True))
-    return a.data_ptr(), a.data_ptr() + (last + 1) * a.element_size()
-
-
-def _row_starts(a: Tensor) -> Tensor:
-    """The address of every row's first byte, sorted."""
-    starts = torch.tensor([a.data_ptr()], device="cpu")
-    for n, stride in zip(a.shape[:-1], a.stride()[:-1], strict=True):
-        starts = (starts[:, None] + torch.arange(n, device="cpu") * (stride * a.element_size())).flatten()
-    return starts.sort().values
 
 
 def check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
@@ -243,10 +182,10 @@ def check_derivatives(op: Described, tensors: Mapping[str, Tensor]) -> None:
     for name, t in tensors.items():
         rule = "must not require grad while grad mode is enabled, got requires_grad=True"
         advice = f"this operator records no gradient: {call}, or use torch.no_grad()"
-        _require(not (recording and t.requires_grad), f"{op.label}: {name} {rule}; {advice}")
+        require(not (recording and t.requires_grad), f"{op.label}: {name} {rule}; {advice}")
         rule = "must not have a tangent, got a dual tensor"
         advice = f"this operator records no derivative: {call}"
-        _require(not has_tangent(t), f"{op.label}: {name} {rule}; {advice}")
+        require(not has_tangent(t), f"{op.label}: {name} {rule}; {advice}")
 
 
 def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
@@ -254,54 +193,16 @@ def _check_options(call: Checked, arguments: Mapping[str, Any]) -> None:
     eps, weight = arguments["eps"], arguments[name]
     in_range = 0 <= eps <= torch.finfo(torch.float32).max  # False for NaN
     if not in_range:  # a branch, so that the message is made only here: Dynamo cannot print a dynamic number
-        _require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps:g}")
+        require(False, f"{op}: eps must be finite in float32 and at least 0, got {eps:g}")
     gemma, each_step = arguments.get("gemma", False), arguments.get("round_each_step", False)
-    _require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
-    _require(not (gemma and each_step), f"{op}: round_each_step must be False with gemma=True, got True")
+    require(not (gemma and weight is None), f"{op}: gemma must be False without a weight, got True")
+    require(not (gemma and each_step), f"{op}: round_each_step must be False with gemma=True, got True")
     if each_step and weight is not None:
         rule = f"must have {call.x_name}'s dtype {dtype_name(x.dtype)} with round_each_step=True"
-        _require(weight.dtype == x.dtype, f"{op}: {name} {rule}, got {dtype_name(weight.dtype)}")
-    _check_group(call, "group_size", arguments)
+        require(weight.dtype == x.dtype, f"{op}: {name} {rule}, got {dtype_name(weight.dtype)}")
+    check_group(call, "group_size", arguments)
     if "dtype" in arguments:
-        dtype = arguments["dtype"]
-        rule = "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8"
-        _require(dtype is None or dtype in QUANTIZED_DTYPES, f"{op}: {rule}, got {dtype and dtype_name(dtype)}")
-        _check_group(call, "scale_group_size", arguments)
-        norm, size = arguments.get("group_size"), arguments.get("scale_group_size")
-        if norm is not None and norm < x.shape[-1] and "scale" not in arguments:
-            divides = size is not None and norm % size == 0
-            _require(divides, f"{op}: scale_group_size must divide group_size {norm}, got {size}")
-
-
-def _check_group(call: Checked, name: str, arguments: Mapping[str, Any]) -> None:
-    size, hidden = arguments.get(name), call.x.shape[-1]
-    if size is not None:
-        divides = size > 0 and hidden % size == 0
-        _require(divides, f"{call.label}: {name} must divide {call.x_name}'s last dimension {hidden}, got {size}")
-
-
-def _check_angles(call: Checked, arguments: Mapping[str, Any]) -> None:
-    """The checks of an operator with a rotation: which tensors it has, and its options."""
-    op, given = call.label, call.tensors
-    has_weights = ("q_weight" in given) == ("k_weight" in given)
-    _require(has_weights, f"{op}: q_weight and k_weight must both be given or both be None, got one of them")
-    has_angles = "cos" in given and "sin" in given and not ("cos_sin_cache" in given or "positions" in given)
-    has_cache = "cos_sin_cache" in given and "positions" in given and not ("cos" in given or "sin" in given)
-    names = [name for name in ("cos", "sin", "cos_sin_cache", "positions") if name in given]
-    either = "either cos and sin or cos_sin_cache and positions must be given"
-    _require(has_angles or has_cache, f"{op}: {either}, got {' and '.join(names) or 'none'}")
-    each_step, rotation = arguments["round_each_step"], arguments["round_rotation"]
-    _require(rotation or not each_step, f"{op}: round_rotation must be True with round_each_step=True, got False")
-    sections = arguments["mrope_section"]
-    if sections is None:
-        alone = f"{op}: mrope_interleaved must be False without mrope_section, got True"
-        _require(not arguments["mrope_interleaved"], alone)
-        return
-    _require(has_cache, f"{op}: mrope_section must be None without positions, got {list(sections)}")
-    pairs = given["cos_sin_cache"].shape[-1] // 2
-    fits = len(sections) == 3 and all(size >= 0 for size in sections) and sum(sections) == pairs
-    rule = f"must be three sizes that add up to half of cos_sin_cache's last dimension, {pairs}"
-    _require(fits, f"{op}: mrope_section {rule}, got {list(sections)}")
+        check_quantization(call, arguments)
 
 
 def _check_dtype(call: Checked, name: str, t: Tensor, dtypes: DTypes) -> None:
@@ -310,48 +211,31 @@ def _check_dtype(call: Checked, name: str, t: Tensor, dtypes: DTypes) -> None:
     if dtypes is DTypes.X_OR_NARROWER:
         dtypes = DTypes.FLOAT if x.dtype == torch.float32 else DTypes.LIKE_X
     if dtypes is DTypes.FLOAT or (dtypes is DTypes.WEIGHT and x.dtype == torch.float32):
-        _require(t.dtype in DTYPES, f"{op}: {name} must have dtype float32, float16 or bfloat16, got {got}")
+        require(t.dtype in DTYPES, f"{op}: {name} must have dtype float32, float16 or bfloat16, got {got}")
     elif dtypes is DTypes.INTEGER:
-        _require(t.dtype in INTEGERS, f"{op}: {name} must have dtype int32 or int64, got {got}")
+        require(t.dtype in INTEGERS, f"{op}: {name} must have dtype int32 or int64, got {got}")
     elif dtypes is DTypes.FLOAT32:
-        _require(t.dtype == torch.float32, f"{op}: {name} must have dtype float32, got {got}")
+        require(t.dtype == torch.float32, f"{op}: {name} must have dtype float32, got {got}")
     elif dtypes is DTypes.LIKE_X:
-        _require(t.dtype == x.dtype, f"{op}: {name} must have {call.x_name}'s dtype {own}, got {got}")
+        require(t.dtype == x.dtype, f"{op}: {name} must have {call.x_name}'s dtype {own}, got {got}")
     elif dtypes in _LIKE:
         other = call.weight_name if dtypes is DTypes.LIKE_WEIGHT else _LIKE[dtypes]
         if other in call.tensors:  # otherwise the call is refused because `other` is missing
             want = call.tensors[other].dtype
-            _require(t.dtype == want, f"{op}: {name} must have {other}'s dtype {dtype_name(want)}, got {got}")
+            require(t.dtype == want, f"{op}: {name} must have {other}'s dtype {dtype_name(want)}, got {got}")
     else:
         legal = own if x.dtype == torch.float32 else f"{own} ({call.x_name}'s) or float32"
-        _require(t.dtype in (x.dtype, torch.float32), f"{op}: {name} must have dtype {legal}, got {got}")
-
-
-Check = Callable[[], None]
-Arguments = Mapping[str, Any]
+        require(t.dtype in (x.dtype, torch.float32), f"{op}: {name} must have dtype {legal}, got {got}")
 
 
 def _check_x(call: Checked, name: str, x: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
     op = call.label
     check_dtype()
-    _require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got shape []")
-    _require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
+    require(x.dim() >= 1, f"{op}: {name} must have at least one dimension, got shape []")
+    require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
     at_least_1 = f"{op}: {name} must have a last dimension of at least 1, got shape {list(x.shape)}"
-    _require(x.shape[-1] >= 1, at_least_1)
-    _check_rows(op, name, x, strides)
-
-
-def _check_x_of_heads(call: Checked, name: str, x: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    op = call.label
-    check_dtype()
-    heads = f"{op}: {name} must have at least two dimensions, heads and their elements, got shape {list(x.shape)}"
-    _require(x.dim() >= 2, heads)
-    _require(x.dim() <= 64, f"{op}: {name} must have at most 64 dimensions, got {x.dim()}")
-    size = f"{op}: {name} must have a last dimension of 1 to {MAX_HEAD_DIM}, got shape {list(x.shape)}"
-    _require(x.shape[-1] >= 1, size)
-    _require(x.shape[-1] <= MAX_HEAD_DIM, size)
-    _require(x.shape[-2] >= 1, f"{op}: {name} must have at least one head, got shape {list(x.shape)}")
-    _check_rows(op, name, x, strides)
+    require(x.shape[-1] >= 1, at_least_1)
+    check_rows(op, name, x, strides)
 
 
 def _check_like_x(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
@@ -360,97 +244,30 @@ def _check_like_x(call: Checked, name: str, t: Tensor, strides: bool, check_dtyp
     for same in (t.dim() == x.dim(), *(n == m for n, m in zip(t.shape, x.shape, strict=False))):
         # One f-string: Dynamo puts quotes around the text of one within another, if that has symbolic sizes.
         text = f"{call.label}: {name} must have {call.x_name}'s shape {list(x.shape)}, got {list(t.shape)}"
-        _require(same, text)
-    _check_rows(call.label, name, t, strides)
-
-
-def _check_heads(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    x = call.x
-    same_dimensions = ((*t.shape[:-2], *t.shape[-1:]), (*x.shape[:-2], *x.shape[-1:]))
-    for same in (t.dim() == x.dim(), *(n == m for n, m in zip(*same_dimensions, strict=False))):
-        but = f"{call.x_name}'s shape {list(x.shape)}, but for the number of heads, got {list(t.shape)}"
-        _require(same, f"{call.label}: {name} must have " + but)
-    _require(t.shape[-2] >= 1, f"{call.label}: {name} must have at least one head, got shape {list(t.shape)}")
-    _check_rows(call.label, name, t, strides)
+        require(same, text)
+    check_rows(call.label, name, t, strides)
 
 
 def _check_hidden(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
     op, hidden = call.label, call.x.shape[-1]
     for same in (t.dim() == 1, *(n == hidden for n in t.shape)):
-        _require(same, f"{op}: {name} must have shape [{hidden}], got {list(t.shape)}")
+        require(same, f"{op}: {name} must have shape [{hidden}], got {list(t.shape)}")
     check_dtype()
     if strides:
         contiguous = t.stride(0) == 1 or hidden == 1
-        _require(contiguous, f"{op}: {name} must be contiguous (stride 1), got stride {t.stride(0)}")
-
-
-def _check_rotary(call: Checked, name: str, t: Tensor, strides: bool) -> None:
-    hidden = call.x.shape[-1]
-    rule = f"must have a last dimension that is even and from 2 to {call.x_name}'s {hidden}"
-    for fits in (t.shape[-1] % 2 == 0, t.shape[-1] >= 2, t.shape[-1] <= hidden):
-        _require(fits, f"{call.label}: {name} {rule}, got shape {list(t.shape)}")
-    _check_rows(call.label, name, t, strides)
-
-
-def _check_angle(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    leading = call.leading()
-    shape = f"shape {[*leading, 'rotary']}".replace("'", "")
-    for same in (t.dim() == len(leading) + 1, *(n == m for n, m in zip(t.shape, leading, strict=False))):
-        _require(same, f"{call.label}: {name} must have {shape}, got {list(t.shape)}")
-    if name == "sin" and "cos" in call.tensors:
-        cos = call.tensors["cos"].shape
-        _require(t.shape[-1] == cos[-1], f"{call.label}: {name} must have cos's shape {list(cos)}, got {list(t.shape)}")
-    _check_rotary(call, name, t, strides)
-
-
-def _check_table(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    _require(t.dim() == 2, f"{call.label}: {name} must have shape [positions, rotary], got {list(t.shape)}")
-    _require(t.shape[0] >= 1, f"{call.label}: {name} must have at least one row, got shape {list(t.shape)}")
-    _check_rotary(call, name, t, strides)
-
-
-def _check_positions(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, given: Arguments) -> None:
-    check_dtype()
-    want = [*([] if given["mrope_section"] is None else [3]), *call.leading()]
-    for same in (t.dim() == len(want), *(n == m for n, m in zip(t.shape, want, strict=False))):
-        _require(same, f"{call.label}: {name} must have shape {want}, got {list(t.shape)}")
-    if t.dim() > 0:
-        _check_rows(call.label, name, t, strides)
-
-
-def _check_one(call: Checked, name: str, t: Tensor, strides: bool, check_dtype: Check, _: Arguments) -> None:
-    check_dtype()
-    _require(t.numel() == 1, f"{call.label}: {name} must have one element, got shape {list(t.shape)}")
-
-
-def _check_rows(op: str, name: str, t: Tensor, strides: bool) -> None:
-    if strides:
-        contiguous = t.stride(-1) == 1 or t.shape[-1] == 1
-        rule = "must have a contiguous last dimension (stride 1)"
-        _require(contiguous, f"{op}: {name} {rule}, got stride {t.stride(-1)}")
+        require(contiguous, f"{op}: {name} must be contiguous (stride 1), got stride {t.stride(0)}")
 
 
 _CHECKS = {
     Extent.ROWS: _check_x,
     Extent.LIKE_X: _check_like_x,
     Extent.HIDDEN: _check_hidden,
-    Extent.ROWS_OF_HEADS: _check_x_of_heads,
-    Extent.HEADS: _check_heads,
-    Extent.ANGLES: _check_angle,
-    Extent.TABLE: _check_table,
-    Extent.POSITIONS: _check_positions,
-    Extent.ONE: _check_one,
+    Extent.ROWS_OF_HEADS: check_x_of_heads,
+    Extent.HEADS: check_heads,
+    Extent.ANGLES: check_angle,
+    Extent.TABLE: check_table,
+    Extent.POSITIONS: check_positions,
+    Extent.ONE: check_one,
 }
 # The tensor whose dtype another must have.
 _LIKE = {DTypes.LIKE_RESIDUAL: "residual", DTypes.LIKE_WEIGHT: "weight", DTypes.LIKE_COS: "cos"}
-
-
-def _require(condition: bool | torch.SymBool, message: str) -> None:
-    if not torch.compiler.is_dynamo_compiling():
-        check: Any = torch._check  # not typed
-        check(condition, lambda: message)
-    elif not condition:  # Dynamo cannot trace torch._check if its message refers to a variable
-        raise RuntimeError(message)

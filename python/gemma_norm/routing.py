@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from ._checks import DTYPES, check_arguments, check_memory, dtype_name, overlap
+from ._checks import DTYPES, check_arguments, check_memory
+from ._checks_shared import dtype_name
+from ._overlap import overlap
 from ._registry import OPERATORS
 
 PROVIDERS = ("auto", "native", "aiter", "vllm", "torch")

@@ -28,6 +28,15 @@ class Code:
         found = [match.start() for match in re.finditer(f"^(?:{pattern})", self.code, re.M)]
         return self.code[: found[-1] if found else None].splitlines()
 
+    def calls(self) -> object:
+        """What of it says that it calls a function; false if it calls none."""
+        return self.numbers.get("uses_dynamic_stack") or self.all(r"s_swappc|s_call|.*@(gotpcrel|rel)32")
+
+    def spills(self) -> list[str]:
+        """What of it says that vector registers are kept in memory."""
+        memory = [n for n in ("private_segment_fixed_size", "vgpr_spill_count") if self.numbers.get(n)]
+        return memory or self.all("scratch_")
+
 
 @dataclass(frozen=True)
 class BackwardKernel(BackwardName, Code):

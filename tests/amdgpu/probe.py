@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Sequence
 
 import hipemu
 import numpy as np
 
 ROWS = 8
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int32": 4, "int8": 6, "float8_e4m3fn": 7, "float8_e4m3fnuz": 8,
+          "float8_e5m2": 9, "float4_e2m1fn_x2": 10, "float8_e8m0fnu": 11}  # gemma_norm::DType  # fmt: skip
 CALLS = [("bfloat16", hidden, add) for hidden in (256, 2048, 4096, 8192, 16384) for add in (False, True)]
 CALLS += [("float16", 4096, False), ("float32", 4096, False)]
 
@@ -23,17 +25,23 @@ class Tensor(ctypes.Structure):
                 ("dims", ctypes.c_int32), ("dtype", ctypes.c_int32), ("dtype_name", ctypes.c_char_p)]  # fmt: skip
 
     @classmethod
-    def of(cls, array: np.ndarray, dtype: str) -> Tensor:
-        sizes = (ctypes.c_int64 * array.ndim)(*array.shape)
-        strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
-        address = ctypes.addressof
-        result = cls(array.ctypes.data, address(sizes), address(strides), array.ndim, DTYPES[dtype], dtype.encode())
-        result.alive = (array, sizes, strides)
+    def at(cls, address: int, shape: Sequence[int], strides: Sequence[int], dtype: str, owner: object) -> Tensor:
+        """A view of the memory that `owner` has at the address."""
+        sizes, strides = (ctypes.c_int64 * len(shape))(*shape), (ctypes.c_int64 * len(shape))(*strides)
+        of = ctypes.addressof
+        result = cls(address, of(sizes), of(strides), len(shape), DTYPES[dtype], dtype.encode())
+        result.alive = (owner, sizes, strides)
         return result
+
+    @classmethod
+    def of(cls, array: np.ndarray, dtype: str) -> Tensor:
+        strides = [stride // array.itemsize for stride in array.strides]
+        return cls.at(array.ctypes.data, array.shape, strides, dtype, array)
 
 
 OPERANDS = ["x", "weight", "residual", "post", "gate", "post_weight", "k", "k_weight"]  # gemma_norm::Operand
-OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "scale", "out", "residual_out", "k_out", "scale_out"]
+OPERANDS += ["cos", "sin", "cos_sin_cache", "positions", "scale", "global_scale"]
+OPERANDS += ["out", "residual_out", "k_out", "scale_out", "y"]
 OPERANDS += ["dout", "dsum", "dx", "dgate", "dweight"]
 
 
@@ -48,7 +56,8 @@ class Options(ctypes.Structure):
                 ("mrope_interleaved", ctypes.c_bool), ("mrope_section", Sections),
                 ("dtype", ctypes.c_int32), ("dtype_name", ctypes.c_char_p), ("scale_group_size", ctypes.c_int64),
                 ("round_first", ctypes.c_bool), ("scale_ue8m0", ctypes.c_bool),
-                ("column_major_scale", ctypes.c_bool)]  # fmt: skip
+                ("column_major_scale", ctypes.c_bool),
+                ("scale_dtype", ctypes.c_int32), ("scale_dtype_name", ctypes.c_char_p)]  # fmt: skip
 
 
 WHOLE_ROW = 2**63 - 1
@@ -68,9 +77,12 @@ def aligned(shape: tuple[int, ...], dtype: str) -> Tensor:
     return Tensor.of(array, dtype)
 
 
-def launch(hip: ctypes.CDLL, op: bytes, eps: float = 1e-6, **tensors: Tensor) -> dict:
+def options(**more: object) -> Options:
+    return Options(**{"eps": 1e-6, "gemma": True, "norm_before_gate": True, "group_size": WHOLE_ROW, **more})
+
+
+def launch(hip: ctypes.CDLL, op: bytes, options: Options, **tensors: Tensor) -> dict:
     hip.gemma_norm_op.restype = ctypes.c_void_p
-    options = Options(eps=eps, gemma=True, norm_before_gate=True, group_size=WHOLE_ROW)
     call = Call(op=hip.gemma_norm_op(op), options=options)
     for name, tensor in tensors.items():
         call.tensors[OPERANDS.index(name)] = ctypes.pointer(tensor)
@@ -84,7 +96,7 @@ def count(hip: ctypes.CDLL, dtype: str, hidden: int, add: bool) -> dict:
     """How many instructions a row takes, by kind."""
     names = ["x", "out", "residual", "residual_out"] if add else ["x", "out"]
     tensors = {name: aligned((ROWS, hidden), dtype) for name in names} | {"weight": aligned((hidden,), dtype)}
-    done = launch(hip, b"add_rms_norm" if add else b"rms_norm", **tensors)
+    done = launch(hip, b"add_rms_norm" if add else b"rms_norm", options(), **tensors)
     per_row = {kind: number / ROWS for kind, number in sorted(done["instructions"].items())}
     return dict(dtype=dtype, hidden=hidden, add=add, block=done["block"][0], per_row=per_row)
 
@@ -98,7 +110,7 @@ def keeps_every_nan(hip: ctypes.CDLL) -> bool:
     weight.alive[0][:] = [
         sign | nan for nan in (0x7FFFFFFF, 0x7FFF8000, 0x7F800001, 0x7FC00000) for sign in (0, 1 << 31)
     ]
-    launch(hip, b"rms_norm", x=x, weight=weight, out=out)
+    launch(hip, b"rms_norm", options(), x=x, weight=weight, out=out)
     return bool((out.alive[0] & 0x7FFF > 0x7F80).all())
 
 
@@ -109,7 +121,7 @@ def rounds_tiny_roots(hip: ctypes.CDLL) -> bool:
     x, weight, out = (aligned(s, "float32") for s in [(256, 4), (4,), (256, 4)])
     values = x.alive[0].view(np.float32)
     values[:] = np.ldexp(2 * np.random.default_rng(0).integers(1, 16, values.shape), -70)
-    launch(hip, b"rms_norm", eps=0, x=x, weight=weight, out=out)
+    launch(hip, b"rms_norm", options(eps=0), x=x, weight=weight, out=out)
     mean = np.square(values, dtype=np.float64).mean(-1, keepdims=True).astype(np.float32)
     return bool((out.alive[0].view(np.float32) == values * (np.float32(1) / np.sqrt(mean))).all())
 

@@ -15,37 +15,20 @@ import sys
 import hipemu
 import numpy as np
 import torch
-from probe import DTYPES, OPERANDS, WHOLE_ROW, Call, Options, Tensor
+from probe import DTYPES, WHOLE_ROW, Tensor, launch, options
 
 from gemma_norm import reference
 
-FORMATS = {"int8": 6, "float8_e4m3fn": 7, "float8_e4m3fnuz": 8, "float8_e5m2": 9}  # gemma_norm::DType
+FORMATS_OF_8_BITS = ("int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2")
+# A scheme and the dtype of its scales, where that is not float32.
+SCALE_DTYPES = {"exponents": "float8_e8m0fnu", "four exponents": "int32", "float8 scales": "float8_e4m3fn"}
 # hidden, and the groups: on lanes, that meet in shared memory, and of an odd size
 SHAPES = {512: (128, 4), 1152: (128,), 5376: (64, 128), 999: (3,), 20000: (32,)}
 ROWS = 2
 
 
 def tensor(t: torch.Tensor, dtype: str) -> Tensor:
-    sizes, strides = (ctypes.c_int64 * t.dim())(*t.shape), (ctypes.c_int64 * t.dim())(*t.stride())
-    number = {**DTYPES, **FORMATS}[dtype]
-    address = ctypes.addressof
-    result = Tensor(t.data_ptr(), address(sizes), address(strides), t.dim(), number, dtype.encode())
-    result.alive = (t, sizes, strides)
-    return result
-
-
-def launch(hip: ctypes.CDLL, op: bytes, options: Options, **tensors: Tensor) -> None:
-    hip.gemma_norm_op.restype = ctypes.c_void_p
-    call = Call(op=hip.gemma_norm_op(op), options=options)
-    for name, t in tensors.items():
-        call.tensors[OPERANDS.index(name)] = ctypes.pointer(t)
-    message = ctypes.create_string_buffer(512)
-    if hip.gemma_norm_hip(ctypes.byref(call), None, message):
-        raise RuntimeError(message.value.decode())
-
-
-def options(**more: object) -> Options:
-    return Options(eps=1e-6, gemma=True, norm_before_gate=True, group_size=WHOLE_ROW, **more)
+    return Tensor.at(t.data_ptr(), t.shape, t.stride(), dtype, t)
 
 
 def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | None) -> str:
@@ -53,35 +36,66 @@ def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | 
     random = torch.Generator().manual_seed(hidden)
     x, weight = torch.randn(ROWS, hidden, generator=random), torch.randn(hidden, generator=random)
     x[1, 5] = torch.nan if scheme == "token" and hidden == 512 else 40.0
-    y, q = torch.empty_like(x), torch.zeros(ROWS, hidden, dtype=torch.uint8)
+    packed = format == "float4_e2m1fn_x2"
+    y, q = torch.empty_like(x), torch.zeros(ROWS, hidden // 2 if packed else hidden, dtype=torch.uint8)
     given = {"x": tensor(x, "float32"), "weight": tensor(weight, "float32")}
-    launch(hip, b"rms_norm", options(), **given, out=tensor(y, "float32"))
-    scale, scales = torch.tensor([0.01]), torch.zeros(hidden // (group or hidden), ROWS).t()
+    gated = scheme == "gated"  # in norms of the group
+    if gated:
+        given["gate"] = tensor(torch.randn(ROWS, hidden, generator=random), "float32")
+    norm = b"gated_rms_norm" if gated else b"rms_norm"
+    norms = {"group_size": group, "gemma": False} if gated else {}
+    launch(hip, norm, options(**norms), **given, out=tensor(y, "float32"))
+    scale_dtype = SCALE_DTYPES.get(scheme, "float32")
+    groups = hidden // (group or hidden)
+    columns = -(-groups // 4) if scale_dtype == "int32" else groups
+    scale = torch.tensor([0.01])
+    scales = torch.zeros(columns, ROWS, dtype=getattr(torch, scale_dtype)).t()
+    y_as_well = torch.empty_like(y)
     quantised = options(
-        dtype=FORMATS[format],
+        **norms,
+        scale_dtype=DTYPES[scale_dtype],
+        scale_dtype_name=scale_dtype.encode(),
+        dtype=DTYPES[format],
         dtype_name=format.encode(),
         scale_group_size=group or WHOLE_ROW,
         scale_ue8m0=scheme == "powers of two",
     )
     is_static = scheme == "given"
-    more = {"scale": tensor(scale, "float32")} if is_static else {"scale_out": tensor(scales, "float32")}
-    op = b"rms_norm_quant.static" if is_static else b"rms_norm_quant"
-    launch(hip, op, quantised, **given, out=tensor(q, format), **more)
+    more = {"scale": tensor(scale, "float32")} if is_static else {"scale_out": tensor(scales, scale_dtype)}
+    launch(hip, norm + b"_quant" + (b".static_y" if is_static else b".y"), quantised,
+           **given, out=tensor(q, format), y=tensor(y_as_well, "float32"), **more)  # fmt: skip
     dtype = getattr(torch, format)
-    want = reference.quantize(y, scale if is_static else None, dtype, group, scale_ue8m0=scheme == "powers of two")
-    codes = want[0].view(torch.uint8)
-    either_nan = want[0].float().isnan() & q.view(dtype).float().isnan()  # its sign is not specified
-    different = int(((codes != q) & ~either_nan).sum())
-    if not is_static and not np.array_equal(scales.numpy(), want[1].numpy(), equal_nan=True):
+    want = reference.quantize(
+        y,
+        scale if is_static else None,
+        dtype,
+        group,
+        scale_ue8m0=scheme == "powers of two",
+        scale_dtype=getattr(torch, scale_dtype),
+    )
+    different = want[0].view(torch.uint8) != q
+    if not packed:  # a NaN's sign is not specified
+        different &= ~(want[0].float().isnan() & q.view(dtype).float().isnan())
+    if not np.array_equal(y.numpy(), y_as_well.numpy(), equal_nan=True):
+        return "y differs"
+    if not is_static and not np.array_equal(numbers(scales), numbers(want[1]), equal_nan=True):
         return "the scales differ"
-    return f"{different} of {q.numel()} codes differ" if different else ""
+    return f"{int(different.sum())} of {q.numel()} codes differ" if different.any() else ""
+
+
+def numbers(scales: torch.Tensor) -> np.ndarray:
+    return (scales if scales.dtype is torch.int32 else scales.float()).numpy()
 
 
 if __name__ == "__main__":
     arch, library, code_object = sys.argv[1:]
     hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
-    calls = [(hidden, f, s, None) for hidden, f, s in itertools.product((512, 5376, 999), FORMATS, ("token", "given"))]
+    calls = [
+        (hidden, f, s, None)
+        for hidden, f, s in itertools.product((512, 5376, 999), FORMATS_OF_8_BITS, ("token", "given"))
+    ]
     calls += [(h, f, "groups", g) for f in ("float8_e4m3fn", "int8") for h, groups in SHAPES.items() for g in groups]
-    calls += [(5376, "float8_e5m2", "powers of two", 128)]
+    calls += [(5376, "float8_e5m2", "powers of two", 128), (512, "float8_e4m3fn", "gated", 128)]
+    calls += [(h, "float4_e2m1fn_x2", s, g) for h in (512, 5376) for s, g in itertools.product(SCALE_DTYPES, (16, 32))]
     found = {", ".join(map(str, c)): wrong(hip, *c) for c in calls}
     print(json.dumps({"calls": len(found), "wrong": {c: text for c, text in found.items() if text}}))

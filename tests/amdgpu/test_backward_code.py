@@ -101,11 +101,9 @@ def test_nothing_spills_or_is_called(backward_code: list[BackwardKernel], target
     """Scalar registers may spill to lanes of vector registers: this takes no memory, and happens once a row at most."""
 
     def wrong(k: BackwardKernel) -> object:
-        calls = k.numbers.get("uses_dynamic_stack") or k.all(r"s_swappc|s_call|.*@(gotpcrel|rel)32")
-        if calls or is_short_of_registers(k, target):
-            return calls
-        memory = [n for n in ("private_segment_fixed_size", "vgpr_spill_count") if k.numbers.get(n)]
-        return memory or k.all("scratch_|buffer_(load|store)")
+        if k.calls() or is_short_of_registers(k, target):
+            return k.calls()
+        return k.spills() or k.all("buffer_(load|store)")
 
     check(backward_code, wrong)
 

@@ -199,13 +199,10 @@ def test_arguments_arrive_together(code: list[Kernel]) -> None:
 
 
 def test_nothing_spills_or_is_called(code: list[Kernel], target: Target) -> None:
-    spills = ["private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"]
-
     def wrong(k: Kernel) -> object:
-        calls = k.numbers.get("uses_dynamic_stack") or k.all(r"s_swappc|s_call|.*@(gotpcrel|rel)32")
-        if calls or is_short_of_registers(k, target):
-            return calls
-        return [n for n in spills if k.numbers.get(n)] or k.all("scratch_")
+        if k.calls() or is_short_of_registers(k, target):
+            return k.calls()
+        return k.spills() or (k.numbers.get("sgpr_spill_count") and "scalar registers spill")
 
     check(code, wrong)
 

@@ -40,12 +40,7 @@ def test_memory_is_accessed_as_global_and_without_atomics(rope_code: list[RopeKe
 
 
 def test_nothing_spills_or_is_called(rope_code: list[RopeKernel]) -> None:
-    def wrong(k: RopeKernel) -> object:
-        calls = k.numbers.get("uses_dynamic_stack") or k.all(r"s_swappc|s_call|.*@(gotpcrel|rel)32")
-        memory = [n for n in ("private_segment_fixed_size", "vgpr_spill_count") if k.numbers.get(n)]
-        return calls or memory or k.all("scratch_")
-
-    check(rope_code, wrong)
+    check(rope_code, lambda k: k.calls() or k.spills())
 
 
 def test_enough_waves_fit(rope_code: list[RopeKernel], target: Target) -> None:

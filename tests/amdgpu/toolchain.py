@@ -217,6 +217,7 @@ def cases_library() -> Path:
         "gradient_reference",
         "runner",
         "rope_cases",
+        "rope_runner",
         "host_target",
     ]
     tests = [ROOT / f"tests/cpp/{part}.cpp" for part in parts] + sorted((ROOT / "tests/cpp").glob("emulated_*.cpp"))

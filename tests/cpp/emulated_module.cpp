@@ -23,7 +23,10 @@ DType dtype_of(const std::string& name) {
   static const std::map<std::string, DType> kQuantized = {{"int8", DType::kInt8},
                                                           {"float8_e4m3fn", DType::kFloat8E4M3FN},
                                                           {"float8_e4m3fnuz", DType::kFloat8E4M3FNUZ},
-                                                          {"float8_e5m2", DType::kFloat8E5M2}};
+                                                          {"float8_e5m2", DType::kFloat8E5M2},
+                                                          {"float4_e2m1fn_x2", DType::kFloat4E2M1FNx2},
+                                                          {"float8_e8m0fnu", DType::kFloat8E8M0FNU},
+                                                          {"int32", DType::kInt32}};
   const auto found = kQuantized.find(name);
   return found == kQuantized.end() ? DType::kOther : found->second;
 }
@@ -43,7 +46,7 @@ struct Memory {
 void run(const std::string& op, const std::map<std::string, Memory>& tensors, double eps, bool gemma,
          const EmulatedGpu& gpu, bool round_each_step, bool sigmoid, bool norm_before_gate,
          std::optional<int64_t> group_size, const std::string& dtype, std::optional<int64_t> scale_group_size,
-         bool round_first, bool scale_ue8m0) {
+         bool round_first, bool scale_ue8m0, const std::string& scale_dtype) {
   Options options;
   options.eps = eps;
   options.gemma = gemma;
@@ -56,6 +59,8 @@ void run(const std::string& op, const std::map<std::string, Memory>& tensors, do
   options.scale_group_size = scale_group_size.value_or(kWholeRow);
   options.round_first = round_first;
   options.scale_ue8m0 = scale_ue8m0;
+  options.scale_dtype = dtype_of(scale_dtype);
+  options.scale_dtype_name = scale_dtype.c_str();
   Call call{gemma_norm_op(op.c_str()), {}, options};
   Tensor views[kOperands];
   for (int o = 0; o < kOperands; ++o)
@@ -88,6 +93,7 @@ PYBIND11_MODULE(gemma_norm_emulated_module, m) {
         py::arg("round_each_step") = false, py::arg("sigmoid") = false, py::arg("norm_before_gate") = true,
         py::arg("group_size") = py::none(), py::arg("dtype") = "float8_e4m3fn",
         py::arg("scale_group_size") = py::none(), py::arg("round_first") = false, py::arg("scale_ue8m0") = false,
+        py::arg("scale_dtype") = "float32",
         "Runs an operator by its torch name on tensors by the names of its operands.");
   m.def("plan", &plan, py::arg("hidden"), py::arg("dtype"), py::arg("gpu"), py::arg("rows") = 1,
         "How a row of a plain norm of so many is laid over threads, in words.");

@@ -25,7 +25,7 @@ struct Place {
 struct TestCall {
   Place x{10000, {4, 8}, {8, 1}}, out{30000, {4, 8}, {8, 1}};
   std::optional<Place> weight = Place{20000, {8}, {1}}, residual, post, gate, post_weight, sum, dout, dsum, dx, dweight;
-  std::optional<Place> k, k_weight, cos, sin, cache, positions, scale, k_out, scales, gate_out;
+  std::optional<Place> k, k_weight, cos, sin, cache, positions, scale, k_out, scales, gate_out, global_scale, y;
   Options options;
   OpInfo op{"op", "op", "", "", RmsNorm::kRules};
 
@@ -75,7 +75,8 @@ struct TestCall {
 
   // In groups of 4 elements, whose scales are column-major.
   TestCall& quantised() {
-    op = OpInfo("op", "op", "", "", RmsNormQuant::kRules);
+    op = RmsNormQuant::kInfos[0];
+    op.name = "op";
     options.scale_group_size = 4;
     options.dtype_name = out.dtype_name = "float8_e4m3fn";
     out.dtype = DType::kFloat8E4M3FN;
@@ -83,10 +84,20 @@ struct TestCall {
     return *this;
   }
   TestCall& quantised_by(Place given) {
-    quantised().op = OpInfo("op", "op", "", "", RmsNormQuant::kStaticRules);
+    quantised().op = RmsNormQuant::kInfos[1];
+    op.name = "op";
     options.scale_group_size = kWholeRow;
     scales.reset();
     scale = given;
+    return *this;
+  }
+
+  // Two groups of a row are gated and normalised apart. A group has one scale.
+  TestCall& gated_and_quantised() {
+    quantised().op = GatedRmsNormQuant::kInfos[0];
+    op.name = "op";
+    gate = Place{70000, {4, 8}, {8, 1}};
+    options.group_size = 4;
     return *this;
   }
 
@@ -104,17 +115,15 @@ struct TestCall {
   }
 
   Status check(RowParams* params, RowSlices* slices, Message* message) const {
-    const std::optional<Place> places[kOperands] = {x,        weight,
-                                                    residual, post,
-                                                    gate,     post_weight,
-                                                    k,        k_weight,
-                                                    cos,      sin,
-                                                    cache,    positions,
-                                                    scale,    op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
-                                                    sum,      k_out,
-                                                    scales,   dout,
-                                                    dsum,     dx,
-                                                    gate_out, dweight};
+    const std::optional<Place> places[kOperands] = {
+        x,     weight,       residual,
+        post,  gate,         post_weight,
+        k,     k_weight,     cos,
+        sin,   cache,        positions,
+        scale, global_scale, op.has(kOut) ? std::optional<Place>(out) : std::nullopt,
+        sum,   k_out,        scales,
+        y,     dout,         dsum,
+        dx,    gate_out,     dweight};
     Tensor tensors[kOperands];
     Call call{&op, {}, options};
     for (int o = 0; o < kOperands; ++o)

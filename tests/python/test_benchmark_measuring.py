@@ -16,17 +16,15 @@ import torch
 from benchmark_support import BRIEF, HERE, TINY, correct, measure, point
 from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
-from gemma_norm.benchmark import providers, report, results, rotation, timing
+from gemma_norm.benchmark import providers, report, results, timing
 from gemma_norm.benchmark.cases import (
     ADD_RMS_NORM,
     EPS,
     GATED_RMS_NORM,
     NORM_ADD_NORM,
     OPS,
-    QK_NORM_ROPE,
     RMS_NORM,
     Inputs,
-    Point,
     post_weight,
 )
 from gemma_norm.benchmark.providers import PROVIDERS, Provider
@@ -107,23 +105,6 @@ class Wrong:
 
     def __str__(self) -> str:
         return self.what
-
-
-def with_angles_swapped(op: str, weight: torch.Tensor, gemma: bool) -> rotation.Call:
-    ours = rotation.ours(op, weight, gemma)
-    return lambda q, k, cos, sin: ours(q, k, sin, cos)
-
-
-def test_heads_that_are_rotated_are_measured_and_checked() -> None:
-    """All that compute it are right, a provider that rotates by other angles is not, and the bytes are the least."""
-    for size, r in rotation.ROTATIONS.items():
-        at = Point("qk-rope", QK_NORM_ROPE, 2 * r.heads, size, torch.bfloat16, "cpu", threads=1, rotation=r)
-        assert at.bytes == 2 * (2 * 2 * r.heads * size + 2 * size + 2 * 2 * r.rotary)
-        swapped = Provider("swapped", with_angles_swapped, (QK_NORM_ROPE,))
-        names = ("ours", "ours:rounded", "ours:norms", "copy_", "eager")
-        found = measure(at, *(PROVIDERS[name] for name in names), swapped)
-        assert all(found[name].p50_us and not found[name].note for name in names)
-        assert "units in the last place off" in found["swapped"].note
 
 
 WRONG = [

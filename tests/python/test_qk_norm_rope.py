@@ -84,6 +84,23 @@ def test_any_strides_read_and_written_in_place(device, layout, dtype):
         placed.assert_gaps_intact()
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (7, 3), (32, 8), (128, 1), (128, 128)], ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (256, 64), (512, 128)])
+def test_any_number_of_heads_in_a_fused_qkv(device, heads, head_dim, rotary):
+    """As many heads of v lie behind those of k. In place, v stays as it is."""
+    a = tensors((5,), heads, head_dim, rotary, torch.bfloat16, device)
+    v = randn(5, heads[1], head_dim, dtype=torch.bfloat16, device=device, seed=4)
+    qkv = torch.cat((a["q"], a["k"], v), dim=1)
+    q, k, rest = qkv.split([heads[0], heads[1], heads[1]], dim=1)
+    got = gemma_norm.qk_norm_rope(**a | {"q": q, "k": k}, round_rotation=True)
+    for y, x, weight in zip(got, (a["q"], a["k"]), (a["q_weight"], a["k_weight"]), strict=True):
+        assert_same_bits(y, rotated(gemma_norm.rms_norm(x, weight), a["cos"], a["sin"]))
+        assert y.is_contiguous()
+    gemma_norm.fused_qk_norm_rope(**a | {"q": q, "k": k}, round_rotation=True)
+    for y, want in zip((q, k, rest), (*got, v), strict=True):
+        assert_same_bits(y, want)
+
+
 @pytest.mark.parametrize("tokens", [(), (1,), (0,), (2, 3), (2, 3, 2, 2), (300,)], ids=str)
 def test_any_number_of_tokens_and_their_broadcasting(device, tokens):
     a = tensors(tokens, (3, 2), 64, 32, torch.bfloat16, device)

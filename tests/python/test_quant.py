@@ -19,15 +19,26 @@ from gemma_norm import _registry, reference
 from support import LAYOUTS, assert_same_bits, make_weight, place, randn
 
 OPS = torch.ops.gemma_norm
-FORMATS = tuple(reference.QUANTIZED_LARGEST)
+FORMATS = tuple(dtype for dtype in reference.QUANTIZED_LARGEST if dtype is not torch.float4_e2m1fn_x2)
 SCHEMES: dict[str, dict[str, Any]] = {
     "token": {},
     "groups of 64": {"scale_group_size": 64},
     "groups of 128, column-major": {"scale_group_size": 128, "column_major_scale": True},
     "groups of 128, powers of two": {"scale_group_size": 128, "scale_ue8m0": True},
     "bounded": {"scale_ub": 1.25},
+    "groups of 32, exponents": {"scale_group_size": 32, "scale_dtype": torch.float8_e8m0fnu},
+    "groups of 64, four exponents": {"scale_group_size": 64, "scale_dtype": torch.int32},
+    "groups of 128, float8": {"scale_group_size": 128, "scale_dtype": torch.float8_e4m3fn, "global_scale": 0.37},
     "given": {"scale": 0.011},
 }
+FLOAT4 = {
+    "MXFP4": {"scale_group_size": 32, "scale_dtype": torch.float8_e8m0fnu},
+    "NVFP4": {"scale_group_size": 16, "scale_dtype": torch.float8_e4m3fn, "global_scale": 0.02},
+    "NVFP4, no global scale": {"scale_group_size": 16, "scale_dtype": torch.float8_e4m3fn, "column_major_scale": True},
+    "large groups": {"scale_group_size": 128},
+    "four exponents": {"scale_group_size": 48, "scale_dtype": torch.int32, "scale_ub": 1.5},
+}
+NUMBERS = ("scale", "scale_ub", "global_scale")
 # A row of each kind of kernel: on lanes of a wave, in a block, and with groups that begin in the middle of a thread's.
 SHAPES = [(3, 128), (2, 3, 1024), (5, 2560), (1, 4096), (2, 5376), (1, 8320), (1, 16384)]
 
@@ -39,12 +50,20 @@ def format(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(params=SCHEMES.values(), ids=SCHEMES)
 def scheme(request: pytest.FixtureRequest, device: str) -> dict[str, Any]:
-    options = dict(request.param)
-    return {k: torch.tensor(v, device=device) if k in ("scale", "scale_ub") else v for k, v in options.items()}
+    return on_device(request.param, device)
+
+
+def on_device(scheme: dict[str, Any], device: str) -> dict[str, Any]:
+    return {k: torch.tensor(v, device=device) if k in NUMBERS else v for k, v in scheme.items()}
 
 
 def bits(t: Tensor) -> Tensor:
-    return t.view(torch.uint8)
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.dtype.itemsize])
+
+
+def strides(t: Tensor) -> list[int]:
+    """Those that count: a dimension of one element may have any, and so may a tensor of none."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
 
 
 def assert_quantised(y: Tensor, q: Tensor, scale: Tensor, format: torch.dtype, scheme: dict[str, Any]) -> None:
@@ -56,11 +75,20 @@ def assert_quantised(y: Tensor, q: Tensor, scale: Tensor, format: torch.dtype, s
     if "scale" in scheme:
         assert scale is scheme["scale"]
     else:
-        assert_same_bits(scale, want[1])
-        assert scale.stride() == want[1].stride()
+        assert scale.dtype is want[1].dtype is (scheme.get("scale_dtype") or torch.float32)
+        assert scale.shape == want[1].shape
+        assert strides(scale) == strides(want[1])
+        assert torch.equal(bits(scale), bits(want[1]))
 
 
-DEFAULTS = {"scale_group_size": None, "scale_ub": None, "scale_ue8m0": False, "column_major_scale": False}
+DEFAULTS = {
+    "scale_group_size": None,
+    "scale_ub": None,
+    "scale_ue8m0": False,
+    "column_major_scale": False,
+    "scale_dtype": None,
+    "global_scale": None,
+}
 
 
 def test_every_bit(device, dtype, gemma, scheme):
@@ -70,6 +98,83 @@ def test_every_bit(device, dtype, gemma, scheme):
         for format in FORMATS:
             q, scale = gemma_norm.rms_norm_quant(x, weight, gemma=gemma, dtype=format, round_first=True, **scheme)
             assert_quantised(y, q, scale, format, scheme)
+
+
+@pytest.mark.parametrize("scheme", FLOAT4.values(), ids=FLOAT4)
+def test_every_bit_of_float4(device, dtype, scheme):
+    scheme, format = on_device(scheme, device), torch.float4_e2m1fn_x2
+    for shape in [(3, 384), (2, 3, 768), (4, 1536), (2, 5376), (1, 9216), (1, 24576), (0, 384), (384,), (1, 147456)]:
+        x, residual = (place_last(randn(*shape, dtype=dtype, device=device, seed=n)) for n in range(2))
+        weight = make_weight(shape[-1], torch.float32, device, True)
+        q, scale = gemma_norm.rms_norm_quant(x, weight, gemma=True, dtype=format, round_first=True, **scheme)
+        assert q.shape == (*shape[:-1], shape[-1] // 2)
+        if shape[-1] < 2**16 or device == "cpu":  # longer sums are in another order (docs/contract.md, C12.6)
+            assert_quantised(gemma_norm.rms_norm(x, weight, gemma=True), q, scale, format, scheme)
+            y, _ = gemma_norm.add_rms_norm(x, residual, weight)
+            q, scale, _ = gemma_norm.add_rms_norm_quant(x, residual, weight, dtype=format, round_first=True, **scheme)
+            assert_quantised(y, q, scale, format, scheme)
+
+
+@pytest.mark.parametrize("scheme", FLOAT4.values(), ids=FLOAT4)
+def test_float4_in_programs(device, scheme):
+    """Operator, fake implementation, compiled program and vmap agree on values, shapes and strides."""
+    scheme = {"dtype": torch.float4_e2m1fn_x2, **on_device(scheme, device)}
+    x, weight = randn(2, 3, 768, device=device), randn(768, device=device)
+    torch.library.opcheck(OPS.rms_norm_quant.y, (x, weight), scheme)
+    want = gemma_norm.rms_norm_quant(x, weight, **scheme)
+    compiled = torch.compile(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme), fullgraph=True)
+    mapped = torch.func.vmap(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme))
+    for got, most in ((compiled(x), 0), (mapped(x), 0.01 * x.numel())):
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape
+            assert (bits(a) != bits(b)).sum() <= most  # vmap runs the definition, whose y may be off by a bit
+
+
+def place_last(values: Tensor) -> Tensor:
+    """The same values, and gaps of 13 elements between rows, so that rows are not aligned, unless there is one."""
+    return torch.nn.functional.pad(values, (0, 13))[..., : values.shape[-1]]
+
+
+def test_every_code_and_every_tie_of_float4(device):
+    """With x = 1 and eps = 0, y is the weight. A group whose largest element is 6 has the scale 1."""
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    middles = (codes[1:] + codes[:-1]) / 2
+    y = torch.cat([codes, middles, middles * (1 + 2**-23), middles * (1 - 2**-23), torch.tensor([1e-30, 5.9, 0.24])])
+    y = torch.cat([y, -y]).unflatten(0, (-1, 4))
+    y = torch.nn.functional.pad(y, (0, 12), value=6.0).flatten()
+    y = torch.nn.functional.pad(y, (0, 512 - len(y)))
+    q, scale = gemma_norm.rms_norm_quant(
+        torch.ones(1, 512, device=device), y.to(device), eps=0.0, dtype=torch.float4_e2m1fn_x2, scale_group_size=16
+    )
+    largest = y.unflatten(0, (-1, 16)).amax(-1) == 6
+    assert (scale[0].cpu()[largest] == 1).all()
+    nibbles = torch.stack([bits(q)[0] & 15, bits(q)[0] >> 4], -1).flatten().cpu()
+    values = torch.cat([codes, -codes])[nibbles.long()]
+    # Of two numbers that are as near, the one with the even code.
+    distance = (y.abs()[:, None] - codes).abs()
+    nearest = distance == distance.amin(-1, keepdim=True)
+    even = nearest & (torch.arange(8) % 2 == 0)
+    want = torch.where(even.any(-1, keepdim=True), even, nearest).float().argmax(-1)
+    assert torch.equal(values.abs(), codes[want])
+    assert torch.equal(nibbles[: len(y)] >> 3, y.signbit().to(torch.uint8))
+    assert len(nibbles.unique()) == 16
+
+
+def test_float4_without_nan(device):
+    """A NaN is 6, and the scale tells. A scale that is rounded to 0 makes zeros."""
+    x = torch.ones(2, 64, device=device)
+    weight = torch.ones(64, device=device)
+    weight[3], weight[16:32] = torch.nan, 1e-9
+    for dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu, None):
+        options = {"dtype": torch.float4_e2m1fn_x2, "scale_group_size": 16, "scale_dtype": dtype}
+        q, scale = gemma_norm.rms_norm_quant(x, weight, **options)
+        assert bits(q)[0, 1].item() >> 4 == 7
+        assert scale.float()[0].isnan().tolist() == [True, False, False, False]
+    q, scale = gemma_norm.rms_norm_quant(
+        x, weight, dtype=torch.float4_e2m1fn_x2, scale_group_size=16, scale_dtype=torch.float8_e4m3fn
+    )
+    assert scale.float()[0, 1] == 0
+    assert (bits(q)[0, 8:16] == 0).all()
 
 
 @pytest.mark.parametrize("float32_residual", [False, True])
@@ -258,8 +363,34 @@ def test_no_rows_and_one(device, shape, scheme):
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": (
         {"dtype": torch.float16},
-        "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8, got float16",
+        "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, int8 or float4_e2m1fn_x2, got float16",
     ),
+    "scale dtype": (
+        {"scale_dtype": torch.int8},
+        "scale_dtype must be float32, float8_e8m0fnu, float8_e4m3fn or int32, got int8",
+    ),
+    "no scale dtype": ({"scale_dtype": 32}, "scale_dtype must be a torch.dtype or None, got 32"),
+    "two kinds of scales": (
+        {"scale_dtype": torch.float8_e4m3fn, "scale_ue8m0": True},
+        "scale_ue8m0 must be False with scale_dtype=float8_e4m3fn, got True",
+    ),
+    "global scale": (
+        {"global_scale": torch.ones(1)},
+        "global_scale must be None unless scale_dtype is float8_e4m3fn, got a tensor",
+    ),
+    "float4 a row": (
+        {"dtype": torch.float4_e2m1fn_x2},
+        "scale_group_size must be a multiple of 16 with float4_e2m1fn_x2, got None",
+    ),
+    "float4 in eights": (
+        {"dtype": torch.float4_e2m1fn_x2, "scale_group_size": 8},
+        "scale_group_size must be a multiple of 16 with float4_e2m1fn_x2, got 8",
+    ),
+    "float4 with a scale": (
+        {"dtype": torch.float4_e2m1fn_x2, "scale": torch.ones(1)},
+        "scale must be None with float4_e2m1fn_x2, got a tensor",
+    ),
+    "return_y": ({"return_y": 1}, "return_y must be a bool, got 1"),
     "no dtype": ({"dtype": "float8"}, "dtype must be a torch.dtype or None, got 'float8'"),
     "group size": ({"scale_group_size": 5}, "scale_group_size must divide x's last dimension 64, got 5"),
     "group of none": ({"scale_group_size": 0}, "scale_group_size must divide x's last dimension 64, got 0"),

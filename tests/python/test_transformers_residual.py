@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 # (inside of layers, across layers) of the tiny models: Olmo 2 has its norms after the mixers, so only the last is left.
 JOINED = {
     "Llama": (3, 3), "Qwen3": (3, 3), "Gemma3Text": (3, 3), "Olmo2": (0, 1), "Granite": (3, 3), "Qwen3_5Text": (4, 4),
-    "Mamba2": (0, 1),
+    "Qwen3Next": (4, 4), "Mamba2": (0, 1),
 }  # fmt: skip
 
 

@@ -17,16 +17,19 @@ from test_transformers_rewrite import Norm
 from tiny_models import TOKENS, logits, model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-JOINED = {"Qwen3": 3, "Gemma3Text": 3, "Qwen3_5Text": 1, "Llama": 0, "Olmo2": 0}
+JOINED = {"Qwen3": 3, "Gemma3Text": 3, "Qwen3_5Text": 1, "Qwen3Next": 1, "Llama": 0, "Olmo2": 0}
+GATED = ("Qwen3_5Text", "Qwen3Next")
 
 
 class Rotations(TorchDispatchMode):
-    """Counts the calls of the operator that normalises and rotates."""
+    """Counts the calls of the operator that normalises and rotates, and those that make a gate contiguous as well."""
 
-    calls = 0
+    calls = gates = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += function is torch.ops.gemma_norm.qk_norm_rope.default
+        operator = torch.ops.gemma_norm.qk_norm_rope
+        self.gates += function is operator.copies
+        self.calls += function in (operator.default, operator.copies)
         return function(*args, **(kwargs or {}))
 
 
@@ -36,11 +39,13 @@ def test_a_family(family, dtype):
     plain, fused = model(family, dtype), model(family, dtype)
     patch(plain)
     report = patch(fused, fuse_rotation=True)
-    assert [(row.q_norm, row.k_norm) for row in report.rotated] == [("q_norm", "k_norm")] * JOINED[family]
+    row = ("q_norm", "k_norm", "gate" if family in GATED else "")
+    assert [(r.q_norm, r.k_norm, r.gate) for r in report.rotated] == [row] * JOINED[family]
     want = logits(plain)
     with Rotations() as seen:
         got = logits(fused)
     assert torch.equal(got, want) and seen.calls == JOINED[family] and not report.rotations
+    assert seen.gates == (seen.calls if family in GATED else 0)
     assert f"{JOINED[family]} rotations joined" in str(report) or not JOINED[family]
     unpatch(fused)
     assert not any("_gemma_norm" in m.__dict__ for m in fused.modules())
@@ -59,14 +64,16 @@ def test_decoding_with_a_cache(family):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and seen.calls == 5 * JOINED[family]
 
 
-def test_gradients_reach_every_parameter():
-    fused, plain = model("Qwen3"), model("Qwen3")
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3_5Text"])
+def test_gradients_reach_every_parameter(family):
+    fused, plain = model(family), model(family)
     patch(plain)
     patch(fused, fuse_rotation=True)
     with Rotations() as seen:
-        for m in (plain, fused):
-            m(TOKENS, labels=TOKENS).loss.backward()
-    assert seen.calls == JOINED["Qwen3"]
+        losses = [m(TOKENS, labels=TOKENS).loss for m in (plain, fused)]
+    assert torch.equal(*losses) and seen.calls == JOINED[family] and seen.gates == (family in GATED)
+    for loss in losses:
+        loss.backward()
     for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
         assert float((a.grad - b.grad).abs().max()) <= 1e-5 * max(float(b.grad.abs().max()), 1e-2)
 
@@ -224,6 +231,87 @@ class Transposed(Attention):
         return q * 2, k
 
 
+class Gated(Attention):
+    """q is [batch, tokens, heads, 2 * head_dim], each head's q before its gate."""
+
+    def forward(self, q, k, cos, sin):
+        sizes = q.shape[:-2]
+        q, gate = torch.chunk(q, 2, dim=-1)
+        gate = gate.reshape(*sizes, -1)
+        q = self.q_norm(q).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        q, k = whole(q, k, cos, sin)
+        return q, k, gate * 2
+
+
+class GateBetween(Attention):
+    def forward(self, q, k, cos, sin):
+        sizes = q.shape[:-2]
+        q, gate = torch.chunk(q, 2, dim=-1)
+        q = self.q_norm(q).transpose(1, 2)
+        gate = gate.reshape(*sizes, -1)
+        k = self.k_norm(k).transpose(1, 2)
+        q, k = whole(q, k, cos, sin)
+        return q, k, gate * 2
+
+
+class GateRead(Attention):
+    def forward(self, q, k, cos, sin):
+        sizes = q.shape[:-2]
+        q, gate = torch.chunk(q, 2, dim=-1)
+        gate = gate.reshape(*sizes, -1)
+        q = self.q_norm(q).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        twice = gate * 2
+        q, k = whole(q, k, cos, sin)
+        return q, k, twice
+
+
+class GateOfOtherSizes(Attention):
+    def forward(self, q, k, cos, sin):
+        sizes = q.shape[:-2]
+        q, gate = torch.chunk(q, 2, dim=-1)
+        gate = gate.reshape(*sizes, -1)
+        sizes = sizes[:1]
+        q = self.q_norm(q).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        q, k = whole(q, k, cos, sin)
+        return q, k, gate * len(sizes)
+
+
+class GateInRows(Attention):
+    def forward(self, q, k, cos, sin):
+        q, gate = torch.chunk(q, 2, dim=-1)
+        gate = gate.reshape(-1, 16)
+        q = self.q_norm(q).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        q, k = whole(q, k, cos, sin)
+        return q, k, gate * 2
+
+
+class GateUnderACondition(Attention):
+    def forward(self, q, k, cos, sin):
+        sizes = q.shape[:-2]
+        q, gate = torch.chunk(q, 2, dim=-1)
+        if sizes:
+            gate = gate.reshape(*sizes, -1)
+        q = self.q_norm(q).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        q, k = whole(q, k, cos, sin)
+        return q, k, gate * 2
+
+
+class GateOfThree(Attention):
+    def forward(self, q, k, cos, sin):
+        sizes = q.shape[:-2]
+        q, gate, _ = torch.split(q, [16, 8, 8], dim=-1)
+        gate = gate.reshape(*sizes, -1)
+        q = self.q_norm(q).transpose(1, 2)
+        k = self.k_norm(k).transpose(1, 2)
+        q, k = whole(q, k, cos, sin)
+        return q, k, gate * 2
+
+
 class ReadBetween(Attention):
     def forward(self, q, k, cos, sin):
         q = self.q_norm(q)
@@ -273,6 +361,67 @@ def test_which_statements_are_known(kind):
     )
     got = attention(q, k, cos, sin)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and not report.rotations
+
+
+def gated_arguments(heads: int) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(0)
+    sizes = (2, 5, heads, 32), (2, 5, 2, 16), (2, 5, 16), (2, 5, 16)
+    return tuple(torch.randn(*size, generator=random).bfloat16() for size in sizes)
+
+
+# The name that the report gives, and whether the operator then copies the gate of four heads.
+GATES = {
+    Gated: ("gate", True),
+    GateBetween: ("gate", True),
+    GateRead: ("", False),
+    GateOfOtherSizes: ("", False),
+    GateInRows: ("gate", False),
+    GateUnderACondition: ("", False),
+    GateOfThree: ("", False),
+}
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_which_gates_are_known(kind):
+    attention, arguments = kind().bfloat16(), gated_arguments(4)
+    patch(attention)
+    want = attention(*arguments)
+    unpatch(attention)
+    report = patch(attention, fuse_rotation=True)
+    name, copied = GATES[kind]
+    assert [row.gate for row in report.rotated] == [name]
+    with Rotations() as seen:
+        got = attention(*arguments)
+    assert (seen.calls, seen.gates) == (1, copied) and not report.rotations
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(got, want, strict=True))
+
+
+def test_a_gate_that_is_not_copied_stays_a_view():
+    class Returned(Gated):
+        def forward(self, q, k, cos, sin):
+            sizes = q.shape[:-2]
+            q, gate = torch.chunk(q, 2, dim=-1)
+            gate = gate.reshape(*sizes, -1)
+            q = self.q_norm(q).transpose(1, 2)
+            k = self.k_norm(k).transpose(1, 2)
+            q, k = whole(q, k, cos, sin)
+            return gate
+
+    attention, arguments = Returned().bfloat16(), gated_arguments(1)
+    assert patch(attention, fuse_rotation=True).rotated[0].gate == "gate"
+    assert attention(*arguments).data_ptr() == arguments[0][..., 16:].data_ptr()
+
+
+def test_a_gate_where_the_rotation_stays_apart():
+    results = []
+    for fuse in (False, True):
+        m = model("Qwen3_5Text", torch.bfloat16)
+        report = patch(m, fuse_rotation=fuse)
+        next(n for name, n in m.named_modules() if name.endswith("k_norm")).eps = 1e-3
+        with Rotations() as seen:
+            results.append(logits(m))
+        assert seen.calls == 0
+    assert torch.equal(*results) and list(report.rotations.values()) == [1]
 
 
 def test_fuse_rotation_is_true_or_false():

@@ -35,6 +35,13 @@ FAMILIES: dict[str, dict] = {
     "Olmo2": {},
     "Granite": {"residual_multiplier": 0.5},
     "Qwen3_5Text": {**LINEAR, "num_hidden_layers": 4},
+    "Qwen3Next": {
+        **LINEAR,
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "Mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "expand": 2},
 }
 

@@ -1,4 +1,4 @@
-"""The parts of vLLM that the adapter looks at, with the signatures of vLLM 0.33.0.
+"""The parts of vLLM that the adapter looks at, with the signatures of vLLM 0.33.0, or of its repository after it.
 
 The norms' own forwards return THEIRS.
 tests/engines has the real vLLM.
@@ -97,6 +97,13 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         def forward_native(self, x, z=None):
             return THEIRS
 
+    def fused_qk_rmsnorm_rope_gate(
+        q_gate, k, q_weight, k_weight, cos_sin_cache, positions, eps, num_q_heads, num_kv_heads, head_dim, rotary_dim,
+        mrope_section=None, norm_beta=0.0,
+    ):  # fmt: skip
+        return THEIRS
+
+    rope = {"fused_qk_rmsnorm_rope_gate": fused_qk_rmsnorm_rope_gate}
     kinds = {kind.__name__: kind for kind in (RMSNorm, GemmaRMSNorm, RMSNormGated)}
     platform = types.SimpleNamespace(is_cuda=lambda: False, is_rocm=lambda: False, is_cpu=lambda: True)
     add_modules(
@@ -112,6 +119,8 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         vllm__platforms={"current_platform": platform},
         vllm__model_executor__custom_op={"CustomOp": CustomOp, "op_registry_oot": registry},
         vllm__model_executor__layers__layernorm=kinds,
+        vllm__model_executor__layers__fused_qk_norm_rope=rope,
+        vllm__model_executor__models__qwen3_next=rope,
     )
     return types.SimpleNamespace(
         **kinds, config=config, registry=registry, platform=platform, envs=sys.modules["vllm.envs"]

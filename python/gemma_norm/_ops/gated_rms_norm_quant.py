@@ -27,9 +27,11 @@ def gated_rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
+    scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
     return_y: bool = False,
 ) -> tuple[Tensor, ...]:
-    """:func:`gemma_norm.gated_rms_norm`, quantised in the same kernel: ``(q, scale)``, or with return_y ``(q, scale, y)``.
+    """:func:`gemma_norm.gated_rms_norm`, quantised in the same kernel: ``(q, scale)`` or, with return_y, also y.
 
     What is quantised is y before it is rounded to x's dtype, or with round_first after it.
 
@@ -37,10 +39,10 @@ def gated_rms_norm_quant(
         x, weight, eps, sigmoid, norm_before_gate, group_size, round_each_step: as for
             :func:`gemma_norm.gated_rms_norm`.
         gate: x's shape, dtype and device, strides of its own. With None, act is 1.
-        scale, dtype, scale_group_size, scale_ub, round_first, scale_ue8m0, column_major_scale, return_y: as for
-            :func:`gemma_norm.rms_norm_quant`. With a group_size less than hidden, scale_group_size must divide it, or a
-            scale must be given. Where x is ``[tokens, heads, size]``, as in linear attention, its scales
-            ``[tokens, heads, 1]`` are those of groups of ``size`` elements of the token.
+        scale, dtype, scale_group_size, scale_ub, round_first, scale_ue8m0, column_major_scale, scale_dtype,
+            global_scale, return_y: as for :func:`gemma_norm.rms_norm_quant`. With a group_size less than hidden,
+            scale_group_size must divide it, or a scale must be given. Where x is ``[tokens, heads, size]``, as in
+            linear attention, its scales ``[tokens, heads, 1]`` are those of groups of ``size`` elements of the token.
 
     Results, derivatives and errors are those of :func:`gemma_norm.rms_norm_quant`.
     """
@@ -61,6 +63,8 @@ def gated_rms_norm_quant(
         round_first=round_first,
         scale_ue8m0=scale_ue8m0,
         column_major_scale=column_major_scale,
+        scale_dtype=scale_dtype,
+        global_scale=global_scale,
     )
 
 

@@ -14,7 +14,14 @@ from .._calls import explain, overridden
 from .._checks import ONE, OPTIONAL_ONE, Extent, Rule
 from .._registry import Arguments, Operator, register
 
-_WITHOUT_SCALE = {"scale_group_size": None, "scale_ub": None, "scale_ue8m0": False, "column_major_scale": False}
+_WITHOUT_SCALE = {
+    "scale_group_size": None,
+    "scale_ub": None,
+    "scale_ue8m0": False,
+    "column_major_scale": False,
+    "scale_dtype": None,
+    "global_scale": None,
+}
 """The arguments that say how scales are computed, and what they must be where a scale is given."""
 
 
@@ -34,12 +41,20 @@ class QuantisingOperators:
         self.overloads: dict[tuple[bool, bool], Operator] = {}
         for given in (False, True):
             for return_y in (False, True):
-                overload = {(False, False): "", (True, False): ".static", (False, True): ".y", (True, True): ".static_y"}
+                overload = {
+                    (False, False): "",
+                    (True, False): ".static",
+                    (False, True): ".y",
+                    (True, True): ".static_y",
+                }
                 scales, ys = (() if given else (Extent.SCALES,)), ((Extent.LIKE_X,) if return_y else ())
                 self.overloads[given, return_y] = Operator(
                     function.__name__ + overload[given, return_y],
                     _returning_y(definition) if return_y else definition,
-                    {**rules, **({"scale": ONE} if given else {"scale_ub": OPTIONAL_ONE})},
+                    {
+                        **rules,
+                        **({"scale": ONE} if given else {"scale_ub": OPTIONAL_ONE, "global_scale": OPTIONAL_ONE}),
+                    },
                     differentiable,
                     new_results=_new_results_with_y if return_y else _new_results,
                     extents=(Extent.ROWS, *scales, *ys, *sums),
@@ -83,12 +98,16 @@ def _new_results(arguments: Arguments, return_y: bool = False) -> tuple[Tensor, 
     """Empty results of a call of any operator here: q, the scale, unless it is given, y, and the sum."""
     x, residual = arguments["x"], arguments.get("residual")
     dtype = arguments["dtype"] or torch.float8_e4m3fn
-    results = [torch.empty(x.shape, dtype=dtype, device=x.device)]
+    hidden = x.shape[-1]
+    columns = hidden // 2 if dtype is torch.float4_e2m1fn_x2 else hidden
+    results = [torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)]
     if "scale" not in arguments:
-        groups = 1 if arguments["scale_group_size"] is None else x.shape[-1] // arguments["scale_group_size"]
-        shape = (*x.shape[:-1], groups)
-        scale = x.new_empty(shape, dtype=torch.float32)
-        results.append(reference.column_major(scale) if arguments["column_major_scale"] else scale)
+        groups = 1 if arguments["scale_group_size"] is None else hidden // arguments["scale_group_size"]
+        packed = arguments["scale_dtype"] is torch.int32
+        shape = (*x.shape[:-1], -(-groups // 4) if packed else groups)
+        scale = torch.empty(shape, dtype=arguments["scale_dtype"] or torch.float32, device=x.device)
+        is_column_major = packed or arguments["column_major_scale"]
+        results.append(reference.column_major(scale, 4 if packed else 1) if is_column_major else scale)
     if return_y:
         results.append(x.new_empty(x.shape))
     if residual is not None:

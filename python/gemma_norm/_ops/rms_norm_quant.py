@@ -24,6 +24,8 @@ def rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
+    scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
     return_y: bool = False,
 ) -> tuple[Tensor, ...]:
     """:func:`gemma_norm.rms_norm`, quantised in the same kernel: ``(q, scale)`` with ``q * scale`` close to y::
@@ -32,15 +34,17 @@ def rms_norm_quant(
         scale = max(|y|) / largest                              of each group of elements, or of the row
         q = round(limit(y * (1 / scale)))                       to nearest even
 
-    largest is the largest number of the dtype: 448 (float8_e4m3fn), 240 (float8_e4m3fnuz), 57344 (float8_e5m2) or 127
-    (int8). Results beyond the range become its ends. All arithmetic is in float32.
+    largest is the largest number of the dtype: 448 (float8_e4m3fn), 240 (float8_e4m3fnuz), 57344 (float8_e5m2), 127
+    (int8) or 6 (float4). Results beyond the range become its ends. All arithmetic is in float32.
 
     Args:
         x, weight, eps, gemma, round_each_step: as for :func:`gemma_norm.rms_norm`.
         scale: one float32, on x's device: the scale of all elements ("static, per tensor"). None: scales are computed,
             one a row ("dynamic, per token"), or with scale_group_size one a group.
-        dtype: ``torch.float8_e4m3fn`` (None), ``torch.float8_e5m2``, ``torch.int8``, or ``torch.float8_e4m3fnuz``, the
-            float8 of AMD's gfx942.
+        dtype: ``torch.float8_e4m3fn`` (None), ``torch.float8_e5m2``, ``torch.int8``, ``torch.float8_e4m3fnuz``, the
+            float8 of AMD's gfx942, or ``torch.float4_e2m1fn_x2``, which has two elements in a byte, the first in the
+            low bits, and needs a scale_group_size that is a multiple of 16: MXFP4 has 32 and scales in
+            float8_e8m0fnu, NVFP4 16 and scales in float8_e4m3fn.
         scale_group_size: that many neighbouring elements have a scale of their own; it must divide hidden. 128 is what
             DeepSeek's models and DeepGEMM take.
         scale_ub: one float32, on x's device: max(abs(y)) counts as at most this much.
@@ -48,17 +52,24 @@ def rms_norm_quant(
         scale_ue8m0: round each scale up to a power of two.
         column_major_scale: the last dimension of the new scale is the outermost in memory, so that the scales of one
             group of all rows are neighbours.
+        scale_dtype: of the new scale. ``torch.float32`` (None); ``torch.float8_e8m0fnu``, for powers of two, as the MX
+            formats have them; ``torch.int32``, in which four such exponents of neighbouring groups are one element,
+            the first in the low bits, and which is column-major with columns at multiples of 16 bytes, as DeepGEMM
+            takes them; or ``torch.float8_e4m3fn``, as NVFP4 has them.
+        global_scale: one float32, on x's device, by which scales in float8_e4m3fn are multiplied: they are rounded
+            after a division by it. None stands for 1.
         return_y: return y as well, rounded to x's dtype, with the bits of :func:`gemma_norm.rms_norm`. A mixture of
             experts gives it to the router, and q to the experts.
 
     The scale of a group of zeros is that of max(abs(y)) = 1e-10. A NaN makes the scale of its group a NaN, and itself
-    a NaN, which in int8 is 0.
+    a NaN, which in int8 is 0 and in float4 is 6.
 
     A smooth-quant vector is a part of the weight: pass the product of both as a float32 weight.
 
     Returns:
-        q, row-major, x's shape; the scale, float32: ``[..., 1]``, or ``[..., hidden / scale_group_size]``, or the one
-        that was given; and with return_y y, row-major.
+        q, row-major, x's shape, in float4 ``[..., hidden / 2]``; the scale: ``[..., 1]``, or ``[..., hidden /
+        scale_group_size]``, in int32 a fourth of that, rounded up, or the one that was given; and with return_y y,
+        row-major.
 
     No derivative exists. Tensors that require a gradient while grad mode is on, dual tensors, and calls inside
     ``torch.func.grad`` and the like are refused.
@@ -81,6 +92,8 @@ def rms_norm_quant(
         round_first=round_first,
         scale_ue8m0=scale_ue8m0,
         column_major_scale=column_major_scale,
+        scale_dtype=scale_dtype,
+        global_scale=global_scale,
     )
 
 
@@ -99,6 +112,8 @@ def add_rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
+    scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
     return_y: bool = False,
 ) -> tuple[Tensor, ...]:
     """``(q, scale, s)``: :func:`rms_norm_quant` of ``s = round(x + residual)``, and that sum.
@@ -122,6 +137,8 @@ def add_rms_norm_quant(
         round_first=round_first,
         scale_ue8m0=scale_ue8m0,
         column_major_scale=column_major_scale,
+        scale_dtype=scale_dtype,
+        global_scale=global_scale,
     )
 
 
@@ -140,6 +157,8 @@ def fused_add_rms_norm_quant(
     round_first: bool = False,
     scale_ue8m0: bool = False,
     column_major_scale: bool = False,
+    scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
     return_y: bool = False,
 ) -> tuple[Tensor, ...]:
     """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s.
@@ -162,6 +181,8 @@ def fused_add_rms_norm_quant(
         round_first=round_first,
         scale_ue8m0=scale_ue8m0,
         column_major_scale=column_major_scale,
+        scale_dtype=scale_dtype,
+        global_scale=global_scale,
     )
 
 

@@ -79,8 +79,9 @@ class Point:
         weights = sum(1 if work == FORWARD else 2 for work in passes)  # the backward pass writes a gradient too
         weights += self.op in (NORM_ADD_NORM, QK_NORM_ROPE)
         elements = (tensors * self.rows + weights) * self.hidden
-        if self.rotation:  # the cosines and sines of each token
-            elements += 2 * self.rows // self.rotation.heads * self.rotation.rotary
+        if self.rotation:  # the cosines and sines of each token, and what is copied
+            tokens = self.rows // self.rotation.heads
+            elements += 2 * tokens * (self.rotation.rotary + self.rotation.copied_heads * self.hidden)
         return elements * self.dtype.itemsize
 
     @property
@@ -121,7 +122,8 @@ class Inputs:
             return torch.randn(shape, generator=generator, device=point.device).to(point.dtype)
 
         self.point = point
-        self.written = point.op in (*IN_PLACE, *quantised.ADD_NORM)  # by the providers that work in place
+        fused = point.rotation is not None and point.rotation.fused
+        self.written = fused or point.op in (*IN_PLACE, *quantised.ADD_NORM)  # by the providers that work in place
         self.weight = normal(point.hidden).mul_(0.1)
         if point.op == QK_NORM_ROPE:
             self.sets = [rotation.empty(point) for _ in range(sets)]

@@ -40,11 +40,13 @@ def check(provider: Provider, call: Call, inputs: Inputs, gemma: bool) -> None:
     if inputs.point.op in quantised.QUANT_OPS:
         return _check_quantised(provider, (y, *sums), inputs, gemma)
     if provider.copies:
-        for got, source in zip((y, *sums), inputs.original, strict=False):
+        rotates = inputs.point.op == QK_NORM_ROPE
+        sources = rotation.sources(inputs.original) if rotates else inputs.original
+        for got, source in zip((y, *sums), sources, strict=False):
             _compare("the copy", got, source, 0.0)
         return
     if inputs.point.op == QK_NORM_ROPE:
-        return _check_rotation(provider, y, sums[0], inputs, gemma)
+        return _check_rotation(provider, (y, *sums), inputs, gemma)
     x = inputs.original[0]
     bound = reference.max_ulp_error(x.dtype, x.shape[-1])
     if inputs.point.op == ADD_RMS_NORM:
@@ -82,8 +84,13 @@ def _check_sum_of_norm(s: Tensor, inputs: Inputs, bound: float, gemma: bool) -> 
         raise WrongResult(f"the sum is {error:.3g} units in the last place off, allowed are {bound + 0.5:.3g}")
 
 
-def _check_rotation(provider: Provider, y: Tensor, z: Tensor, inputs: Inputs, gemma: bool) -> None:
-    q, k, cos, sin = inputs.original
+def _check_rotation(provider: Provider, outputs: tuple[Tensor, ...], inputs: Inputs, gemma: bool) -> None:
+    q, k, cos, sin, _, _, *copied = inputs.original
+    y, z, *copies = outputs
+    if len(copies) != len(copied):
+        raise WrongResult(f"{len(copies)} tensors were copied, not {len(copied)}")
+    for got, source in zip(copies, copied, strict=True):
+        _compare("a copy", got, source, 0.0)
     bound = 1.0 if provider.exact else rotation.ROUNDINGS
     weights = {"q": inputs.weight, "k": rotation.k_weight(inputs.weight)}
     for (name, weight), got, x in zip(weights.items(), (y, z), (q, k), strict=True):

@@ -36,7 +36,7 @@ from torch.nn import functional
 
 import gemma_norm
 
-from . import gradients, quantised, rotation
+from . import gradients, quantised, rotation, rotation_peers
 from .cases import (
     ADD_RMS_NORM,
     BACKWARD,
@@ -113,15 +113,8 @@ def _ours(op: str, weight: Tensor, gemma: bool) -> Call:
 
 
 def _two_calls(op: str, weight: Tensor, gemma: bool) -> Call:
-    """The norm of x into x's memory, then the addition and the norm of the sum."""
     norm, add_norm, post = gemma_norm.rms_norm, gemma_norm.fused_add_rms_norm, post_weight(weight)
-
-    def call(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        norm(x, post, EPS, gemma, out=x)
-        add_norm(x, residual, weight, EPS, gemma)
-        return x, residual
-
-    return call
+    return _two_kernels(lambda x: norm(x, post, EPS, gemma, out=x), _in_place(add_norm, weight, EPS, gemma))
 
 
 def _ours_op(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -221,27 +214,31 @@ def _flashinfer_names(module: str) -> Make:
     """For FlashInfer and sgl_kernel, whose functions have the same names."""
 
     def make(op: str, weight: Tensor, gemma: bool) -> Call:
-        prefix = "gemma_" if gemma else ""
-        name = "rmsnorm" if op == RMS_NORM else "fused_add_rmsnorm"
-        norm: Callable[..., Any] = getattr(importlib.import_module(module), prefix + name)
+        prefix, names = "gemma_" if gemma else "", importlib.import_module(module)
+        norm: Callable[..., Any] = getattr(names, f"{prefix}rmsnorm")
+        add_norm: Callable[..., Any] = getattr(names, f"{prefix}fused_add_rmsnorm")
         if op == RMS_NORM:
             return lambda x: norm(x, weight, EPS)
-        return _in_place(norm, weight, EPS)
+        if op == NORM_ADD_NORM:
+            post = post_weight(weight)
+            return _two_kernels(lambda x: norm(x, post, EPS), _in_place(add_norm, weight, EPS))
+        return _in_place(add_norm, weight, EPS)
 
     return make
 
 
 def _vllm(op: str, weight: Tensor, gemma: bool) -> Call:
     ops = importlib.import_module("vllm._custom_ops")
-    if op == ADD_RMS_NORM:
-        return _in_place(ops.fused_add_rms_norm, weight, EPS)
 
-    def norm(x: Tensor) -> Tensor:
+    def norm(x: Tensor, weight: Tensor = weight) -> Tensor:
         y = torch.empty_like(x)
         ops.rms_norm(y, x, weight, EPS)
         return y
 
-    return norm
+    if op == RMS_NORM:
+        return norm
+    add_norm, post = _in_place(ops.fused_add_rms_norm, weight, EPS), post_weight(weight)
+    return add_norm if op == ADD_RMS_NORM else _two_kernels(lambda x: norm(x, post), add_norm)
 
 
 def _aiter(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -278,6 +275,11 @@ def _in_place(function: Callable[..., Any], *options: Any) -> Call:
     return call
 
 
+def _two_kernels(norm: Callable[[Tensor], Tensor], add_norm: Call) -> Call:
+    """The norm of x, then the addition and the norm of the sum."""
+    return lambda x, residual: add_norm(norm(x), residual)
+
+
 ALL = (*OPS, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, *quantised.QUANT_OPS)
 DERIVED = ("backward", "backward-few", "backward-cpu", "train-host")
 """The suites that time derivatives."""
@@ -287,6 +289,8 @@ PROVIDERS = {
     for p in (
         Provider("ours", _with(_ours, rotation.ours, quantised.ours), ALL, exact=True, gradient=gradients.ours),
         Provider("ours:rounded", rotation.ours_rounded, (QK_NORM_ROPE,), suites=("qk-rope",)),
+        Provider("ours:cache", rotation.ours_cache, (QK_NORM_ROPE,), suites=("qk-rope",)),
+        Provider("ours:in_place", rotation.ours_in_place, (QK_NORM_ROPE,), exact=True, suites=("qk-rope",)),
         Provider("ours:norms", rotation.ours_norms, (QK_NORM_ROPE,), suites=("qk-rope",)),
         Provider("ours:norm alone", quantised.norm_alone, quantised.QUANT_OPS, suites=("quant",)),
         Provider("ours:two steps", quantised.two_steps, quantised.QUANT_OPS, suites=("quant",)),
@@ -307,7 +311,7 @@ PROVIDERS = {
         ),
         Provider(
             "liger",
-            (lambda op, weight, gemma: (rotation.liger if op == QK_NORM_ROPE else _liger)(op, weight, gemma)),
+            (lambda op, weight, gemma: (rotation_peers.liger if op == QK_NORM_ROPE else _liger)(op, weight, gemma)),
             (*OPS, QK_NORM_ROPE),
             gradient=gradients.liger_new,
             **LIGER,
@@ -321,9 +325,21 @@ PROVIDERS = {
             **LIGER,
         ),
         Provider("quack", _quack, gradient=_quack, module="quack", needs=("rmsnorm",)),
-        Provider("flashinfer", _flashinfer_names("flashinfer"), module="flashinfer", needs=("gemma_rmsnorm",)),
-        Provider("sgl_kernel", _flashinfer_names("sgl_kernel"), module="sgl_kernel", needs=("gemma_rmsnorm",)),
-        Provider("vllm", _vllm, gemma=False, module="vllm._custom_ops", needs=("rms_norm",)),
+        Provider(
+            "flashinfer",
+            _flashinfer_names("flashinfer"),
+            (*OPS, NORM_ADD_NORM),
+            module="flashinfer",
+            needs=("gemma_rmsnorm",),
+        ),
+        Provider(
+            "sgl_kernel",
+            _flashinfer_names("sgl_kernel"),
+            (*OPS, NORM_ADD_NORM),
+            module="sgl_kernel",
+            needs=("gemma_rmsnorm",),
+        ),
+        Provider("vllm", _vllm, (*OPS, NORM_ADD_NORM), gemma=False, module="vllm._custom_ops", needs=("rms_norm",)),
         Provider(
             "fla",
             _fla,
@@ -333,6 +349,47 @@ PROVIDERS = {
             gradient=_fla,
         ),
         Provider("aiter", _aiter, gemma=False, module="aiter", needs=("rmsnorm2d_fwd_with_add",)),
+        Provider(
+            "aiter:norm add norm",
+            rotation_peers.aiter_norm_add_norm,
+            (NORM_ADD_NORM,),
+            module="aiter.ops.triton.normalization.fused_rmsnorm_add_rmsnorm",
+            needs=("fused_rmsnorm_add_rmsnorm",),
+            suites=("norm-add",),
+        ),
+        Provider(
+            "flashinfer:three kernels",
+            rotation_peers.flashinfer,
+            (QK_NORM_ROPE,),
+            module="flashinfer",
+            needs=("gemma_rmsnorm", "apply_rope_with_cos_sin_cache_inplace"),
+            suites=("qk-rope",),
+        ),
+        Provider(
+            "sglang",
+            rotation_peers.sglang,
+            (QK_NORM_ROPE,),
+            module="sglang.kernels.ops.attention.fused_qk_rmsnorm_rope_gate",
+            needs=("fused_qk_gemma_rmsnorm_rope_gate",),
+            suites=("qk-rope",),
+        ),
+        Provider(
+            "vllm:gate",
+            rotation_peers.vllm_gate,
+            (QK_NORM_ROPE,),
+            module="vllm.model_executor.layers.fused_qk_norm_rope",
+            needs=("fused_qk_rmsnorm_rope_gate",),
+            suites=("qk-rope",),
+        ),
+        Provider(
+            "vllm:in_place",
+            rotation_peers.vllm_in_place,
+            (QK_NORM_ROPE,),
+            gemma=False,
+            module="vllm._custom_ops",
+            needs=("rms_norm",),
+            suites=("qk-rope",),
+        ),
         Provider(
             "flashinfer:quant",
             quantised.flashinfer,

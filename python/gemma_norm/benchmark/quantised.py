@@ -1,7 +1,7 @@
 """The suite quant: a norm that gives 8 bits to the next matrix product. Who has it, its bytes, and its check.
 
 An operator is the norm and how it is quantised, such as "rms_norm_quant: a scale a token". The format is float8_e4m3fn.
-A call takes x, or x and residual, and returns (q, scale) or (q, scale, sum).
+A call takes x, or x and residual, or x and gate, and returns (q, scale) or (q, scale, sum).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import gemma_norm
 from gemma_norm import reference
@@ -22,7 +23,9 @@ LARGEST = 448.0
 STATIC, TOKEN, GROUP = "a given scale", "a scale a token", "a scale a group of 128"
 SCHEMES = (STATIC, TOKEN, GROUP)
 NORM, ADD_NORM = (tuple(f"{name}: {scheme}" for scheme in SCHEMES) for name in ("rms_norm_quant", "add_rms_norm_quant"))
-QUANT_OPS = (*NORM, *ADD_NORM)
+GATED_NORM = f"gated_rms_norm_quant: {TOKEN}"
+"""Its rows are the heads of tokens."""
+QUANT_OPS = (*NORM, *ADD_NORM, GATED_NORM)
 GIVEN = 0.02
 UNITS = 1.05
 """By how many halves of float8's unit a result may be off. The others round to 16 bits first."""
@@ -37,9 +40,10 @@ def adds(op: str) -> bool:
 
 
 def bytes_of(op: str, rows: int, hidden: int, itemsize: int) -> int:
-    """x is read, q and its scales are written; with a residual, that is read and the sum written."""
+    """x is read, q and its scales are written; with a residual, that is read and the sum written; a gate is read."""
     groups = {STATIC: 0, TOKEN: 1, GROUP: hidden // 128}[scheme_of(op)]
-    return rows * (hidden * (itemsize * (3 if adds(op) else 1) + 1) + 4 * groups) + hidden * itemsize
+    tensors = 3 if adds(op) else 2 if op == GATED_NORM else 1
+    return rows * (hidden * (itemsize * tensors + 1) + 4 * groups) + hidden * itemsize
 
 
 def ours(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -53,6 +57,8 @@ def ours(op: str, weight: Tensor, gemma: bool) -> Call:
     def add_call(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         return (*add_norm(x, residual, weight, scale, EPS, gemma, scale_group_size=size), residual)
 
+    if op == GATED_NORM:
+        return lambda x, gate: gemma_norm.gated_rms_norm_quant(x, gate, weight, eps=EPS)
     return add_call if adds(op) else call
 
 
@@ -76,7 +82,12 @@ def eager(op: str, weight: Tensor, gemma: bool) -> Call:
         s = x + residual
         return (*quantised_norm(s), s)
 
-    return with_sum if adds(op) else quantised_norm
+    def with_gate(x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()
+        return _quantise(op, y * functional.silu(gate.float()))
+
+    return with_sum if adds(op) else with_gate if op == GATED_NORM else quantised_norm
 
 
 def compiled(op: str, weight: Tensor, gemma: bool) -> Call:
@@ -94,6 +105,8 @@ def two_steps(op: str, weight: Tensor, gemma: bool) -> Call:
         y, s = gemma_norm.add_rms_norm(x, residual, weight, EPS, gemma)
         return (*quantise(y), s)
 
+    if op == GATED_NORM:
+        return lambda x, gate: quantise(gemma_norm.gated_rms_norm(x, gate, weight, EPS))
     return with_sum if adds(op) else lambda x: quantise(gemma_norm.rms_norm(x, weight, EPS, gemma))
 
 
@@ -104,6 +117,8 @@ def norm_alone(op: str, weight: Tensor, gemma: bool) -> Call:
         gemma_norm.fused_add_rms_norm(x, residual, weight, EPS, gemma)
         return x, residual
 
+    if op == GATED_NORM:
+        return lambda x, gate: (gemma_norm.gated_rms_norm(x, gate, weight, EPS),)
     return with_sum if adds(op) else lambda x: (gemma_norm.rms_norm(x, weight, EPS, gemma),)
 
 
@@ -155,7 +170,9 @@ def error(op: str, outputs: tuple[Tensor, ...], sources: tuple[Tensor, ...], wei
     if sums and not torch.equal(sums[0], s):
         return float("inf")
     rows = torch.linspace(0, len(s) - 1, min(len(s), 64), dtype=torch.float64, device=s.device).round().long()
-    exact = reference.oracle(s[rows], weight, EPS, gemma)
+    exact = reference.oracle(s[rows], weight, EPS, gemma and op != GATED_NORM)
+    if op == GATED_NORM:
+        exact = exact * functional.silu(sources[1][rows].double())
     scales = scale.double().reshape(1, 1) if scale.numel() == 1 else scale.double()[rows]
     scales = scales.repeat_interleave(s.shape[-1] // scales.shape[-1], -1)
     want = (exact / scales).clamp(-LARGEST, LARGEST)

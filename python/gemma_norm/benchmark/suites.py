@@ -20,7 +20,7 @@ from .cases import (
     Heads,
     Point,
 )
-from .quantised import QUANT_OPS
+from .quantised import GATED_NORM, QUANT_OPS
 from .rotation import ROTATIONS, TOKENS
 
 LARGE = 64 * 2**20  # bytes of one tensor in the suite "forward"
@@ -119,12 +119,12 @@ def qk_rope(choice: Choice) -> Iterator[Point]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = (0,) if device == "cuda" else sorted({1, torch.get_num_threads()})
     tokens = choice.pick(choice.rows, TOKENS, (1, 64))
-    for dtype, (size, r), t, n in product(choice.dtypes or (torch.bfloat16,), ROTATIONS.items(), threads, tokens):
-        if choice.hidden and size not in choice.hidden:
+    for dtype, r, t, n in product(choice.dtypes or (torch.bfloat16,), ROTATIONS, threads, tokens):
+        if choice.hidden and r.size not in choice.hidden:
             continue
         rows = n * r.heads
-        cache = "cold" if device == "cuda" and rows * size * dtype.itemsize > 4 * 2**20 else "hot"
-        yield Point("qk-rope", QK_NORM_ROPE, rows, size, dtype, device, cache, t, rotation=r)
+        cache = "cold" if device == "cuda" and rows * r.size * dtype.itemsize > 4 * 2**20 else "hot"
+        yield Point("qk-rope", QK_NORM_ROPE, rows, r.size, dtype, device, cache, t, rotation=r)
 
 
 def quant(choice: Choice) -> Iterator[Point]:
@@ -133,7 +133,10 @@ def quant(choice: Choice) -> Iterator[Point]:
     shapes: Sequence[tuple[int, int]] = ((1, 4096), (64, 4096)) if choice.quick else QUANT_SHAPES
     if choice.rows or choice.hidden:
         shapes = list(product(choice.rows or (1, 64, 8192), choice.hidden or (4096,)))
-    for dtype, (r, h), op, t in product(choice.dtypes or (torch.bfloat16,), shapes, QUANT_OPS, threads):
+    points = [(shape, op) for shape in shapes for op in QUANT_OPS if op != GATED_NORM]
+    if choice.rows or not choice.hidden:
+        points += [((r, 128), GATED_NORM) for r in (choice.rows or (32, 2048, 262144)[: 2 if choice.quick else 3])]
+    for dtype, ((r, h), op), t in product(choice.dtypes or (torch.bfloat16,), points, threads):
         cache = "cold" if device == "cuda" and r * h * dtype.itemsize > 4 * 2**20 else "hot"
         yield Point("quant", op, r, h, dtype, device, cache, t)
 
@@ -229,7 +232,7 @@ SUITES = {
         qk_rope,
         "the norms and the rotation of query and key heads, on a GPU in CUDA graphs",
         needs_gpu=False,
-        hidden=tuple(ROTATIONS),
+        hidden=tuple(dict.fromkeys(r.size for r in ROTATIONS)),
     ),
     "quant": Suite(quant, "norms quantised to float8_e4m3fn, on a GPU in CUDA graphs", "rows", needs_gpu=False),
     "host": Suite(host, "host time of one call from Python", "", needs_gpu=False, host=True),

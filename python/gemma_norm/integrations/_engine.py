@@ -54,13 +54,13 @@ class Engine:
             self.differs(f"{owner.__name__}.{name}", "defined", "nothing of that name")
         return getattr(owner, name)
 
-    def parameters(self, owner: Any, name: str, expected: str) -> None:
-        """``expected`` as it is written in a definition, without annotations."""
+    def parameters(self, owner: Any, name: str, *expected: str) -> None:
+        """``expected``, one of which they must be, as they are written in a definition, without annotations."""
         parameters = inspect.signature(self.member(owner, name)).parameters.values()
         bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
         found = str(inspect.Signature(bare))
-        if found != f"({expected})":
-            self.differs(f"{owner.__name__}.{name}", f"a function of ({expected})", found)
+        if found not in (known := [f"({parameters})" for parameters in expected]):
+            self.differs(f"{owner.__name__}.{name}", f"a function of {' or '.join(known)}", found)
 
     def free(self, owner: Any, *names: str) -> None:
         """Nobody else has put these into the class."""

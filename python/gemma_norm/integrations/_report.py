@@ -52,6 +52,8 @@ class Rotated:
     q_norm: str
     """The attribute of the norm of q."""
     k_norm: str
+    gate: str = ""
+    """The variable that holds the gate beside each head of q, where it joins as well and so becomes contiguous."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Report:
             (f"{len(self.fused)} residual additions {'would join' if self.dry_run else 'joined'} a norm",
              _rows(self.fused, _fused_row)),
             (f"{len(self.rotated)} rotations {'would join' if self.dry_run else 'joined'} the norms of q and k",
-             _rows(self.rotated, lambda row: (row.cls, f"{row.q_norm}, {row.k_norm}"))),
+             _rows(self.rotated, _rotated_row)),
             (f"{len(self.left)} modules left as they are", _rows(self.left, _left_row)),
             (f"{len(self.unfused)} layers whose residual additions stay apart", _rows(self.unfused, _left_row)),
             (f"{len(self.unrotated)} rotations stay apart from the norms", _rows(self.unrotated, _left_row)),
@@ -132,6 +134,10 @@ def _fused_row(row: Fused) -> tuple[str, ...]:
         f"{row.before.rpartition('.')[2]} + {row.norm.rpartition('.')[2]}".strip(),
         "of the next layer, in inference" if row.across else "in the layer",
     )
+
+
+def _rotated_row(row: Rotated) -> tuple[str, ...]:
+    return row.cls, ", ".join(part for part in (row.q_norm, row.k_norm, row.gate) if part)
 
 
 def _left_row(row: Left) -> tuple[str, ...]:

@@ -1,23 +1,11 @@
 """The norms of q and k and their rotation as one operator, in the attention of a patched model.
 
-Only statements of exactly these forms are known, q and k being names, a and b any expressions, f the name of a
-function, and with assignments between them that mention neither q nor k:
-
-    q = self.q_norm(a).transpose(1, 2)    becomes    q = (a).transpose(1, 2)
-    k = self.k_norm(b).transpose(1, 2)    becomes    k = (b).transpose(1, 2)
-    q, k = f(q, k, cos, sin)              becomes    q, k = self._gemma_norm_rotate(q, k, self.q_norm, self.k_norm, f,
-                                                                                   cos, sin, True)
-
-    q = self.q_norm(q)                    goes
-    k = self.k_norm(k)                    goes
-    q, k = f(q, k, cos, sin)              becomes    the same, with False
-
-f is recognised by what it computes. Where the call does not suit, the method calls the norms and f.
+Which statements are known, and what takes their places, is in :mod:`._rotation_form`. The function that rotates is
+recognised by what it computes. Where a call does not suit, the norms and that function are called.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import itertools
 import types
@@ -33,7 +21,8 @@ from .._ops.qk_norm_rope import qk_norm_rope
 from ._forwards import in_functorch, is_compiling, is_tracing, refusal, weight_of
 from ._report import Left, Report, Rotated
 from ._residual import called_otherwise, norm_swap, seen_after
-from ._source import Source, blocks, changed, name_of, own_name, placed, source, target
+from ._rotation_form import forms, join
+from ._source import Source, changed, source
 from ._swap import STATE, SWAP, State, Swap, base_of, derive, exchange, own_forward, state
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,18 +33,6 @@ class AttentionSwap:
     base: type[nn.Module]
 
 
-@dataclass(frozen=True)
-class Form:
-    """Where the statements are among those of a block, and what they name."""
-
-    places: tuple[int, int, int]
-    """Of the two norms and of the rotation."""
-    names: tuple[str, str]
-    norms: tuple[str, str]
-    function: str
-    transposed: bool
-
-
 def attention_subclass(swap: AttentionSwap) -> type[nn.Module]:
     return _attention_subclass(swap, swap.base.forward)
 
@@ -63,7 +40,7 @@ def attention_subclass(swap: AttentionSwap) -> type[nn.Module]:
 @functools.cache
 def _attention_subclass(swap: AttentionSwap, original: Any) -> type[nn.Module]:
     """One for each forward that the base has had: a class may be given another one."""
-    forward = changed(swap.base, _join)
+    forward = changed(swap.base, join)
     return derive(swap.base, "attention", swap, forward, **{SWAP: swap, "_gemma_norm_rotate": rotate})
 
 
@@ -77,18 +54,22 @@ def rotate(
     cos: Any,
     sin: Any,
     transposed: bool,
+    gate: Any = None,
+    shape: tuple[Any, ...] = (),
 ) -> Any:
     """``function(q_norm(q), k_norm(k), cos, sin)``, in one operator where it has the same bits and effects.
 
-    q and k are ``[batch, heads, tokens, head_dim]``. ``transposed``: the norms are given tokens before heads.
+    q and k are ``[batch, heads, tokens, head_dim]``. ``transposed``: the norms are given tokens before heads. With a
+    gate, ``gate.reshape(*shape)`` is the third result.
     """
     reason = _apart(q, k, q_norm, k_norm, function, cos, sin)
     if reason is None:
         swap = norm_swap(q_norm)
         assert swap is not None
         q_weight, k_weight = (weight_of(norm) if swap.semantics.weighted else None for norm in (q_norm, k_norm))
+        copied = _copied(gate, q, shape)
         try:
-            y, z = qk_norm_rope(
+            y, z, *copies = qk_norm_rope(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
                 q_weight,
@@ -99,16 +80,36 @@ def rotate(
                 gemma=swap.semantics.gemma,
                 round_each_step=swap.each_step and q_weight is not None and q_weight.dtype == q.dtype,
                 round_rotation=True,
+                gate=gate if copied else None,
             )
         except RuntimeError as error:
             reason = refusal(error)
         else:
-            return y.transpose(1, 2), z.transpose(1, 2)
+            turned = y.transpose(1, 2), z.transpose(1, 2)
+            return turned if gate is None else (*turned, (copies[0] if copied else gate).reshape(*shape))
     if not is_compiling():
         state(self).apart(reason)
     if transposed:
-        return function(q_norm(q.transpose(1, 2)).transpose(1, 2), k_norm(k.transpose(1, 2)).transpose(1, 2), cos, sin)
-    return function(q_norm(q), k_norm(k), cos, sin)
+        q, k = (norm(t.transpose(1, 2)).transpose(1, 2) for norm, t in ((q_norm, q), (k_norm, k)))
+    else:
+        q, k = q_norm(q), k_norm(k)
+    turned = function(q, k, cos, sin)
+    return turned if gate is None else (*turned, gate.reshape(*shape))
+
+
+def _copied(gate: Any, q: Tensor, shape: tuple[Any, ...]) -> bool:
+    """Whether the reshaping would copy the gate, of q's shape with the tokens before the heads, to contiguous memory.
+
+    Where it is a view, as of a single head, what it returns shares the gate's memory, and so must stay.
+    """
+    if not isinstance(gate, Tensor) or gate.dtype != q.dtype or gate.device != q.device:
+        return False
+    batch, heads, tokens, size = q.shape
+    joined = gate.shape == (batch, tokens, heads, size) and shape in (
+        (batch, tokens, -1),
+        (batch, tokens, heads * size),
+    )
+    return joined and heads > 1 and gate.stride(-1) == 1 and gate.stride(-2) != size
 
 
 def _apart(
@@ -205,7 +206,7 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], done:
         if len(norms) < 2:
             continue
         kind, known = type(module).__name__, source(type(module))
-        found = _forms(known.body) if isinstance(known, Source) else []
+        found = forms(known.body) if isinstance(known, Source) else []
         if not any(set(form.norms) <= set(norms) for _, form in found):
             continue  # such as a decoder layer, which has norms of other things
         assert isinstance(known, Source)
@@ -218,97 +219,8 @@ def fuse(model: nn.Module, report: Report, planned: dict[nn.Module, Swap], done:
             report.unrotated.append(Left(name, kind, reason))
             continue
         _, form = found[0]
-        report.rotated.append(Rotated(name, kind, *form.norms))
+        report.rotated.append(Rotated(name, kind, *form.norms, "" if form.gate is None else form.gate[1]))
         if not report.dry_run:
             exchange(module, attention_subclass(AttentionSwap(type(module))))
             module.__dict__[STATE] = State(name, report.fallbacks, report.rotations)
             done.append(module)
-
-
-def _join(body: ast.FunctionDef) -> None:
-    own = own_name(body)
-    for statements, form in _forms(body):
-        q, k = form.names
-        at_q, at_k, at_function = form.places
-        call = statements[at_function].value  # type: ignore[attr-defined]
-        cos, sin = (f"({ast.unparse(argument)})" for argument in call.args[2:])
-        norms = ", ".join(f"{own}.{norm}" for norm in form.norms)
-        joined = f"{own}._gemma_norm_rotate({q}, {k}, {norms}, {form.function}, {cos}, {sin}, {form.transposed})"
-        statements[at_function] = placed(f"{q}, {k} = {joined}", statements[at_function])
-        for place in (at_k, at_q):  # from the end, so that places stay right
-            if form.transposed:
-                transpose = statements[place].value  # type: ignore[attr-defined]
-                transpose.func.value = transpose.func.value.args[0]
-            else:
-                del statements[place]
-
-
-def _forms(body: ast.FunctionDef) -> list[tuple[list[ast.stmt], Form]]:
-    """The statements of a known form, with the block that they are in; at most one in a block."""
-    found = [(statements, _form(statements, own_name(body))) for statements in blocks(body)]
-    return [(statements, form) for statements, form in found if form is not None]
-
-
-def _form(statements: list[ast.stmt], own: str) -> Form | None:
-    for at_function, statement in enumerate(statements):
-        rotated = _rotation_call(statement)
-        if rotated is None:
-            continue
-        function, names = rotated
-        norms: dict[str, tuple[int, str, bool]] = {}
-        for place in range(at_function - 1, -1, -1):
-            before = statements[place]
-            name = target(before)
-            if name in names and name not in norms:
-                norm = _norm_of(before, own)
-                if norm is None:
-                    return None
-                norms[name] = (place, *norm)
-                if len(norms) == 2:
-                    break
-            elif not isinstance(before, ast.Assign) or any(name_of(node) in names for node in ast.walk(before)):
-                return None
-        if len(norms) < 2:
-            return None
-        (at_q, q_norm, transposed), (at_k, k_norm, other) = (norms[name] for name in names)
-        between = statements[min(at_q, at_k) + 1 : max(at_q, at_k)]
-        mixed = any(name_of(node) in names for s in between for node in ast.walk(s))
-        if mixed or transposed != other or at_q > at_k:
-            return None
-        return Form((at_q, at_k, at_function), names, (q_norm, k_norm), function, transposed)
-    return None
-
-
-def _rotation_call(statement: ast.stmt) -> tuple[str, tuple[str, str]] | None:
-    """f and the names q and k in ``q, k = f(q, k, cos, sin)``."""
-    call = getattr(statement, "value", None)
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(call, ast.Call):
-        return None
-    targets = statement.targets[0]
-    names = [name_of(e) for e in targets.elts] if isinstance(targets, ast.Tuple) else []
-    function = name_of(call.func)
-    if len(names) != 2 or None in names or names[0] == names[1] or function is None or call.keywords:
-        return None
-    if len(call.args) != 4 or [name_of(a) for a in call.args[:2]] != names:
-        return None
-    if any(isinstance(a, ast.Starred) or name_of(n) in names for a in call.args[2:] for n in ast.walk(a)):
-        return None
-    return function, (names[0], names[1])  # type: ignore[return-value]
-
-
-def _norm_of(statement: ast.stmt, own: str) -> tuple[str, bool] | None:
-    """The attribute in ``q = self.attribute(q)``, or in ``q = self.attribute(a).transpose(1, 2)``, which is True."""
-    value = getattr(statement, "value", None)
-    transposed = False
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "transpose":
-        if value.keywords or [getattr(a, "value", None) for a in value.args] != [1, 2]:
-            return None
-        value, transposed = value.func.value, True
-    if not isinstance(value, ast.Call) or value.keywords or len(value.args) != 1:
-        return None
-    function = value.func
-    if not isinstance(function, ast.Attribute) or name_of(function.value) != own:
-        return None
-    if isinstance(value.args[0], ast.Starred) or (not transposed and name_of(value.args[0]) != target(statement)):
-        return None
-    return function.attr, transposed

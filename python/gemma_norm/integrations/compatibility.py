@@ -253,10 +253,10 @@ _LEGEND = (
     "*norms*: how many are replaced. *What they compute*: `rounds twice` and `rounds each step` are "
     "`round_each_step` in [the contract](contract.md), `1 + weight` is `gemma`. *joined*: residual additions that "
     "`fuse_residual=True` joins with a norm, and with a plus sign rotations of q and k that `fuse_rotation=True` joins "
-    "with their norms. *float32*: the largest difference of the logits, over the largest "
-    "logit. *error*: mean distance of the bfloat16 logits from the original's float32 ones, over the original's "
-    "distance. *left*: what looks like a norm and stays as it is, and why; and why some calls of replaced norms ran "
-    "the original forward."
+    "with their norms (in Qwen3-Next, Qwen3.5 and Qwen4 the gate beside q too). *float32*: the largest difference of "
+    "the logits, over the largest logit. *error*: mean distance of the bfloat16 logits from the original's float32 "
+    "ones, over the original's distance. *left*: what looks like a norm and stays as it is, and why; and why some "
+    "calls of replaced norms ran the original forward."
 )
 
 

@@ -78,8 +78,10 @@ def patch(
         fuse_rotation: the norms of q and k become one :func:`gemma_norm.qk_norm_rope` with the rotary embedding after
             them, in attention whose ``forward`` contains ``q = self.q_norm(q); k = self.k_norm(k)``, or the same with
             ``.transpose(1, 2)`` behind, and then ``q, k = apply_rotary_pos_emb(q, k, cos, sin)``, a function that is
-            recognised by what it computes. The results have the same bits. Norms with hooks, and compiled code, are
-            left as they are.
+            recognised by what it computes. Where each head's q is followed by a gate, as in Qwen3-Next and Qwen3.5
+            (``q, gate = torch.chunk(..., 2, dim=-1); gate = gate.reshape(*input_shape, -1)``), the same kernel makes
+            the gate contiguous. The results have the same bits. Norms with hooks, and compiled code, are left as they
+            are.
 
     Returns:
         what was done. A module that an earlier call replaced stays as that call made it, and is reported as such. With

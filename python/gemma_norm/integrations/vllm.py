@@ -2,6 +2,8 @@
 
 vLLM lets other projects replace a layer by a class of their own (``CustomOp.register_oot``): its RMSNorm, GemmaRMSNorm
 and RMSNormGated, on CUDA, ROCm and the CPU. A call that is not ours takes the way that vLLM had chosen for the layer.
+The function that normalises and rotates q and k in Qwen3-Next's and Qwen3.5's attention is replaced in its module, and
+in those of models that have imported it.
 
 Under Inductor, vLLM's default, nothing changes: Inductor sees the formula and fuses it with its neighbours, which an
 operator of ours would keep it from. So this is for ``--enforce-eager``, and for CUDA graphs without Inductor.
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._ops.rms_norm import rms_norm
+from . import _vllm_rope
 from ._engine import (
     Engine,
     add_norm,
@@ -29,6 +32,7 @@ from ._engine import (
     unserved_gpus,
     version_of,
 )
+from ._engine_rope import Function
 
 TESTED = "0.24.0 to 0.33.0"
 
@@ -110,6 +114,8 @@ class _Installed(NamedTuple):
     get_config: Any
     no_compilation: Any
     under_inductor: bool
+    rope: tuple[Function, Function] | None
+    """vLLM's function for q and k, and ours."""
 
 
 _installed: _Installed | None = None
@@ -161,6 +167,7 @@ def install(*, under_inductor: bool = False) -> None:
         if layer.name in registry:
             engine.differs(f"op_registry_oot[{layer.name!r}]", "free", f"{registry[layer.name]}, of another plugin")
         kinds.append(kind)
+    rope = _vllm_rope.find(engine)
 
     classes = {}
     for kind, layer in zip(kinds, _LAYERS, strict=True):
@@ -170,8 +177,13 @@ def install(*, under_inductor: bool = False) -> None:
         ours.name = kind.name  # type: ignore[attr-defined]  # for custom_ops=["+rms_norm"]; register_oot had renamed it
         classes[ours] = kind
     get_config = config.get_cached_compilation_config
-    _installed = _Installed(registry, classes, platforms, envs, get_config, mode, under_inductor)
-    logger.info("gemma_norm: serves vLLM %s's %s", version_of(engine.name), ", ".join(kind.__name__ for kind in kinds))
+    functions = None
+    if rope is not None:
+        functions = (rope, _vllm_rope.ours(rope, lambda: bool(envs.VLLM_BATCH_INVARIANT)))
+        _vllm_rope.replace(*functions)
+    _installed = _Installed(registry, classes, platforms, envs, get_config, mode, under_inductor, functions)
+    names = ", ".join(kind.__name__ for kind in (*kinds, *(functions or ())[:1]))
+    logger.info("gemma_norm: serves vLLM %s's %s", version_of(engine.name), names)
 
 
 def uninstall() -> None:
@@ -187,6 +199,8 @@ def uninstall() -> None:
         if theirs is not None:
             layer._forward_method = theirs
         layer.__class__ = _installed.classes[type(layer)]
+    if _installed.rope is not None:
+        _vllm_rope.replace(*reversed(_installed.rope))
     _installed = None
 
 
