@@ -19,7 +19,7 @@ export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
 .PHONY: help demo test test-cpp test-sanitizers test-aarch64 test-python test-machine-code test-amdgpu test-hip7
-.PHONY: compare-amdgpu test-install test-matrix check-wheel benchmark fuzz report docs site lint format clean system
+.PHONY: compare-amdgpu test-install test-matrix check-wheel benchmark fuzz mutate report docs site lint format clean system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
 
@@ -57,6 +57,9 @@ test-machine-code: $(VENV)/test-installed  ## AMD machine code of all eleven tar
 MINUTES ?= 10
 fuzz: $(VENV)/test-installed  ## calls that hypothesis thinks of, for MINUTES=10; what fails is kept as a test
 	$(BIN)/python tests/python/fuzz.py $(MINUTES)
+
+mutate: $(VENV)/test-installed  ## plants faults in a copy, and shows which of them the tests notice: MUTANTS=100
+	$(BIN)/python tests/mutate.py --count $(or $(MUTANTS),100)
 
 test-amdgpu: $(VENV)/test-installed  ## AMD machine code in an emulator: make test-amdgpu TINYGRAD=<checkout>
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -q tests/amdgpu

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 import gemma_norm
 from benchmark_support import earlier as earlier
@@ -20,6 +20,7 @@ from fake_peers import hip as hip
 from fake_peers import peers as peers
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
+settings.register_profile("unshrunk", settings.get_profile("default"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("default")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -149,8 +149,12 @@ def quantised(y: Bounds, a: Arguments, got: tuple[Tensor, ...]) -> list[Bounds]:
         least = Bounds(torch.where(one_sign, low.minimum(high), 0.0).amax(-1), low.maximum(high).amax(-1))
         found = [least.mapped(lambda t: _scale(t, a["scale_ub"], largest, a["scale_ue8m0"]))]
         scale = got[1].unsqueeze(-1)
-    factor = Bounds.of((1 / scale.double()).float())
-    v = groups.times(factor).rounded(torch.float32).mapped(lambda t: t.flatten(-2))
+    factor = (1 / scale.double()).float().double()
+    # Infinity times what may be 0 may be NaN.
+    unclear = factor.isinf() & (groups.low <= 0) & (groups.high >= 0)
+    groups = groups.times(Bounds.of(factor))
+    v = Bounds(torch.where(unclear, torch.nan, groups.low), groups.high).rounded(torch.float32)
+    v = v.mapped(lambda t: t.flatten(-2))
     if got[0].dtype is torch.int8:
         unclear = v.low.isnan() != v.high.isnan()
         q = v.mapped(lambda t: t.round().clamp(-128, 127).nan_to_num(0.0))
