@@ -53,8 +53,8 @@ struct OpList {
   }
 };
 
-using ForwardOps = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant,
-                          GatedRmsNormQuant>;
+using ForwardOps =
+    OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant, GatedRmsNormQuant>;
 using Ops = OpList<RmsNorm, AddRmsNorm, GatedRmsNorm, RmsNormAddRmsNorm, RmsNormQuant, AddRmsNormQuant,
                    GatedRmsNormQuant, RmsNormBackward, GatedRmsNormBackward, QkNormRope>;
 
