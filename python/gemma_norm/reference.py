@@ -282,12 +282,11 @@ def quantize(
             power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
             scale = torch.where(scale < 2.0**127, power, scale)
         stored, factor = scale, 1 / scale
-        if scale_dtype in (torch.float8_e8m0fnu, torch.int32):
-            exponents = scale.view(torch.int32) >> 23 & 0xFF
-            stored = exponents.to(torch.uint8).view(torch.float8_e8m0fnu)
-            if scale_dtype is torch.int32:
-                q = _codes((groups * factor.unsqueeze(-1)).flatten(-2), dtype, largest)
-                return q, packed_scales(exponents)
+        if scale_dtype is torch.float8_e8m0fnu:
+            stored = torch.where(scale.isinf(), torch.nan, scale).to(torch.float8_e8m0fnu)
+        if scale_dtype is torch.int32:
+            exponents = torch.where(scale.isfinite(), torch.frexp(scale)[1] + 126, 255)
+            return _codes((groups * factor.unsqueeze(-1)).flatten(-2), dtype, largest), packed_scales(exponents)
     q = _codes((groups * factor.unsqueeze(-1)).flatten(-2), dtype, largest)
     return q, column_major(stored.contiguous()) if column_major_scale else stored.contiguous()
 

@@ -117,17 +117,29 @@ def test_every_bit_of_float4(device, dtype, scheme):
 
 @pytest.mark.parametrize("scheme", FLOAT4.values(), ids=FLOAT4)
 def test_float4_in_programs(device, scheme):
-    """Operator, fake implementation, compiled program and vmap agree on values, shapes and strides."""
+    """Operator, fake implementation and compiled program agree on values, shapes and strides."""
     scheme = {"dtype": torch.float4_e2m1fn_x2, **on_device(scheme, device)}
     x, weight = randn(2, 3, 768, device=device), randn(768, device=device)
     torch.library.opcheck(OPS.rms_norm_quant.y, (x, weight), scheme)
     want = gemma_norm.rms_norm_quant(x, weight, **scheme)
     compiled = torch.compile(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme), fullgraph=True)
-    mapped = torch.func.vmap(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme))
-    for got, most in ((compiled(x), 0), (mapped(x), 0.01 * x.numel())):
-        for a, b in zip(got, want, strict=True):
-            assert a.shape == b.shape
-            assert (bits(a) != bits(b)).sum() <= most  # vmap runs the definition, whose y may be off by a bit
+    for a, b in zip(compiled(x), want, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("scheme", FLOAT4.values(), ids=FLOAT4)
+def test_float4_in_vmap(device, scheme):
+    try:
+        torch.func.vmap(lambda t: t.view(torch.int8))(torch.zeros(2, 3, dtype=torch.uint8))
+    except RuntimeError as error:
+        pytest.skip(f"this PyTorch's vmap cannot reinterpret bits: {error}")
+    scheme = {"dtype": torch.float4_e2m1fn_x2, **on_device(scheme, device)}
+    x, weight = randn(2, 3, 768, device=device), randn(768, device=device)
+    mapped = torch.func.vmap(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme))(x)
+    for a, b in zip(mapped, gemma_norm.rms_norm_quant(x, weight, **scheme), strict=True):
+        assert a.shape == b.shape
+        assert (bits(a) != bits(b)).sum() <= 0.01 * x.numel()  # the definition's y may be off by a bit
 
 
 def place_last(values: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ def rms_norm_quant(
     The scale of a group of zeros is that of max(abs(y)) = 1e-10. A NaN makes the scale of its group a NaN, and itself
     a NaN, which in int8 is 0 and in float4 is 6.
 
-    A smooth-quant vector is a part of the weight: pass the product of both as a float32 weight.
+    A smooth-quant vector is a part of the weight: pass the product of both as a float32 weight. float4 inside
+    ``torch.func.vmap`` needs a PyTorch that knows ``Tensor.view(dtype)`` there: 2.13 does, 2.11 does not.
 
     Returns:
         q, row-major, x's shape, in float4 ``[..., hidden / 2]``; the scale: ``[..., 1]``, or ``[..., hidden /
