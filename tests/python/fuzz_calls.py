@@ -24,6 +24,7 @@ OPERATORS = _registry.OPERATORS
 FLOATS = ("float32", "float16", "bfloat16")
 FLAGS = {"sigmoid", "norm_before_gate", "interleaved", "round_first", "scale_ue8m0", "column_major_scale"}
 QUANTIZED = tuple(str(dtype).removeprefix("torch.") for dtype in reference.QUANTIZED_LARGEST)
+SCALES = ("float32", "float8_e8m0fnu", "float8_e4m3fn", "int32")
 MODES = ("grad mode", "no_grad", "inference_mode", "autograd", "vmap", "vjp")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 Arguments = dict[str, Any]
@@ -126,8 +127,6 @@ def options_for(draw: st.DrawFn, op: _registry.Operator, call: Arguments) -> dic
     options: dict[str, Any] = {"eps": draw(st.sampled_from([1e-6, 1e-5, 1e-12, 1.0]))}
     for name in FLAGS & names:
         options[name] = draw(st.booleans())
-    if "dtype" in names:
-        options["dtype"] = draw(st.sampled_from([None, *QUANTIZED]))
     weights = [n for n in ("weight", "q_weight") if n in dtypes]
     if "gemma" in names:
         options["gemma"] = bool(weights) and draw(st.booleans())
@@ -141,9 +140,26 @@ def options_for(draw: st.DrawFn, op: _registry.Operator, call: Arguments) -> dic
     for name in {"group_size", "scale_group_size"} & names:
         if draw(st.booleans()):
             options[name] = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
+    if "dtype" in names:
+        options |= quantisation(draw, names, size, options)
     if "mrope_section" in names and "positions" in dtypes and draw(st.booleans()):
         t, h = sorted((draw(st.integers(0, pairs)), draw(st.integers(0, pairs))))
         options |= {"mrope_section": [t, h - t, pairs - h], "mrope_interleaved": draw(st.booleans())}
+    return options
+
+
+def quantisation(draw: st.DrawFn, names: set[str], size: int, given: dict[str, Any]) -> dict[str, Any]:
+    """To what, and how the scales are stored. What does not go together is left to flaw_for."""
+    norm, group = given.get("group_size") or size, given.get("scale_group_size")
+    computed, options = "scale_group_size" in names, {}
+    if computed and norm < size:
+        group = options["scale_group_size"] = draw(st.sampled_from([n for n in range(1, norm + 1) if norm % n == 0]))
+    is_packed = computed and group and group % 16 == 0
+    options["dtype"] = draw(st.sampled_from([None, *(n for n in QUANTIZED if "x2" not in n or is_packed)]))
+    if computed:
+        fours = norm == size or norm // group % 4 == 0
+        options["scale_dtype"] = draw(st.sampled_from([None, *SCALES[: len(SCALES) if fours else -1]]))
+        options["scale_ue8m0"] = options["scale_dtype"] != "float8_e4m3fn" and draw(st.booleans())
     return options
 
 
@@ -167,7 +183,9 @@ def flaw_for(draw: st.DrawFn, op: _registry.Operator, call: Arguments) -> tuple[
             "eps": [-1e-6, math.nan, math.inf, 1e300],
             "group_size": [0, -1, call["shape"][-1] + 1, 2],
             "scale_group_size": [0, -1, call["shape"][-1] + 1, 2],
-            "dtype": ["float16", "uint8", "float64"],
+            "dtype": ["float16", "uint8", "float64", "float4_e2m1fn_x2"],
+            "scale_dtype": ["float16", "int8", "int32", "float8_e4m3fn"],
+            "scale_ue8m0": [True],
             "gemma": [True],
             "round_each_step": [True],
             "mrope_section": [[1], [-1, 1, 0], [0, 0, 99]],
@@ -198,6 +216,8 @@ def calls(draw: st.DrawFn, name: str | None = None, modes: Sequence[str] = MODES
         if not rule.optional or passed:
             made["dtypes"][name] = dtype_for(draw, rule.dtypes, made["dtypes"])
     made["options"] = options_for(draw, op, made)
+    if made["options"].get("scale_dtype") != "float8_e4m3fn" and draw(st.integers(0, 9)):
+        made["dtypes"].pop("global_scale", None)
     made["layouts"] = {}
     for name in made["dtypes"]:
         shape = Call(**made).shape_of(name)
@@ -223,7 +243,7 @@ def calls(draw: st.DrawFn, name: str | None = None, modes: Sequence[str] = MODES
     elif draw(st.integers(0, 9)) == 0:
         floats = [n for n, dtype in made["dtypes"].items() if dtype in FLOATS]
         name = draw(st.sampled_from(floats))
-        ends = [0.0, -0.0, -1.0, 1e-45, 1e-38, 3e38] if op.rules[name].extent is Extent.ONE else []
+        ends = [0.0, -0.0, -1.0, 1e-45, 1e-38, 3e38] if name in ("scale", "scale_ub") else []
         made["special"] = name, draw(st.sampled_from([math.nan, math.inf, -math.inf, *ends]))
     made["scale"] = draw(st.sampled_from([1.0, 1e-3, 30.0]))
     made["frozen"] = tuple(n for n in made["dtypes"] if draw(st.integers(0, 3)) == 0)

@@ -76,7 +76,7 @@ class Memory:
             return values
         values = torch.randn(shape, generator=random)
         if call.operator.rules[name].extent is Extent.ONE:  # scales and bounds that change something
-            return values.abs() * call.scale / (64 if name == "scale" else 1)
+            return values.abs() * call.scale / (1 if name == "scale_ub" else 64)
         if call.operator.rules[name].extent is Extent.HIDDEN:  # near zero for gemma: a missing 1 + shows
             return values * 0.05 if call.options.get("gemma") else values
         gate = name == "gate"
@@ -103,7 +103,7 @@ class Memory:
 
 def as_argument(name: str, value: Any) -> Any:
     """An option as the operator takes it. Calls are kept as JSON, where a dtype is its name."""
-    return getattr(torch, value) if name == "dtype" and value else value
+    return getattr(torch, value) if name in ("dtype", "scale_dtype") and value else value
 
 
 def _reshaped(shape: tuple[int, ...], how: str) -> tuple[int, ...]:

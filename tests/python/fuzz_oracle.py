@@ -132,48 +132,6 @@ def rotated(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, a: Argum
     return Bounds(torch.cat((turned.low, rest.low), -1), torch.cat((turned.high, rest.high), -1))
 
 
-def quantised(y: Bounds, a: Arguments, got: tuple[Tensor, ...]) -> list[Bounds]:
-    """Bounds for q, of the dtype of ``got[0]``, and for the new scales, if there are any (C12.3, C12.4).
-
-    Each step keeps the order of numbers. The scales of ``got``, once they are between their own, are those of q.
-    """
-    y = y.rounded(a["x"].dtype if a["round_first"] else torch.float32)
-    size, largest = a.get("scale_group_size") or a["x"].shape[-1], reference.QUANTIZED_LARGEST[got[0].dtype]
-    groups = y.mapped(lambda t: t.unflatten(-1, (-1, size)))
-    found = []
-    if "scale" in a:
-        scale = a["scale"].reshape(())
-    else:
-        one_sign = (groups.low.sign() == groups.high.sign()) | groups.low.isnan()
-        low, high = groups.low.abs(), groups.high.abs()
-        least = Bounds(torch.where(one_sign, low.minimum(high), 0.0).amax(-1), low.maximum(high).amax(-1))
-        found = [least.mapped(lambda t: _scale(t, a["scale_ub"], largest, a["scale_ue8m0"]))]
-        scale = got[1].unsqueeze(-1)
-    factor = (1 / scale.double()).float().double()
-    # Infinity times what may be 0 may be NaN.
-    unclear = factor.isinf() & (groups.low <= 0) & (groups.high >= 0)
-    groups = groups.times(Bounds.of(factor))
-    v = Bounds(torch.where(unclear, torch.nan, groups.low), groups.high).rounded(torch.float32)
-    v = v.mapped(lambda t: t.flatten(-2))
-    if got[0].dtype is torch.int8:
-        unclear = v.low.isnan() != v.high.isnan()
-        q = v.mapped(lambda t: t.round().clamp(-128, 127).nan_to_num(0.0))
-        return [Bounds(torch.where(unclear, -128.0, q.low), torch.where(unclear, 127.0, q.high)), *found]
-    return [v.mapped(lambda t: t.clamp(-largest, largest).to(got[0].dtype).double()), *found]
-
-
-def _scale(bound: Tensor, scale_ub: Tensor | None, largest: float, power_of_two: bool) -> Tensor:
-    if scale_ub is not None:
-        limit = scale_ub.double().reshape(())
-        bound = torch.where(bound > limit, limit, bound)
-    scale = (torch.where(bound < 1e-10, torch.tensor(1e-10).double(), bound) / largest).float().double()
-    if power_of_two:
-        mantissa, exponent = torch.frexp(scale)
-        power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
-        scale = torch.where(scale < 2.0**127, power, scale)
-    return scale
-
-
 def results(name: str, a: Arguments, got: tuple[Tensor, ...], native: bool) -> list[Bounds | Tensor]:
     """Of a forward operator: bounds for what is normalised; the very numbers of the new residual.
 

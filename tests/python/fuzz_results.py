@@ -9,7 +9,8 @@ from torch import Tensor
 
 import gemma_norm
 from fuzz_calls import OPERATORS, Arguments, Call
-from fuzz_oracle import OPS, Bounds, assert_gradients, quantised, results
+from fuzz_oracle import OPS, Bounds, assert_gradients, results
+from fuzz_quantised import decoded, quantised
 from gemma_norm import reference
 from gemma_norm._registry import Operator
 
@@ -68,7 +69,8 @@ def assert_same(got: Tensor, want: Tensor, what: str) -> None:
     assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, expected {want.dtype}"
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     differ = got.contiguous().view(bits) != want.contiguous().view(bits)
-    differ &= ~(got.float().isnan() & want.float().isnan())
+    if got.dtype is not torch.float4_e2m1fn_x2:
+        differ &= ~(got.float().isnan() & want.float().isnan())
     assert not bool(differ.any()), f"{what}: {int(differ.sum())} of {differ.numel()} elements differ"
 
 
@@ -102,11 +104,12 @@ def check_results(call: Call, arguments: Arguments, before: Arguments, got: Any)
                         assert_same(result, exact, "beside the norm, quantised")
         in_new = op.name if not op.written else op.name.removeprefix("fused_") if op.new_results else op.functional
         same = OPERATORS[in_new].overload(**{k: v for k, v in a.items() if k != "out"})
-        for y, bound, other in zip(returned, want, as_tuple(same), strict=True):
+        numbers = decoded(a, returned) if op.new_results else returned
+        for y, number, bound, other in zip(returned, numbers, want, as_tuple(same), strict=True):
             if isinstance(bound, Tensor):
                 assert_same(y, bound, "a sum or a copy")
             else:
-                bound.assert_holds(y)
+                bound.assert_holds(number)
             if native:
                 assert_same(y, other, "beside new tensors without gaps")
 
@@ -119,18 +122,22 @@ def returns_y(op: Operator) -> bool:
 def _layouts(op: Operator, a: Arguments) -> list[tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]]:
     """Shape, dtype and strides of each result that is new."""
     x = a[op.first]
+    packed = a.get("scale_dtype") is torch.int32
     if op.new_results:
-        alike = [torch.empty_like(x, dtype=a["dtype"] or torch.float8_e4m3fn, device="meta")]
+        dtype, hidden = a["dtype"] or torch.float8_e4m3fn, x.shape[-1]
+        columns = hidden // 2 if dtype is torch.float4_e2m1fn_x2 else hidden
+        alike = [torch.empty(*x.shape[:-1], columns, dtype=dtype, device="meta")]
         if "scale" not in op.rules:
-            groups = 1 if a["scale_group_size"] is None else x.shape[-1] // a["scale_group_size"]
-            alike.append(torch.empty(*x.shape[:-1], groups, device="meta"))
+            groups = 1 if a["scale_group_size"] is None else hidden // a["scale_group_size"]
+            groups = (groups + 3) // 4 if packed else groups
+            alike.append(torch.empty(*x.shape[:-1], groups, dtype=a["scale_dtype"] or torch.float32, device="meta"))
         alike += [x] if returns_y(op) else []
         alike += [a["residual"]] if "residual" in a and "residual" not in op.written else []
     else:
         alike = [x] + [x[..., :0, :] if a[name] is None else a[name] for name in op.more_results]
     found = [(t.shape, t.dtype, torch.empty(t.shape, device="meta").stride()) for t in alike]
-    if a.get("column_major_scale"):
-        found[1] = (*found[1][:2], reference.column_major(alike[1]).stride())
+    if a.get("column_major_scale") or packed:  # columns of packed scales begin at multiples of 16 bytes
+        found[1] = (*found[1][:2], reference.column_major(alike[1], 4 if packed else 1).stride())
     return found
 
 
@@ -138,8 +145,8 @@ def _quantised_norm(op: Operator, a: Arguments) -> list[Tensor | None]:
     """q, the scales and y, by the definition, of the norm's own result (C12.1). None: that does not have the bits."""
     norm = OPERATORS[op.functional].overload
     y = as_tuple(norm(**{n.name: a[n.name] for n in norm._schema.arguments if n.name in a}))[0]
-    options = [a.get(k) for k in ("scale", "dtype", "scale_group_size", "scale_ub")]
-    found: list[Tensor | None] = list(reference.quantize(y.float(), *options, bool(a.get("scale_ue8m0"))))
+    names = ("scale", "dtype", "scale_group_size", "scale_ub", "scale_ue8m0", "scale_dtype", "global_scale")
+    found: list[Tensor | None] = list(reference.quantize(y.float(), **{k: a[k] for k in names if k in a}))
     if not a["round_first"] and a["x"].dtype != torch.float32:
         found = [None for _ in found]
     return [*found, *([y] if returns_y(op) else [])]
