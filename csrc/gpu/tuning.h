@@ -59,7 +59,7 @@ constexpr KernelTuning kKernels[] = {
     {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512, 512, 768, 512, 512}},      // T32
     {1536, Scope::kBlock, 8, 192, {768, 576, 384, 384, 384, 384, 384, 384}},        // T33
     {2048, Scope::kBlock, 8, 256, {768, 512, 512, 512, 512, 512, 512, 512}},        // T31
-    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512, 512, 512, 256, 256}},     // T25
+    {16384, Scope::kCluster, 8, 256, {768, 512, 512, 512, 512, 256, 256, 256}},     // T25
     // In the next kernel a thread has 64 registers, which are too few for two rows, so these would be loaded in
     // batches. With at most 512 threads a thread has 128 registers, and both rows are loaded at once.
     {4096, Scope::kBlock, 8, 512, {0, 0, 512, 512, 512, 512, 512, 512}},
