@@ -50,34 +50,23 @@ GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
   return largest;
 }
 
-// The scale that is given, or the bound; 0 without either, and in a kernel that does not quantise. Loaded together with
-// the row, not before wait_for_previous_kernel().
-template <class V>
-GEMMA_NORM_DEVICE float given_number(const RowParams& p) {
-  if constexpr (V::Form::kQuantizes)
-    if (p.data[kScale]) return *static_cast<const float*>(p.data[kScale]);
-  return 0.0f;
-}
-
-// The scales of a row, its elements in 8 or 4 bits, and y where the call wants it too. A kernel makes one after the sum
-// is known, because its pointers take registers.
+// The scales of a row, and its elements in 8 or 4 bits.
 template <class V>
 struct Quantizer {
   using X = typename V::X;
   static constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p;
-  X* y_out;
-  uint8_t* out;
+  uint8_t* out;  // the row's element `start`, or in float4 what would be that if a byte had one
   uint8_t* scales;
-  float number;  // see given_number()
+  float number;  // the scale that is given, or the bound; loaded together with the row
 
-  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, int start, float number)
+  // Not before wait_for_previous_kernel().
+  GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, uint8_t* out)
       : p(p),
-        y_out(row.pointer<X>(p, kYOut, start)),
-        out(row.pointer<uint8_t>(p, kOut, start >> p.format.log2_items())),
+        out(out),
         scales(static_cast<uint8_t*>(p.data[kScaleOut]) +
                row.offset(p, kScaleOut) * quantized::scale_bytes(p.scale_dtype)),
-        number(number) {}
+        number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f) {}
 
   // The scale is given.
   GEMMA_NORM_DEVICE bool is_static() const { return p.scale_group == 0; }
@@ -107,19 +96,6 @@ struct Quantizer {
                                                                  : inverse<false>(largest, group, stores);
   }
 
-  // Store y, where the call wants it: a vector, which is aligned, or an element.
-  GEMMA_NORM_DEVICE void store_y(int first, const float (&y)[kCount]) const {
-    store_items<true, kCount>(y_out, first, 1, NoEnd{}, pack_items<X>(y));
-  }
-  GEMMA_NORM_DEVICE void store_y(int64_t at, float y) const {
-    if constexpr (sizeof(X) == sizeof(float)) {
-      y_out[at] = y;
-    } else {
-      const float two[2] = {y, 0.0f};
-      y_out[at].bits = static_cast<uint16_t>(device::pack<X>(two));
-    }
-  }
-
   // Stores a vector whose first element has the index `first`, a multiple of kCount, in memory that is aligned to that.
   GEMMA_NORM_DEVICE void store(int first, const float (&y)[kCount], float inverse) const {
     uint32_t words[kCount / 4];
@@ -133,17 +109,26 @@ struct Quantizer {
     else
       *reinterpret_cast<uint32_t*>(out + first) = words[0];
   }
-  GEMMA_NORM_DEVICE void store_float4(int first, const float (&y)[kCount], float inverse) const {
+  // The same in float4; `start` is what `out` and `first` count from.
+  GEMMA_NORM_DEVICE void store_float4(int start, int first, const float (&y)[kCount], float inverse) const {
     constexpr QuantizedFormat kFloat4 = format_of(DType::kFloat4E2M1FNx2);
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) word |= quantized::float_bits(y[i] * inverse, kFloat4) << 4 * i;
     if constexpr (kCount == 8)
-      *reinterpret_cast<uint32_t*>(out + first / 2) = word;
+      *reinterpret_cast<uint32_t*>(out - start / 2 + first / 2) = word;
     else
-      *reinterpret_cast<uint16_t*>(out + first / 2) = static_cast<uint16_t>(word);
+      *reinterpret_cast<uint16_t*>(out - start / 2 + first / 2) = static_cast<uint16_t>(word);
   }
 };
+
+// Of a kernel that does not quantise.
+struct NoQuantizer {
+  template <class Out>
+  GEMMA_NORM_DEVICE NoQuantizer(const RowParams&, const RowIndex&, Out*) {}
+};
+template <class V>
+using QuantizerOf = std::conditional_t<V::Form::kQuantizes, Quantizer<V>, NoQuantizer>;
 
 // The groups of a row that a thread's vectors belong to. The vectors of a row are numbered: this thread's are `vector`,
 // `vector` + slots, ... A group is a power of two of vectors. If the slots are a multiple of that, neighbouring lanes
@@ -192,7 +177,8 @@ struct Groups {
 // What few calls want is in a loop of its own, not in a branch of the others' loop, which it made slower (T141).
 template <Scope kScope, int kUses, int kVectors, class V, class First>
 GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, int row_lanes,
-                                     const float (&y)[kVectors][FinishOf<V>::kCount], const First& first, int end) {
+                                     const float (&y)[kVectors][FinishOf<V>::kCount], int start, const First& first,
+                                     int end) {
   float inverse[kVectors];
   if (quantizer.is_static()) {
     const float given = 1.0f / quantizer.number;
@@ -229,20 +215,20 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     for (int k = 0; k < kVectors; ++k)
       if (first(k) < end) visit(k);
   };
-  if (quantizer.p.data[kYOut]) each([&](int k) { quantizer.store_y(first(k), y[k]); });
   if (__builtin_expect(quantizer.p.format.log2_items() == 0, 1))
     each([&](int k) { quantizer.store(first(k), y[k], inverse[k]); });
   else
-    each([&](int k) { quantizer.store_float4(first(k), y[k], inverse[k]); });
+    each([&](int k) { quantizer.store_float4(start, first(k), y[k], inverse[k]); });
 }
 
 // Quantises a row of a block, of any alignment and with groups of any size. y_of(k, y) computes a thread's vector k
 // anew each time; first(k) is the index of its first element, and the others follow in steps.
 template <class V, class YOf, class First>
-GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const Launch& launch, const YOf& y_of,
-                                          const First& first, int step, int64_t end) {
+GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const RowIndex& row, const Launch& launch,
+                                          const YOf& y_of, const First& first, int step, int64_t end) {
   constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p = quantizer.p;
+  typename V::X* const y_out = row.pointer<typename V::X>(p, kYOut, 0);
   const int thread = device::thread_index();
   // Calls visit(index of an element, y) for the thread's elements.
   const auto each = [&](const auto& visit) {
@@ -258,7 +244,7 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const L
   // Two elements of float4 are a byte. Its rows are whole vectors, so a thread has both, one after the other.
   uint32_t low_bits = 0;
   const auto store = [&](int64_t at, float y, float inverse) {
-    if (p.data[kYOut]) quantizer.store_y(at, y);
+    if (p.data[kYOut]) store_item(y_out + at, y);
     const uint32_t bits = quantized::bits_of(y * inverse, p.format);
     if (!p.format.log2_items())
       quantizer.out[at] = static_cast<uint8_t>(bits);

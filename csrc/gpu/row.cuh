@@ -104,6 +104,13 @@ GEMMA_NORM_DEVICE void store_items(T* row, Index first, int step, End end, Vecto
   }
 }
 
+GEMMA_NORM_DEVICE void store_item(float* at, float v) { *at = v; }
+template <class T>
+GEMMA_NORM_DEVICE void store_item(T* at, float v) {
+  const float two[2] = {v, 0.0f};
+  at->bits = static_cast<uint16_t>(device::pack<T>(two));
+}
+
 template <class T, int kCount>
 GEMMA_NORM_DEVICE void unpack_items(Vector16 v, float (&f)[kCount]) {
 #pragma unroll

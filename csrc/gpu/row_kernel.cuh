@@ -22,9 +22,8 @@ constexpr bool kWideWeights = FinishOf<V>::kWeightVectors == 2;
 template <class V>
 constexpr Held held() {
   using Form = typename V::Form;
-  if (Form::kQuantizes && Form::kGated && kWideWeights<V>) return Held::kQuantizedRowAndGatesWideWeights;
-  if (Form::kQuantizes && (Form::kTwoRows || Form::kGated)) return Held::kTwoQuantizedRows;
-  if (Form::kQuantizes) return kWideWeights<V> ? Held::kTwoRows : Held::kQuantizedRow;
+  if (Form::kQuantizes && Form::kTwoRows && !Form::kGated) return Held::kTwoQuantizedRows;
+  if (Form::kQuantizes) return Form::kGated || kWideWeights<V> ? Held::kQuantizedRowAndMore : Held::kQuantizedRow;
   if (Form::kGated) return Held::kRowAndGates;
   if (Form::kNormsX) return Held::kTwoRowsTwoWeights;
   if (Form::kTwoRows) return Held::kTwoRows;
@@ -148,7 +147,7 @@ normalize_rows(RowParams p, Launch launch) {
   } else {
     load(end);
   }
-  const float scale_number = given_number<V>(p);
+  const QuantizerOf<V> quantizer(p, row, finish.out);
   [[maybe_unused]] const Groups<kScope> groups{launch, place.slot};
   if constexpr (V::Form::kQuantizes) groups.open();
   if constexpr (V::Form::kNormsX) {
@@ -215,8 +214,13 @@ normalize_rows(RowParams p, Launch launch) {
       if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
       finish.to_quantize(s[k], w[k], gate[k], rstd, y[k]);
     }
-    const Quantizer<V> quantizer(p, row, start, scale_number);
-    quantize_held<kScope, kExchanges<V>>(quantizer, groups, 1 << launch.log2_slots, y, first, end);
+    if (p.data[kYOut]) {
+      typename V::X* const y_out = row.pointer<typename V::X>(p, kYOut, start);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k)
+        store_items<kAligned, Finish::kCount>(y_out, first(k), step, end, pack_items<typename V::X>(y[k]));
+    }
+    quantize_held<kScope, kExchanges<V>>(quantizer, groups, 1 << launch.log2_slots, y, start, first, end);
   } else {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -298,7 +302,7 @@ normalize_in_two_passes(RowParams p, Launch launch) {
       finish.activate_gate(gate);
       finish.to_quantize(source.template read_again<kAligned>(first(k), step, end), w, gate, rstd, y);
     };
-    quantize_in_passes<V>(Quantizer<V>(p, row, 0, given_number<V>(p)), launch, y_of, first, step, end);
+    quantize_in_passes<V>(Quantizer<V>(p, row, finish.out), row, launch, y_of, first, step, end);
   } else {
     for (int k = 0; k < launch.vectors; ++k) {
       const int64_t first = first_item<kAligned, S, int64_t>(launch, place.slot, k);

@@ -24,14 +24,14 @@ constexpr int32_t kMaxGroups = 1024;
 
 // What a thread holds for each vector of s that it owns. This determines how many registers it needs.
 enum class Held : int32_t {
-  kRow,                // a row, and weights as wide as its elements
-  kRowWideWeights,     // a row, and weights twice as wide as its elements
-  kTwoRows,            // two rows, such as x and residual
-  kRowAndGates,        // a row and its gates, whose activations take many operations
-  kTwoRowsTwoWeights,  // two rows, x and residual, and a weight for the norm of x beside that for the norm of the sum
-  kQuantizedRow,       // a row and weights as wide as its elements, and then its norm in float32
-  kTwoQuantizedRows,   // two rows, or a row and its gates, and then the norm in float32
-  kQuantizedRowAndGatesWideWeights,  // the same with gates, and weights twice as wide as the row's elements
+  kRow,                  // a row, and weights as wide as its elements
+  kRowWideWeights,       // a row, and weights twice as wide as its elements
+  kTwoRows,              // two rows, such as x and residual
+  kRowAndGates,          // a row and its gates, whose activations take many operations
+  kTwoRowsTwoWeights,    // two rows, x and residual, and a weight for the norm of x beside that for the norm of the sum
+  kQuantizedRow,         // a row and weights as wide as its elements, and then its norm in float32
+  kTwoQuantizedRows,     // two rows, and then the norm of their sum in float32
+  kQuantizedRowAndMore,  // a row, its gates or weights twice as wide as its elements, and then its norm in float32
 };
 
 // A kernel, except for its types.
@@ -52,7 +52,7 @@ struct KernelTuning {
 // The first entry that fits the row is used. Entries with kCluster are skipped on GPUs without clusters. Entries whose
 // row_vectors is 0 are used only by spread().
 constexpr KernelTuning kKernels[] = {
-    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024, 1024, 1280, 1024, 768}},  // T9
+    {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024, 1024, 1024, 1024, 768}},  // T9
     {0, Scope::kWave, 1, 128, {0, 0, 0, 1024, 0, 0, 0, 0}},                       // T54
     {128, Scope::kWave, 4, 64, {1024, 1024, 512, 512, 512, 768, 512, 512}},
     {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024, 1024, 1280, 1024, 768}},  // T6, T8
