@@ -56,13 +56,15 @@ SUITES: list[tuple[str, str]] = [
 PYTEST = ["-xq", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
 # C++: the programs of tests/cpp that need no kernel; then, of the library for the CPU, Python tests.
 CASES = ["cases.cpp", "all_cases.cpp"]
-PROGRAMS = {"check_test": CASES, "overlap_test": [], "plan_test": CASES}
+PROGRAMS = {"check_test": CASES, "rows_test": [], "overlap_test": [], "plan_test": CASES}
 COMPILE = ["ccache", "g++", "-std=c++17", "-O1", "-Icsrc", "-Itests/cpp", "-Wno-unknown-pragmas", "-c"]
 CPP_SUITES = {
     "csrc/core/check.cpp": ("check_test", "test_fuzz test_bad_input test_quant"),
+    "csrc/core/check_heads.cpp": ("check_test", "test_fuzz test_qk_norm_rope_refused"),
+    "csrc/core/check_quantized.cpp": ("check_test", "test_fuzz test_quant"),
+    "csrc/core/collapse.cpp": ("rows_test", "test_fuzz test_quant test_contract"),
     "csrc/core/overlap.cpp": ("overlap_test", "test_fuzz test_bad_input"),
     "csrc/gpu/plan.cpp": ("plan_test", ""),
-    "csrc/gpu/backward_plan.cpp": ("plan_test", ""),
     "csrc/cpu/backward.cpp": ("", "test_fuzz test_backward test_autograd"),
     "csrc/cpu/entry.cpp": ("", "test_fuzz test_bad_input test_contract"),
     "csrc/torch/bind.h": ("", "test_fuzz test_bad_input test_modes test_contract test_quant"),
