@@ -51,7 +51,7 @@ SUITES: list[tuple[str, str]] = [
     ("integrations/_forwards.py integrations/_swap.py", "test_transformers_patch test_transformers_mechanics"),
     ("integrations/sglang.py integrations/_sglang_norms.py", "test_sglang"),
     ("integrations/_sglang_rope.py", "test_sglang_rope"),
-    ("integrations/vllm.py", "test_vllm"),
+    ("integrations/vllm.py integrations/_vllm_rope.py", "test_vllm test_vllm_rope"),
 ]
 PYTEST = ["-xq", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
 # C++: the programs of tests/cpp that need no kernel; then, of the library for the CPU, Python tests.
