@@ -201,7 +201,7 @@ def run(command: list[str], timeout: float, **environment: str) -> tuple[bool, s
         preexec_fn=limit,
     )
     try:
-        said, _ = process.communicate(timeout=20 * timeout)
+        said, _ = process.communicate(timeout=4 * timeout)
         return process.returncode == 0, said
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
