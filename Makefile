@@ -19,7 +19,8 @@ export GEMMA_NORM_BACKENDS ?= cpu
 endif
 
 .PHONY: help demo test test-cpp test-sanitizers test-aarch64 test-python test-machine-code test-amdgpu test-hip7
-.PHONY: compare-amdgpu test-install test-matrix check-wheel benchmark fuzz mutate report docs site lint format clean system
+.PHONY: compare-amdgpu test-install test-matrix check-wheel benchmark fuzz mutate report docs site lint format clean
+.PHONY: system
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 20
 

@@ -194,6 +194,31 @@ TEST(AllPlans, HoldTheRowsOfModelsInRegisters) {
     }
 }
 
+// Where the row's kernel finds the largest element of each group. Elsewhere a block takes each row, in passes, which is
+// slower and has the same bits.
+TEST(AllPlans, SayWhichKernelsFindTheLargestOfGroups) {
+  const auto groups = [](int64_t hidden, int64_t group, DType dtype = DType::kBFloat16) {
+    RowParams params{};
+    params.hidden = hidden;
+    params.scale_group = group;
+    return plan_groups(make_plan(hidden, dtype, {32, kNoLimit, false, 1}), params, dtype);
+  };
+  for (const int64_t hidden : {256, 2048, 4096, 5376, 8192}) {
+    EXPECT_TRUE(groups(hidden, 0).held) << hidden << ", and the scale is given";
+    EXPECT_TRUE(groups(hidden, hidden).held) << hidden << ", one scale";
+    EXPECT_TRUE(groups(hidden, 128).held) << hidden;
+    EXPECT_EQ(4, groups(hidden, 128).log2_vectors);
+  }
+  EXPECT_EQ(16, groups(4096, 128).lanes);
+  EXPECT_EQ(32, groups(4096, 128, DType::kFloat32).lanes);
+  EXPECT_FALSE(groups(4096, 4).held) << "half a vector";
+  EXPECT_FALSE(groups(3072, 24).held) << "three vectors";
+  EXPECT_FALSE(groups(200000, 0).held) << "two passes";
+  EXPECT_FALSE(groups(200000, 200000).held) << "two passes";
+  EXPECT_EQ(kMaxBlockThreads, make_plan(16384, DType::kFloat32, {32, kNoLimit, false, 1}).max_block_threads);
+  EXPECT_FALSE(groups(16384, 16384, DType::kFloat32).held) << "a kernel of 1024 threads has too few registers";
+}
+
 // How many rows are spread at most, by hidden size and by the number of bfloat16 tensors that are moved: as many as it
 // pays for on an H200 (docs/performance.md).
 TEST(Spread, StopsWhereItNoLongerPays) {

@@ -84,6 +84,21 @@ TEST(Rows, AreThoseOfTheTensors) {
   EXPECT_LT(100, transposed);
 }
 
+// Kernels look at strides to see whether they can take whole vectors.
+TEST(Rows, OfOneAreAStrideOfZeroApart) {
+  TestCall call;
+  RowParams params;
+  RowSlices slices;
+  Message message{};
+  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << "leaves strides on the stack";
+  call.x.sizes = call.out.sizes = {8};
+  call.x.strides = call.out.strides = {1};
+  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
+  EXPECT_EQ(1, params.rows);
+  EXPECT_EQ(1, params.row_dims);
+  for (const Operand o : {kX, kOut}) EXPECT_EQ(0, params.strides[o][0]);
+}
+
 // A slice is a launch of its own, so there are few of them, in whichever order the dimensions of x lie in memory.
 TEST(Rows, AreFewSlicesOfManyRows) {
   std::vector<int64_t> memory = {0, 1, 2};  // the dimensions, the outermost in memory first

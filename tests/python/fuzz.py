@@ -13,6 +13,7 @@ import collections
 import time
 import traceback
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import conftest  # noqa: F401  (what it sets in the environment, before torch is imported)
@@ -42,7 +43,7 @@ def one_round(
         try:
             kinds[check(call)] += 1
             ops[call.op] += 1
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {str(error)[:400]}"
             # The last of a kind is the simplest, since hypothesis ends with it.
@@ -51,7 +52,7 @@ def one_round(
 
     try:
         check_one()
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         if not failures:
             raise
     return failures

@@ -175,7 +175,7 @@ def flaw_for(draw: st.DrawFn, op: _registry.Operator, call: Arguments) -> tuple[
         "requires_grad": st.none(),
         "option": st.none(),
     }
-    if "positions" in call["dtypes"]:
+    if "positions" in call["dtypes"] and 0 not in (call["options"].get("mrope_section") or ()):  # each is read
         kinds["position"] = st.sampled_from([-1, 7, 2**31 - 1])
     kind = draw(st.sampled_from(sorted(kinds)))
     if kind == "option":

@@ -118,6 +118,13 @@ BAD: dict[str, tuple[str, Callable[[], Arguments]]] = {
         f"{SECTION} [5, -1, 0]",
         cache(lambda: positions_of(3, 3), mrope_section=[5, -1, 0]),
     ),
+    **{
+        f"mrope_section: {sizes}": (
+            f"{SECTION} {sizes}",
+            cache(lambda: positions_of(3, 3), mrope_section=sizes),
+        )
+        for sizes in ([4, 1, -1], [4, -1, 1], [-1, 4, 1])
+    },
     "mrope_section without positions": (
         "mrope_section must be None without positions, got [2, 1, 1]",
         lambda: {"mrope_section": [2, 1, 1]},

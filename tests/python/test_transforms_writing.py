@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vmap
 
 import gemma_norm
-from support import assert_same_bits
+from support import assert_same_bits, randn
 from transforms_support import HIDDEN, OPS, TRANSFORMS, tensors
 
 
@@ -86,6 +87,14 @@ def test_writing_inside_a_transform_is_refused(device, op, transform):
     name, advice = ("rms_norm", "rms_norm without out") if "out" in op else ("fused_add_rms_norm", "add_rms_norm")
     with pytest.raises(RuntimeError, match=rf"{name}: .* inside a torch\.func transform.* call gemma_norm\.{advice}"):
         TRANSFORMS[transform](call)(tensors(device, torch.float32)[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 64), (5, 1)])
+def test_what_replaces_a_write_checks_it(device, shape):
+    """PyTorch would broadcast the result, or be silent. torch.compile's front asks the fake implementation before."""
+    x, out = randn(5, 64, device=device), torch.empty(shape, device=device)
+    with pytest.raises(RuntimeError, match=r"out must have x's shape \[5, 64\]"):
+        aot_function(lambda x, out: OPS.rms_norm.out(x, out=out), nop)(x, out)
 
 
 def test_functionalize_replaces_what_writes(device):

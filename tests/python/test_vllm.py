@@ -77,6 +77,7 @@ def test_what_is_not_ours_is_vllms(vllm):
         (filled(vllm.RMSNormGated(HIDDEN, activation="tanh"), half), x, x),
     ):
         assert module(*arguments) is THEIRS
+        assert all(a is b for a, b in zip(vllm.given, arguments, strict=False))
 
 
 def test_where_the_layers_are_ours(vllm):

@@ -18,6 +18,7 @@ from stand_ins import THEIRS, add_modules
 
 
 def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    given: list[object] = []  # the arguments of vLLM's own norm that was called last
     config = types.SimpleNamespace(mode=0, backend="inductor", custom_ops=["all"])
     registry: dict[str, type] = {}
 
@@ -65,6 +66,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             )
 
         def forward_native(self, x, residual=None):
+            given[:] = x, residual
             return THEIRS
 
     class GemmaRMSNorm(CustomOp):
@@ -75,6 +77,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(hidden_size)), eps
 
         def forward_native(self, x, residual=None):
+            given[:] = x, residual
             return THEIRS
 
     class RMSNormGated(CustomOp):
@@ -95,6 +98,7 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             self.group_size, self.norm_before_gate, self.activation = group_size, norm_before_gate, activation
 
         def forward_native(self, x, z=None):
+            given[:] = x, z
             return THEIRS
 
     def fused_qk_rmsnorm_rope_gate(
@@ -123,5 +127,5 @@ def install_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         vllm__model_executor__models__qwen3_next=rope,
     )
     return types.SimpleNamespace(
-        **kinds, config=config, registry=registry, platform=platform, envs=sys.modules["vllm.envs"]
+        **kinds, given=given, config=config, registry=registry, platform=platform, envs=sys.modules["vllm.envs"]
     )
