@@ -244,7 +244,6 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const R
   // Two elements of float4 are a byte. Its rows are whole vectors, so a thread has both, one after the other.
   uint32_t low_bits = 0;
   const auto store = [&](int64_t at, float y, float inverse) {
-    if (p.data[kYOut]) store_item(y_out + at, y);
     const uint32_t bits = quantized::bits_of(y * inverse, p.format);
     if (!p.format.log2_items())
       quantizer.out[at] = static_cast<uint8_t>(bits);
@@ -253,6 +252,7 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const R
     else
       quantizer.out[at / 2] = static_cast<uint8_t>(low_bits | bits << 4);
   };
+  if (p.data[kYOut]) each([&](int64_t at, float y) { store_item(y_out + at, y); });
   if (quantizer.is_static() || quantizer.is_of_row()) {
     float inverse;
     if (quantizer.is_static()) {
