@@ -87,10 +87,12 @@ GEMMA_NORM_ANYWHERE float scale_of(uint32_t largest, const QuantizedFormat& f, b
   return power_of_two && bits < 0x7f000000u ? same_bits<float>((bits + 0x7fffffu) & 0x7f800000u) : scale;
 }
 
-// The number that these bits stand for in float8_e4m3fn. The sign is that of +.
+// The number that these bits stand for in float8_e4m3fn.
 GEMMA_NORM_ANYWHERE float e4m3_value(uint32_t bits) {
-  if (bits == 0x7f) return same_bits<float>(0x7fc00000u);
-  return bits < 8 ? static_cast<float>(bits) * 0x1p-9f : same_bits<float>((bits << 20) + (120u << 23));
+  const uint32_t any = bits & 0x7fu, sign = (bits & 0x80u) << 24;
+  if (any == 0x7f) return same_bits<float>(0x7fc00000u);
+  const float magnitude = any < 8 ? static_cast<float>(any) * 0x1p-9f : same_bits<float>((any << 20) + (120u << 23));
+  return same_bits<float>(same_bits<uint32_t>(magnitude) | sign);
 }
 
 // What is stored of a scale, and what the elements are multiplied by.
@@ -99,8 +101,8 @@ struct Scale {
   float inverse;
 };
 
-// In the format `dtype`. In float8_e4m3fn, a scale is relative to `global`, or to 1 where that is null; if it is
-// rounded to 0, so are the elements.
+// In the format `dtype`. In float8_e4m3fn, a scale is relative to `global`, or to 1 where that is null; if the
+// product of both is 0, so are the elements.
 GEMMA_NORM_ANYWHERE Scale stored_scale(float scale, DType dtype, const float* global) {
   uint32_t bits = same_bits<uint32_t>(scale);
   if (dtype == DType::kFloat8E4M3FN) {

@@ -228,7 +228,6 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const R
                                           const YOf& y_of, const First& first, int step, int64_t end) {
   constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p = quantizer.p;
-  typename V::X* const y_out = row.pointer<typename V::X>(p, kYOut, 0);
   const int thread = device::thread_index();
   // Calls visit(index of an element, y) for the thread's elements.
   const auto each = [&](const auto& visit) {
@@ -252,7 +251,6 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const R
     else
       quantizer.out[at / 2] = static_cast<uint8_t>(low_bits | bits << 4);
   };
-  if (p.data[kYOut]) each([&](int64_t at, float y) { store_item(y_out + at, y); });
   if (quantizer.is_static() || quantizer.is_of_row()) {
     float inverse;
     if (quantizer.is_static()) {
@@ -263,10 +261,9 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const R
       inverse = quantizer.inverse(max_over_row<Scope::kTwoPasses, 1>(largest, launch, 0, 0), 0, thread == 0);
     }
     each([&](int64_t at, float y) { store(at, y, inverse); });
-    return;
   }
   auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
-  const int64_t groups = p.hidden / p.scale_group;
+  const int64_t groups = quantizer.is_of_row() ? 0 : p.scale_groups;  // which is 0 where the scale is given
   for (int64_t base = 0; base < groups; base += kMaxGroups) {
     const int count = groups - base < kMaxGroups ? static_cast<int>(groups - base) : kMaxGroups;
     const auto index = [&](int64_t at) { return static_cast<int>(at / p.scale_group - base); };
@@ -285,6 +282,10 @@ GEMMA_NORM_DEVICE void quantize_in_passes(const Quantizer<V>& quantizer, const R
       if (i >= 0 && i < count) store(at, y, device::as_float(maxima[i]));
     });
     device::block_barrier();
+  }
+  if (p.data[kYOut]) {  // last, because y may take the place of x
+    typename V::X* const y_out = row.pointer<typename V::X>(p, kYOut, 0);
+    each([&](int64_t at, float y) { store_item(y_out + at, y); });
   }
 }
 

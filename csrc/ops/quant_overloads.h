@@ -1,5 +1,6 @@
 // The overloads of an operator whose result is quantised. Each is made of the operator's own arguments. It computes its
-// scales or is given one ("static"), and it returns y as well ("y") or only what is quantised.
+// scales or is given one ("static"). What returns y as well is an operator of its own ("..._y"), and not an overload:
+// TorchScript tells overloads apart by their arguments alone.
 #pragma once
 
 #include <initializer_list>
@@ -64,10 +65,7 @@ struct QuantOverload {
   static constexpr auto kRules = quant_rules<Own, kIsGiven, kReturnsY>();
   static constexpr std::string_view kResults[] = {"Tensor", "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)",
                                                   "(Tensor, Tensor, Tensor, Tensor)"};
-  static constexpr Text kTorchName{Own::kName, kIsGiven&& kReturnsY ? ".static_y"
-                                               : kIsGiven           ? ".static"
-                                               : kReturnsY          ? ".y"
-                                                                    : ""};
+  static constexpr Text kTorchName{Own::kName, kReturnsY ? "_y" : "", kIsGiven ? ".static" : ""};
   static constexpr Text kSchema{
       "(",
       Own::kTensors,

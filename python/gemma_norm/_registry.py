@@ -88,8 +88,8 @@ class Operator:
 
     @property
     def label(self) -> str:
-        """The operator's name in messages."""
-        return self.name.partition(".")[0]
+        """The function's name, in messages. One that returns y as well has an operator of its own."""
+        return self.name.partition(".")[0].removesuffix("_y")
 
     @property
     def call_instead(self) -> str:

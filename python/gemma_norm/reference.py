@@ -274,8 +274,9 @@ def quantize(
     if scale_dtype is torch.float8_e4m3fn:
         unit = bound.new_ones(()) if global_scale is None else global_scale.reshape(())
         # PyTorch makes NaNs of numbers beyond the largest.
-        stored = (scale / unit).clamp(max=448.0).to(torch.float8_e4m3fn)
-        factor = torch.where(stored.float() == 0, 0.0, 1 / (stored.float() * unit))
+        stored = (scale / unit).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        product = stored.float() * unit
+        factor = torch.where(product == 0, 0.0, 1 / product)
     else:
         if scale_ue8m0 or scale_dtype in (torch.float8_e8m0fnu, torch.int32):
             mantissa, exponent = torch.frexp(scale)
@@ -322,11 +323,16 @@ def column_major(t: Tensor, alignment: int = 1) -> Tensor:
     The last dimension's stride is a multiple of ``alignment``.
     """
     columns = t.movedim(-1, 0)
-    if alignment > 1:
-        rows = t.shape[:-1].numel()
-        padded = torch.nn.functional.pad(columns.reshape(t.shape[-1], rows), (0, -rows % alignment)).contiguous()
-        return padded[:, :rows].view(columns.shape).movedim(0, -1)
-    return columns.clone(memory_format=torch.contiguous_format).movedim(0, -1)
+    if alignment == 1:
+        return columns.clone(memory_format=torch.contiguous_format).movedim(0, -1)
+    rows, strides = 1, []
+    for size in reversed(t.shape[:-1]):
+        strides.append(rows)
+        rows = rows * max(size, 1)
+    column = -(-rows // alignment) * alignment
+    padding = column - math.prod(t.shape[:-1])
+    padded = torch.nn.functional.pad(columns.reshape(t.shape[-1], math.prod(t.shape[:-1])), (0, padding))
+    return padded.contiguous().as_strided(t.shape, (*reversed(strides), column))
 
 
 def rotate_half(n: Tensor, interleaved: bool) -> Tensor:

@@ -62,7 +62,7 @@ def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | 
     )
     is_static = scheme == "given"
     more = {"scale": tensor(scale, "float32")} if is_static else {"scale_out": tensor(scales, scale_dtype)}
-    launch(hip, norm + b"_quant" + (b".static_y" if is_static else b".y"), quantised,
+    launch(hip, norm + b"_quant_y" + (b".static" if is_static else b""), quantised,
            **given, out=tensor(q, format), y=tensor(y_as_well, "float32"), **more)  # fmt: skip
     dtype = getattr(torch, format)
     want = reference.quantize(

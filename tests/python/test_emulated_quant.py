@@ -143,7 +143,7 @@ def quantise(emulated: ModuleType, call: dict[str, Any], gpu: Any) -> tuple[Tens
         options |= {"scale_group_size": group, "scale_ue8m0": ue8m0, "scale_dtype": scale_dtype}
     y_as_well = torch.empty_like(y)
     if call["returns_y"]:
-        op += "_y" if call["given_scale"] else ".y"
+        op = op.replace("_quant", "_quant_y")
         tensors["y"] = y_as_well
     memories = {name: memory(t) for name, t in tensors.items()} | {"out": memory(q.view.view(format))}
     emulated.run(op, memories, 1e-6, gemma, gpu, **options)

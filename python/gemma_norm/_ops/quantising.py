@@ -1,4 +1,8 @@
-"""What the operators that quantise share: their overloads, and how a function calls them."""
+"""What the operators that quantise share: their overloads, and how a function calls them.
+
+``rms_norm_quant`` computes scales, ``rms_norm_quant.static`` is given one. Those that return y as well are
+``rms_norm_quant_y`` and ``rms_norm_quant_y.static``: TorchScript tells overloads apart by their arguments alone.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +45,10 @@ class QuantisingOperators:
         self.overloads: dict[tuple[bool, bool], Operator] = {}
         for given in (False, True):
             for return_y in (False, True):
-                overload = {
-                    (False, False): "",
-                    (True, False): ".static",
-                    (False, True): ".y",
-                    (True, True): ".static_y",
-                }
+                overload = ("_y" if return_y else "") + (".static" if given else "")
                 scales, ys = (() if given else (Extent.SCALES,)), ((Extent.LIKE_X,) if return_y else ())
                 self.overloads[given, return_y] = Operator(
-                    function.__name__ + overload[given, return_y],
+                    function.__name__ + overload,
                     _returning_y(definition) if return_y else definition,
                     {
                         **rules,
@@ -63,10 +62,10 @@ class QuantisingOperators:
 
     def call(self, scale: Any, return_y: bool, **arguments: Any) -> tuple[Tensor, ...]:
         """Call the overload for these arguments, and return what the public function does."""
-        op = self.overloads[scale is not None, bool(return_y)]
-        given = {**arguments, "scale": scale, "return_y": return_y}
         if not isinstance(return_y, bool):
-            raise RuntimeError(f"{op.label}: return_y must be a bool, got {return_y!r}")
+            raise RuntimeError(f"{self.function.__name__}: return_y must be a bool, got {return_y!r}")
+        op = self.overloads[scale is not None, return_y]
+        given = {**arguments, "scale": scale, "return_y": return_y}
         if scale is not None:
             arguments["scale"] = scale
             for name, absent in _WITHOUT_SCALE.items():
@@ -76,7 +75,9 @@ class QuantisingOperators:
         tensors = tuple(arguments[name] for name in op.rules)
         if has_torch_function(tensors):
             results: tuple[Tensor, ...] = overridden(self.function, op, tensors, **given)
-            return results
+            # An export to ONNX runs the definition, which does not return a scale that it is given.
+            is_definition = isinstance(results, tuple) and scale is not None and len(results) == len(op.extents)
+            return (results[0], scale, *results[1:]) if is_definition else results
         try:
             results = op.overload(**arguments)
         except RuntimeError as error:
