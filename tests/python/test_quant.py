@@ -172,6 +172,72 @@ def test_every_code_and_every_tie_of_float4(device):
     assert len(nibbles.unique()) == 16
 
 
+@pytest.mark.parametrize("global_scale", [0.02, -0.02, 0.0, -0.0, 1e-30, 1e30, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float4_e2m1fn_x2, torch.float8_e4m3fn])
+def test_any_global_scale(device, dtype, global_scale):
+    x = randn(3, 64, device=device)
+    scheme = {"scale_group_size": 16, "scale_dtype": torch.float8_e4m3fn}
+    scheme["global_scale"] = torch.tensor(global_scale, device=device)
+    q, scale = gemma_norm.rms_norm_quant(x, dtype=dtype, **scheme)
+    want, want_scale = reference.quantize(gemma_norm.rms_norm(x), None, dtype, **scheme)
+    assert_equal_or_nan(scale.float(), want_scale.float())
+    if dtype is torch.float8_e4m3fn:
+        assert_equal_or_nan(q.float(), want.float())
+    else:
+        assert torch.equal(bits(q), bits(want))
+
+
+def assert_equal_or_nan(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (5, 3, 768), (128,), (0, 768), (2, 0, 768), (1, 1, 64)], ids=str)
+def test_packed_scales_have_columns_at_multiples_of_16_bytes(device, shape):
+    x, options = randn(*shape, device=device), {"scale_group_size": 32, "scale_dtype": torch.int32}
+    _, scale = gemma_norm.rms_norm_quant(x, **options)
+    rows = max(1, x[..., 0].numel())
+    assert scale.stride(-1) == rows + -rows % 4
+    _, of_definition = reference.rms_norm_quant(x, **options)
+    _, on_meta = gemma_norm.rms_norm_quant(x.to("meta"), **options)
+    assert scale.stride() == of_definition.stride() == on_meta.stride()
+    assert torch.equal(scale, of_definition)
+
+
+@pytest.mark.parametrize("scale_dtype", [None, torch.int32])
+def test_the_number_of_tokens_stays_symbolic(scale_dtype):
+    class Quantise(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return gemma_norm.rms_norm_quant(
+                x, scale_group_size=16, scale_dtype=scale_dtype, column_major_scale=True, return_y=True
+            )
+
+    dynamic = {"x": {0: torch.export.Dim("tokens", min=2)}}
+    program = torch.export.export(Quantise(), (torch.randn(5, 64),), dynamic_shapes=dynamic).module()
+    x = torch.randn(9, 64)
+    for a, b in zip(program(x), Quantise()(x), strict=True):
+        assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("name", ["rms_norm_quant", "add_rms_norm_quant", "gated_rms_norm_quant"])
+@pytest.mark.parametrize("given", [None, 0.02])
+@pytest.mark.parametrize("return_y", [False, True])
+def test_torchscript_traces_it(name, given, return_y):
+    more = {
+        "rms_norm_quant": [],
+        "add_rms_norm_quant": [torch.randn(3, 64)],
+        "gated_rms_norm_quant": [torch.randn(3, 64)],
+    }
+    scale, weight = None if given is None else torch.tensor(given), torch.randn(64)
+
+    def run(x: Tensor) -> list[Tensor]:
+        results = getattr(gemma_norm, name)(x, *more[name], weight, scale, dtype=torch.int8, return_y=return_y)
+        return [t for t in results if t is not scale]
+
+    x = torch.randn(3, 64)
+    for a, b in zip(torch.jit.trace(run, x, check_trace=False)(x), run(x), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_float4_without_nan(device):
     """A NaN is 6, and the scale tells. A scale that is rounded to 0 makes zeros."""
     x = torch.ones(2, 64, device=device)
