@@ -165,7 +165,8 @@ def fused_add_rms_norm_quant(
     """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s.
 
     x is only read, because q does not fit its dtype, unless it is residual itself. Otherwise residual must not overlap
-    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors.
+    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors. Inductor of
+    PyTorch 2.13 cannot compile it with ``scale_dtype=torch.float8_e8m0fnu``, and says so; the functional one it can.
     """
     return FUSED_ADD_RMS_NORM_QUANT.call(
         scale,
