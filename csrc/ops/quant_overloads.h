@@ -63,8 +63,8 @@ template <class Own, bool kIsGiven, bool kReturnsY>
 struct QuantOverload {
  private:
   static constexpr auto kRules = quant_rules<Own, kIsGiven, kReturnsY>();
-  static constexpr std::string_view kResults[] = {"Tensor", "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)",
-                                                  "(Tensor, Tensor, Tensor, Tensor)"};
+  static constexpr std::string_view kResults[4] = {"Tensor", "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)",
+                                                   "(Tensor, Tensor, Tensor, Tensor)"};
   static constexpr Text kTorchName{Own::kName, kReturnsY ? "_y" : "", kIsGiven ? ".static" : ""};
   static constexpr Text kSchema{
       "(",
