@@ -81,8 +81,16 @@ def need(*tools: str, install: str) -> None:
         raise Missing(f"{', '.join(missing)}: {install}")
 
 
+_device_libraries_lock = threading.Lock()
+
+
 def device_libraries(packages: Path | None = None) -> Path:
     """ROCm's device libraries for every target: Debian's, or those that triton brings where pip has put it."""
+    with _device_libraries_lock:  # two targets are compiled at a time
+        return _device_libraries(packages)
+
+
+def _device_libraries(packages: Path | None) -> Path:
     need("llvm-as-15", install="apt-get install llvm-15")
     folder = BUILD / ("devlib-7" if packages else "devlib")
     folder.mkdir(parents=True, exist_ok=True)
