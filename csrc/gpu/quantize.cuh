@@ -53,7 +53,6 @@ GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
 // The scales of a row, and its elements in 8 or 4 bits.
 template <class V>
 struct Quantizer {
-  using X = typename V::X;
   static constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p;
   uint8_t* out;  // the row's element `start`, or in float4 what would be that if a byte had one

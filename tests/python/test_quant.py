@@ -133,7 +133,7 @@ def test_float4_in_vmap(device, scheme):
     try:
         torch.func.vmap(lambda t: t.view(torch.int8))(torch.zeros(2, 3, dtype=torch.uint8))
     except RuntimeError as error:
-        pytest.skip(f"this PyTorch's vmap cannot reinterpret bits: {error}")
+        pytest.skip(f"vmap of this PyTorch has no Tensor.view(dtype): pip install torch==2.13.0 ({error})")
     scheme = {"dtype": torch.float4_e2m1fn_x2, **on_device(scheme, device)}
     x, weight = randn(2, 3, 768, device=device), randn(768, device=device)
     mapped = torch.func.vmap(lambda x: gemma_norm.rms_norm_quant(x, weight, **scheme))(x)
