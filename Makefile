@@ -49,8 +49,10 @@ test-aarch64: system  ## the CPU kernels' tests for AArch64 (NEON) in an emulato
 	cmake --build build/aarch64 -j $(JOBS) --target cpu_test kernel_test
 	ctest --test-dir build/aarch64 --output-on-failure -j $(JOBS) -R 'Cpu|/cpu'
 
+# A file's tests share what they compile, so a process gets whole files. Those that take longest are first in testpaths
+# (pyproject.toml).
 test-python: $(VENV)/test-installed  ## the operators against the float64 oracle
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-machine-code: $(VENV)/test-installed  ## AMD machine code of all eleven targets; make test looks at two
 	$(BIN)/python -m pytest -q --all-targets tests/amdgpu

@@ -16,11 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+
+from file_lock import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc/hip").glob("*.hip"))
@@ -81,19 +82,15 @@ def need(*tools: str, install: str) -> None:
         raise Missing(f"{', '.join(missing)}: {install}")
 
 
-_device_libraries_lock = threading.Lock()
-
-
 def device_libraries(packages: Path | None = None) -> Path:
     """ROCm's device libraries for every target: Debian's, or those that triton brings where pip has put it."""
-    with _device_libraries_lock:  # two targets are compiled at a time
-        return _device_libraries(packages)
-
-
-def _device_libraries(packages: Path | None) -> Path:
     need("llvm-as-15", install="apt-get install llvm-15")
     folder = BUILD / ("devlib-7" if packages else "devlib")
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock"):
+        return _make_device_libraries(folder, packages)
+
+
+def _make_device_libraries(folder: Path, packages: Path | None) -> Path:
     newer = list((packages / "triton/backends/amd/lib").glob("oc*.bc")) if packages else []
     for library in [*newer, *BITCODE.glob("*.bc")]:  # Debian's have the constants, which the newer ones need too.
         if not (folder / library.name).exists():
@@ -161,17 +158,21 @@ def build(name: str, command: list[str], inputs: str) -> Path:
     """Runs the command, plus `-o <result>`, unless build/amdgpu has its result already."""
     key = hashlib.sha256("\0".join([*command, inputs]).encode()).hexdigest()[:16]
     out = BUILD / key / name
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f"partial-{os.getpid()}-{threading.get_ident()}-{out.name}")
-        # ccache does not see that a compiler reads the device libraries.
-        libraries = os.pathsep.join(map(str, sorted(BITCODE.glob("*.bc"))))
-        environment = {**os.environ, "HIP_PLATFORM": "amd", "CCACHE_EXTRAFILES": libraries}
-        done = subprocess.run([*command, "-o", str(partial)], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        partial.rename(out)
+    with locked(out.parent / "lock"):
+        if not out.exists():
+            _run(command, out)
     return out
+
+
+def _run(command: list[str], out: Path) -> None:
+    partial = out.with_name(f"partial-{out.name}")
+    # ccache does not see that a compiler reads the device libraries.
+    libraries = os.pathsep.join(map(str, sorted(BITCODE.glob("*.bc"))))
+    environment = {**os.environ, "HIP_PLATFORM": "amd", "CCACHE_EXTRAFILES": libraries}
+    done = subprocess.run([*command, "-o", str(partial)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    partial.rename(out)
 
 
 def assemblies(arch: str) -> list[Path]:

@@ -33,21 +33,21 @@ class Fiber {
 
   // Runs the fiber from where it gave way until it does so again.
   void resume() {
-    entering(stack_, kStackBytes);
+    leaving(&home_frames_, stack_, kStackBytes);
     if (started_) {
       exchange(home_, at_);
     } else {
       started_ = true;
       start();
     }
-    entered();
+    arrived(home_frames_);
   }
 
   // Called on the fiber: back to whoever resumed it.
   void give_way() {
-    entering(home_stack_, home_stack_bytes_);
+    leaving(&frames_, home_stack_, home_stack_bytes_);
     exchange(at_, home_);
-    entered(&home_stack_, &home_stack_bytes_);
+    arrived(frames_, &home_stack_, &home_stack_bytes_);
   }
 
  private:
@@ -75,24 +75,28 @@ class Fiber {
   }
   static void run() {
     Fiber* const self = starting_;
-    self->entered(&self->home_stack_, &self->home_stack_bytes_);
+    arrived(nullptr, &self->home_stack_, &self->home_stack_bytes_);
     for (;;) {
       self->body_();
       self->give_way();
     }
   }
 
-  // AddressSanitizer must be told of every change of stack, and when a stack is gone.
+  // AddressSanitizer must be told of every change of stack, and when a stack is gone. It may keep local variables in
+  // frames of its own (detect_stack_use_after_return, on by default from GCC 13 on). Who leaves a stack takes these
+  // along as `frames`, and gives them back on return.
 #ifdef __SANITIZE_ADDRESS__
   static void forget(const void* stack, size_t bytes) { __asan_unpoison_memory_region(stack, bytes); }
-  static void entering(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
-  static void entered(const void** stack = nullptr, size_t* bytes = nullptr) {
-    __sanitizer_finish_switch_fiber(nullptr, stack, bytes);
+  static void leaving(void** frames, const void* to, size_t bytes) {
+    __sanitizer_start_switch_fiber(frames, to, bytes);
+  }
+  static void arrived(void* frames, const void** from = nullptr, size_t* bytes = nullptr) {
+    __sanitizer_finish_switch_fiber(frames, from, bytes);
   }
 #else
   static void forget(const void*, size_t) {}
-  static void entering(const void*, size_t) {}
-  static void entered(const void** = nullptr, size_t* = nullptr) {}
+  static void leaving(void**, const void*, size_t) {}
+  static void arrived(void*, const void** = nullptr, size_t* = nullptr) {}
 #endif
 
   static inline Fiber* starting_ = nullptr;
@@ -102,6 +106,7 @@ class Fiber {
   Place at_, home_;
   const void* home_stack_ = nullptr;
   size_t home_stack_bytes_ = 0;
+  void *frames_ = nullptr, *home_frames_ = nullptr;
 };
 
 }  // namespace gemma_norm

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <map>
 #include <optional>
 #include <random>
+#include <tuple>
 
 #include "formats.h"
 #include "gradient_reference.h"
@@ -46,8 +49,12 @@ class Generator {
     const int64_t row_bytes = c_.hidden * size_of(dtype);
     for (int64_t row = 0; row < rows; ++row) {
       const Values values = c_.values == Values::kMixedRows ? of_mixed_row(row) : c_.values;
-      for (int64_t i = row * row_bytes; i < (row + 1) * row_bytes; i += size_of(dtype))
-        round_to(dtype, operand == kGate ? gate() : value(values, operand, dtype), &elements[i]);
+      uint8_t* const first = &elements[row * row_bytes];
+      if (operand != kGate && are_normal(values, operand))
+        draw_row(dtype, 0, 1, first);
+      else
+        for (int64_t i = 0; i < row_bytes; i += size_of(dtype))
+          round_to(dtype, operand == kGate ? gate() : value(values, dtype, operand), first + i);
     }
     const double special = c_.values == Values::kNan ? NAN : c_.values == Values::kInfinity ? INFINITY : 0;
     if (special != 0) round_to(dtype, sign() * special, &elements[any(rows * c_.hidden) * size_of(dtype)]);
@@ -57,29 +64,40 @@ class Generator {
   // Around zero for gemma, so that a kernel that forgets to add 1 leaves next to nothing of the result.
   Packed weight() {
     Packed elements(c_.hidden * size_of(c_.weight_dtype));
-    const auto set = [&](int64_t i, double v) {
-      round_to(c_.weight_dtype, v, &elements[i * size_of(c_.weight_dtype)]);
-    };
-    for (int64_t i = 0; i < c_.hidden; ++i) set(i, c_.gemma ? 0.02 * normal() : 1 + 0.3 * normal());
+    c_.gemma ? draw_row(c_.weight_dtype, 0, 0.02, elements.data()) : draw_row(c_.weight_dtype, 1, 0.3, elements.data());
     if (c_.values == Values::kSpecialWeight)
       for (const double special : std::initializer_list<double>{NAN, INFINITY, -1.0, 0.0, 1e-7})
-        set(any(c_.hidden), special);
+        round_to(c_.weight_dtype, special, &elements[any(c_.hidden) * size_of(c_.weight_dtype)]);
     return elements;
   }
 
  private:
-  double uniform() { return random_() / 4294967296.0; }
-  double normal() {
-    // A sum of four uniform numbers is close to a normal one. They come from a table, since drawing each anew would
-    // take most of the tests' time.
+  // Numbers come from tables, since computing and rounding each anew would take most of the tests' time.
+  static constexpr size_t kTable = 1 << 14;
+
+  // A sum of four uniform numbers is close to a normal one.
+  static const std::vector<double>& normal_numbers() {
     static const auto table = [] {
       std::mt19937 random(1);
-      std::vector<double> values(1 << 14);
+      std::vector<double> values(kTable);
       for (double& v : values) v = (random() + random() + random() + random() - 2.0 * 4294967296.0) / 2479700524.0;
       return values;
     }();
-    return table[random_() % table.size()];
+    return table;
   }
+
+  // A row of mean + deviation * normal().
+  void draw_row(DType dtype, double mean, double deviation, uint8_t* row) {
+    static std::map<std::tuple<DType, double, double>, std::vector<uint32_t>> tables;
+    std::vector<uint32_t>& bits = tables[{dtype, mean, deviation}];
+    if (bits.empty())
+      for (const double v : normal_numbers()) bits.push_back(rounded_bits(dtype, mean + deviation * v));
+    const size_t item = size_of(dtype);
+    for (int64_t i = 0; i < c_.hidden; ++i) std::memcpy(row + i * item, &bits[random_() % kTable], item);
+  }
+
+  double uniform() { return random_() / 4294967296.0; }
+  double normal() { return normal_numbers()[random_() % kTable]; }
   double sign() { return random_() % 2 ? 1 : -1; }
   int64_t any(int64_t count) { return static_cast<int64_t>(random_() % count); }
 
@@ -94,9 +112,20 @@ class Generator {
     return kOfRow[(row + c_.seed) % std::size(kOfRow)];
   }
 
-  // Only x decides how large n is, and only x and dout how large the sum of g * x is.
-  double value(Values values, Operand operand, DType dtype) {
-    if (is_backward(c_.operands) && operand != kX && values != Values::kMixedRows) return normal();
+  bool are_normal(Values values, Operand operand) const {
+    switch (values) {
+      case Values::kMixedRows: return false;
+      case Values::kWide:
+      case Values::kSubnormal:
+      case Values::kHuge:
+      case Values::kZeros:  // Only x decides how large n is, and only x and dout how large the sum of g * x is.
+        return is_backward(c_.operands) && operand != kX;
+      default: return true;
+    }
+  }
+
+  // One that is not normal().
+  double value(Values values, DType dtype, Operand operand) {
     switch (values) {
       case Values::kWide: return sign() * std::exp2(24 * uniform() - 12);
       case Values::kSubnormal: return normal() * power(format(dtype).least);
@@ -105,7 +134,7 @@ class Generator {
       case Values::kZeros: return sign() * 0.0;
       case Values::kMixedRows:  // x^2 can be added up in float32, and dout * x is beyond it.
         return normal() * (dtype == DType::kFloat16 || operand == kDSum ? 1 : power(operand == kX ? 50 : 85));
-      default: return normal();
+      default: std::abort();
     }
   }
 

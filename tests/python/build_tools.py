@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from file_lock import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,13 +30,9 @@ def script(path: Path, text: str) -> None:
 CPP_BUILD = ROOT / "build" / "cpp"  # of `make test-cpp`
 
 
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> AbstractContextManager[None]:
     """Where pytest-xdist runs several processes, only one of them builds with CMake at a time."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with open(ROOT / "build" / "pytest.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return locked(ROOT / "build" / "pytest.lock")
 
 
 def cmake(*arguments: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -165,12 +167,9 @@ def fused_add_rms_norm_quant(
     """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s.
 
     x is only read, because q does not fit its dtype, unless it is residual itself. Otherwise residual must not overlap
-    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors. Inductor of
-    PyTorch 2.13 cannot compile it with ``scale_dtype=torch.float8_e8m0fnu``, and says so; the functional one it can.
+    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors.
     """
-    return FUSED_ADD_RMS_NORM_QUANT.call(
-        scale,
-        return_y,
+    arguments: dict[str, Any] = dict(
         x=x,
         residual=residual,
         weight=weight,
@@ -186,6 +185,12 @@ def fused_add_rms_norm_quant(
         scale_dtype=scale_dtype,
         global_scale=global_scale,
     )
+    if scale_dtype is torch.float8_e8m0fnu and torch.compiler.is_dynamo_compiling():
+        # Inductor of PyTorch 2.13 fails at operators that write to an argument and have a result of this dtype.
+        *results, s = ADD_RMS_NORM_QUANT.call(scale, return_y, **arguments)
+        residual.copy_(s)
+        return tuple(results)
+    return FUSED_ADD_RMS_NORM_QUANT.call(scale, return_y, **arguments)
 
 
 torch.fx.node.has_side_effect(fused_add_rms_norm_quant)
