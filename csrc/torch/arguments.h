@@ -112,7 +112,7 @@ inline void set_option(Options* options, const OptionField& field, StableIValue 
   else if (field.dtype)
     set_dtype(options, field, argument<std::optional<int64_t>>(value));
   else if (const auto count = argument<std::optional<int64_t>>(value))
-    options->*field.count = *count;
+    options->*field.count = *count == kWholeRow ? kWholeRow - 1 : *count;  // kWholeRow is None; neither divides a row
 }
 
 }  // namespace gemma_norm::binding

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
+from ._checks import has_tangent, layout_name
 from ._registry import Operator
 from ._sharding import explain_missing
 
@@ -47,6 +48,32 @@ def differentiable(twin: Callable[..., Any], op: Operator, *args: Any) -> Any:
     return twin(*args) if _is_tracing() or functorch_is_active() else op.recorded(twin, args)
 
 
+def check_eps(op: Operator, eps: Any) -> None:
+    """Raise RuntimeError for an eps that is no float, and of which a derivative may be expected.
+
+    Tensors of one element are numbers for PyTorch's dispatcher, which drops their derivative in silence.
+    """
+    if not isinstance(eps, Tensor):
+        return
+    got = None
+    if is_compiled():
+        got = "a tensor in a compiled program"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(eps):
+        got = "a tensor inside a torch.func transform"
+    elif has_tangent(eps):
+        got = "a dual tensor"
+    elif torch.is_grad_enabled() and eps.requires_grad:
+        got = "a tensor that requires grad"
+    if got:
+        raise RuntimeError(f"{op.label}: eps must be a number, of which there is no derivative, got {got}")
+
+
+def check_size(op: Operator, name: str, value: Any) -> None:
+    """Raise RuntimeError for a size that is no integer, though PyTorch's dispatcher would take it for one."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
+        raise RuntimeError(f"{op.label}: {name} must be {_KINDS[name][1]}, got {value!r}")
+
+
 def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
     """Raise an error that says more than ``error``, which the operator raised, if an argument has a wrong type.
 
@@ -60,9 +87,13 @@ def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
         if not (isinstance(value, Tensor) or (rule.optional and value is None)):
             raise RuntimeError(f"{op.label}: {name} must be a tensor, got {value!r}") from None
     for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_nested:
+            raise RuntimeError(f"{op.label}: {name} must be a dense tensor, got {layout_name(value)}") from None
         kind, what = _KINDS.get(name, ((object,), ""))
         if not isinstance(value, kind):
             raise RuntimeError(f"{op.label}: {name} must be {what}, got {value!r}") from None
+        if what and not _is_in_range(name, value):
+            raise RuntimeError(f"{op.label}: {name} must be {what} (of 64 bits), got {value!r}") from None
 
 
 _FLAGS = (
@@ -86,6 +117,17 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "mrope_section": ((list, tuple, type(None)), "a list of three integers or None"),
     **{name: ((bool, torch.SymBool), "a bool") for name in _FLAGS},
 }
+
+
+def _is_in_range(name: str, value: Any) -> bool:
+    """Whether PyTorch's dispatcher can pass on a number of the right type."""
+    if name == "eps" and isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    if name == "eps" and isinstance(value, Integral):
+        return abs(int(value)) < 2**1023
+    if name == "mrope_section" and value is not None:
+        return all(isinstance(size, (Integral, torch.SymInt)) and _is_in_range("", size) for size in value)
+    return not isinstance(value, Integral) or -(2**63) <= int(value) < 2**63
 
 
 def _is_in_onnx_export() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._checks_shared import Arguments, Check, Checked, check_rows, require
@@ -67,6 +68,18 @@ def check_positions(call: Checked, name: str, t: Tensor, strides: bool, check_dt
         require(same, f"{call.label}: {name} must have shape {want}, got {list(t.shape)}")
     if t.dim() > 0:
         check_rows(call.label, name, t, strides)
+
+
+def check_positions_are_in_the_cache(label: str, cache: Tensor | None, positions: Tensor | None) -> None:
+    """What the native kernels of a CPU check while they read the positions."""
+    if cache is None or positions is None or positions.device.type != "cpu":
+        return
+    # The values of fake tensors, and of those that a tracer follows, are not to be asked for.
+    if type(positions) is not Tensor or torch._C._len_torch_dispatch_stack() or positions.numel() == 0:
+        return
+    rows, least, most = cache.shape[0], int(positions.min()), int(positions.max())
+    rule = f"positions must be at least 0 and less than cos_sin_cache's {rows} rows"
+    require(least >= 0 and most < rows, f"{label}: {rule}, got {least if least < 0 else most}")
 
 
 def check_angles(call: Checked, arguments: Arguments) -> None:

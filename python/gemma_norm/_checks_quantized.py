@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,16 @@ QUANTIZED_DTYPES = (
 SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.int32)
 
 
+def check_dtype(op: str, name: str, dtype: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    require(isinstance(dtype, torch.dtype), f"{op}: {name} must be a torch.dtype or None, got {dtype!r}")
+    *all_but_last, last = map(dtype_name, dtypes)
+    require(dtype in dtypes, f"{op}: {name} must be {', '.join(all_but_last)} or {last}, got {dtype_name(dtype)}")
+
+
 def check_quantization(call: Checked, arguments: Arguments) -> None:
     op, dtype, size = call.label, arguments["dtype"], arguments.get("scale_group_size")
-    rule = "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, int8 or float4_e2m1fn_x2"
-    require(dtype is None or dtype in QUANTIZED_DTYPES, f"{op}: {rule}, got {dtype and dtype_name(dtype)}")
+    if dtype is not None:
+        check_dtype(op, "dtype", dtype, QUANTIZED_DTYPES)
     check_group(call, "scale_group_size", arguments)
     if dtype is torch.float4_e2m1fn_x2:
         require("scale" not in arguments, f"{op}: scale must be None with float4_e2m1fn_x2, got a tensor")
@@ -29,8 +37,7 @@ def check_quantization(call: Checked, arguments: Arguments) -> None:
     if "scale" in arguments:
         return
     scales = arguments["scale_dtype"] or torch.float32
-    rule = "scale_dtype must be float32, float8_e8m0fnu, float8_e4m3fn or int32"
-    require(scales in SCALE_DTYPES, f"{op}: {rule}, got {dtype_name(scales)}")
+    check_dtype(op, "scale_dtype", scales, SCALE_DTYPES)
     if scales is torch.float8_e4m3fn:
         rule = "scale_ue8m0 must be False with scale_dtype=float8_e4m3fn"
         require(not arguments["scale_ue8m0"], f"{op}: {rule}, got True")

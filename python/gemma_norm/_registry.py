@@ -39,6 +39,7 @@ from torch.autograd import forward_ad
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from ._checks import Extent, Rule, check_arguments, check_derivatives, check_memory, has_tangent, layout_name
+from ._checks_heads import check_positions_are_in_the_cache
 from ._library import operator_implementations, why_not_native
 from ._sharding import declare
 
@@ -142,6 +143,7 @@ class Operator:
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments)
         check_memory(self, arguments)
+        check_positions_are_in_the_cache(self.label, arguments.get("cos_sin_cache"), arguments.get("positions"))
         _warn_once(arguments[self.first])
         results = self.compute(arguments)
         as_they_are = self.written or self.new_results
@@ -173,12 +175,15 @@ class Operator:
     def transformed(self, *args: Any, **kwargs: Any) -> Any:
         if self.written and not _only_functionalising():
             rule = "is not available inside a torch.func transform, which would see neither that nor the derivative"
-            raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {self.call_instead}")
+            instead = f"gemma_norm.{self.label.removeprefix('fused_')}" if self.new_results else self.call_instead
+            raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {instead}")
         if self.new_results and _is_differentiating():
             rule = "a quantised result has no derivative, got a call inside a transform that differentiates"
             raise RuntimeError(f"{self.label}: {rule}: call {self.call_instead}")
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments, transformed=True)
+        inside = [None if t is None else _innermost(t) for t in map(arguments.get, ("cos_sin_cache", "positions"))]
+        check_positions_are_in_the_cache(self.label, *inside)
         if self.new_results:  # autograd sees through torch.func.vmap
             check_derivatives(self, {k: _innermost(t) for k, t in arguments.items() if isinstance(t, Tensor)})
         return self.give(arguments, self.compute(arguments))
@@ -206,7 +211,7 @@ class Operator:
     def negated(self, *args: Any, **kwargs: Any) -> Any:
         """For tensors with the negative bit, which PyTorch negates when they are read.
 
-        Operators that return an argument do not need this. PyTorch's own fallback resolves their arguments.
+        PyTorch's own fallback would write to copies, and so hide which of the arguments share memory.
         """
         arguments = self.bind(args, kwargs)
         for name in self.written:
@@ -240,8 +245,9 @@ def register(*operators: Operator) -> None:
             op.derivative.forward = staticmethod(op.twin)  # type: ignore[method-assign]
             kernels["Autograd"] = _autograd(op)
         if op.written:
-            returns_argument = any(result.alias_info is not None for result in op.overload._schema.returns)
-            kernels |= {"Functionalize": op.functionalised} if returns_argument else {"Negative": op.negated}
+            kernels["Negative"] = op.negated
+        if any(result.alias_info is not None for result in op.overload._schema.returns):
+            kernels["Functionalize"] = op.functionalised
         for key, kernel in kernels.items():
             _library.impl(op.name, kernel, key)
         qualified = f"gemma_norm::{op.name}"

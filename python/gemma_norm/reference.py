@@ -9,6 +9,7 @@ native kernel. ``oracle`` computes the exact answer in float64. ``ulp_error`` sa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,6 +126,14 @@ def _unrounded_gated_norm(
     return n
 
 
+def norm_of_heads(
+    x: Tensor, weight: Tensor | None, eps: float, gemma: bool, round_each_step: bool, round_rotation: bool
+) -> Tensor:
+    """What :func:`qk_norm_rope` rotates, in float32."""
+    n = _unrounded_norm(x.float(), x.dtype, weight, eps, gemma, round_each_step)
+    return n.to(x.dtype).float() if round_rotation else n
+
+
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -155,13 +164,13 @@ def qk_norm_rope(
     c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
     rotary, angles_dtype = c.shape[-1], cos.dtype
 
-    def normed_and_rotated(x: Tensor, weight: Tensor | None) -> Tensor:
-        def rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
-            return t.to(dtype).float() if round_rotation else t
+    def rounded(t: Tensor) -> Tensor:
+        return t.to(angles_dtype).float() if round_rotation else t
 
-        n = rounded(_unrounded_norm(x.float(), x.dtype, weight, eps, gemma, round_each_step), x.dtype)
+    def normed_and_rotated(x: Tensor, weight: Tensor | None) -> Tensor:
+        n = norm_of_heads(x, weight, eps, gemma, round_each_step, round_rotation)
         turned, rest = n[..., :rotary], n[..., rotary:]
-        turned = rounded(turned * c, angles_dtype) + rounded(rotate_half(turned, interleaved) * s, angles_dtype)
+        turned = rounded(turned * c) + rounded(rotate_half(turned, interleaved) * s)
         return torch.cat((turned, rest), dim=-1).to(x.dtype)
 
     return normed_and_rotated(q, q_weight), normed_and_rotated(k, k_weight)
@@ -325,14 +334,20 @@ def column_major(t: Tensor, alignment: int = 1) -> Tensor:
     columns = t.movedim(-1, 0)
     if alignment == 1:
         return columns.clone(memory_format=torch.contiguous_format).movedim(0, -1)
-    rows, strides = 1, []
-    for size in reversed(t.shape[:-1]):
-        strides.append(rows)
-        rows = rows * max(size, 1)
-    column = -(-rows // alignment) * alignment
-    padding = column - math.prod(t.shape[:-1])
+    strides = column_major_strides(t.shape, alignment)
+    padding = strides[-1] - math.prod(t.shape[:-1])
     padded = torch.nn.functional.pad(columns.reshape(t.shape[-1], math.prod(t.shape[:-1])), (0, padding))
-    return padded.contiguous().as_strided(t.shape, (*reversed(strides), column))
+    return padded.contiguous().as_strided(t.shape, strides)
+
+
+def column_major_strides(shape: Sequence[int], alignment: int = 1) -> tuple[int, ...]:
+    """Those of :func:`column_major`."""
+    largest: Any = torch.sym_max  # of sizes that may be symbolic; not typed
+    rows, strides = 1, []
+    for size in reversed(shape[:-1]):
+        strides.append(rows)
+        rows = rows * largest(size, 1)
+    return *reversed(strides), -(-rows // alignment) * alignment
 
 
 def rotate_half(n: Tensor, interleaved: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from .. import reference
-from .._calls import differentiable, explain, is_compiled, is_exported, overridden
+from .._calls import check_eps, check_size, differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_X, WEIGHT, X
 from .._registry import Operator, bare, register
 from .gated_rms_norm_backward import gradients
@@ -78,6 +78,10 @@ def gated_rms_norm(
         result: Tensor = overridden(gated_rms_norm, op, tensors, x, gate, weight, eps, **named, **extra)
         return result
     try:
+        if type(eps) is not float:
+            check_eps(op, eps)
+        if group_size is not None:
+            check_size(op, "group_size", group_size)
         if out is not None:
             result = _gated_rms_norm_out(x, gate, weight, *options, out=out)
         else:

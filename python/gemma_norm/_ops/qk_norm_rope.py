@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from .. import reference
-from .._calls import differentiable, explain, is_compiled, is_exported, overridden
+from .._calls import check_eps, differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import COPIED, COS, COS_SIN_CACHE, OPTIONAL_LIKE_WEIGHT, OPTIONAL_WEIGHT, POSITIONS, SIN, K, Q
 from .._registry import Operator, bare, register
 from .rms_norm_backward import gradients
@@ -117,6 +117,8 @@ def qk_norm_rope(
         y, z = overridden(qk_norm_rope, QK_NORM_ROPE, tensors, *tensors[:6], **named)
         return y, z
     try:
+        if type(eps) is not float:
+            check_eps(QK_NORM_ROPE, eps)
         tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
         if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
             y, z = differentiable(_qk_norm_rope, QK_NORM_ROPE, *tensors, *options)
@@ -142,6 +144,7 @@ def _with_copies(
         return tuple(compress(results, given)) if len(results) == len(given) else results
     q, _, _, _, cos, sin, cos_sin_cache, positions = tensors
     try:
+        check_eps(op, options[0])
         mrope_section = options[_OPTIONS.index("mrope_section")]
         tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
         if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
@@ -195,6 +198,8 @@ def fused_qk_norm_rope(
         overridden(fused_qk_norm_rope, FUSED_QK_NORM_ROPE, tensors, *tensors[:6], **named)
         return
     try:
+        if type(eps) is not float:
+            check_eps(FUSED_QK_NORM_ROPE, eps)
         tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
         _fused_qk_norm_rope(*tensors, *options)
     except RuntimeError as error:
@@ -208,21 +213,38 @@ def _broadcast(
     """Expand cos, sin and positions to q's tokens, where they are of fewer. What cannot be is left for the checks."""
     if isinstance(q, Tensor) and q.dim() >= 2:
         tokens = q.shape[:-2]
-        if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.shape[:-1] != tokens:
+        if isinstance(cos, Tensor) and isinstance(sin, Tensor) and _are_others(cos.shape[:-1], tokens):
             cos, sin = _expanded(cos, tokens, 0, 1), _expanded(sin, tokens, 0, 1)
         if isinstance(positions, Tensor):
             axes = 0 if mrope_section is None else 1
-            if positions.shape[axes:] != tokens:
+            if _are_others(positions.shape[axes:], tokens) and (not axes or positions.shape[:1] == (3,)):
                 positions = _expanded(positions, tokens, axes, 0)
+                if positions.dim() and positions.stride(-1) != 1:  # each row of positions must be contiguous
+                    positions = positions.contiguous()
     return cos, sin, cos_sin_cache, positions
+
+
+def _are_others(sizes: Sequence[int], tokens: Sequence[int]) -> bool:
+    if not (is_compiled() or is_exported()):
+        return sizes != tokens
+    return len(sizes) != len(tokens) or any(map(_may_differ, sizes, tokens))
+
+
+def _may_differ(size: int, other: int) -> bool:
+    """Whether two sizes differ, or could differ when the program that is being compiled runs."""
+    if not (is_compiled() or is_exported()):
+        return size != other
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # takes long to import, and is loaded by now
+
+    return bool(guard_or_true(size != other))
 
 
 def _expanded(t: Tensor, tokens: torch.Size, before: int, after: int) -> Tensor:
     own = t.shape[before : t.dim() - after]
-    if len(own) > len(tokens):
+    if t.dim() < before + after or len(own) > len(tokens):
         return t
     padded = (1,) * (len(tokens) - len(own)) + tuple(own)
-    if any(size not in (1, want) for size, want in zip(padded, tokens, strict=True)):
+    if any(_may_differ(size, want) and _may_differ(size, 1) for size, want in zip(padded, tokens, strict=True)):
         return t
     shape = (*t.shape[:before], *padded, *t.shape[t.dim() - after :])
     return t.reshape(shape).expand(*t.shape[:before], *tokens, *t.shape[t.dim() - after :])
@@ -243,12 +265,13 @@ class QKNormRopeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         """Rotate the gradients back, round them to q's dtype, and pass them to the norms' own backward kernels."""
-        q, k, q_weight, k_weight, cos, sin, cache, positions = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once, since what checkpoints save can be unpacked once
+        q, k, q_weight, k_weight, cos, sin, cache, positions = saved
         eps, gemma, _, _, interleaved, sections, mrope_interleaved = ctx.options
         needs_q, needs_k, needs_q_weight, needs_k_weight = ctx.needs_input_grad[:4]
         of_angles: tuple[Tensor | None, ...] = (None, None, None)
         if any(ctx.needs_input_grad[4:7]):
-            of_angles = _gradients_of_angles(ctx, dq, dk)
+            of_angles = _gradients_of_angles(saved, ctx.options, ctx.needs_input_grad[4:7], dq, dk)
         if cos is None:
             cos, sin = reference.angles(cache, positions, interleaved, sections, mrope_interleaved)
         dq, dk = (None if d is None else _rotated_back(d, cos, sin, interleaved) for d in (dq, dk))
@@ -266,27 +289,28 @@ def _rotated_back(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Te
     return back if rotary == dy.shape[-1] else torch.cat((back, dy[..., rotary:]), dim=-1)
 
 
-def _gradients_of_angles(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of cos, sin and the cache, which few programs want: those of the definition."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        saved = ctx.saved_tensors
-        inputs = [t if create_graph or t is None else t.detach() for t in saved]
-        wanted = [i for i in range(4, 7) if ctx.needs_input_grad[i]]
-        if not create_graph:
-            for i in wanted:
-                inputs[i].requires_grad_()
-        results = reference.qk_norm_rope(*inputs, *ctx.options)
-        given = [(y, dy) for y, dy in zip(results, (dq, dk), strict=True) if dy is not None]
-        found = torch.autograd.grad(
-            [y for y, _ in given],
-            [inputs[i] for i in wanted],
-            [dy for _, dy in given],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    of = dict(zip(wanted, found, strict=True))
-    return tuple(of.get(i) for i in range(4, 7))
+def _gradients_of_angles(
+    tensors: Sequence[Any], options: Sequence[Any], needs: Sequence[bool], dq: Tensor | None, dk: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of cos, sin and the cache, which few programs want, by the norms' definition in plain PyTorch."""
+    q, k, q_weight, k_weight, cos, sin, cache, positions = tensors
+    eps, gemma, round_each_step, round_rotation, interleaved, sections, mrope_interleaved = options
+    rotary = (cache if cos is None else cos).shape[-1]
+    heads = [(x, weight, dy) for x, weight, dy in ((q, q_weight, dq), (k, k_weight, dk)) if dy is not None]
+    if not heads:
+        return None, None, None
+    rounding = (round_each_step, round_rotation)
+    n = torch.cat([reference.norm_of_heads(x, w, eps, gemma, *rounding)[..., :rotary] for x, w, _ in heads], dim=-2)
+    dy = torch.cat([dy[..., :rotary].float() for _, _, dy in heads], dim=-2)
+    dcos, dsin = (dy * n).sum(-2), (dy * reference.rotate_half(n, interleaved)).sum(-2)
+    if cache is None:
+        return dcos.to(cos.dtype) if needs[0] else None, dsin.to(sin.dtype) if needs[1] else None, None
+    # Which element of the cache each cosine and sine is.
+    numbers = torch.arange(cache.numel(), device=cache.device).view(cache.shape)
+    sources = reference.angles(numbers, positions, interleaved, sections, mrope_interleaved)
+    index, values = torch.cat([t.flatten() for t in sources]), torch.cat([dcos.flatten(), dsin.flatten()])
+    dcache = values.new_zeros(cache.numel()).index_add(0, index, values).view(cache.shape)
+    return None, None, dcache.to(cache.dtype)
 
 
 class QKNormRopeCopiesFunction(torch.autograd.Function):

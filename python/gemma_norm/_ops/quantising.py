@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from .. import reference
-from .._calls import explain, overridden
+from .._calls import check_eps, check_size, explain, overridden
 from .._checks import ONE, OPTIONAL_ONE, Extent, Rule
+from .._checks_quantized import QUANTIZED_DTYPES, SCALE_DTYPES, check_dtype
 from .._registry import Arguments, Operator, register
 
 _WITHOUT_SCALE = {
@@ -78,6 +79,12 @@ class QuantisingOperators:
             # An export to ONNX runs the definition, which does not return a scale that it is given.
             is_definition = isinstance(results, tuple) and scale is not None and len(results) == len(op.extents)
             return (results[0], scale, *results[1:]) if is_definition else results
+        check_eps(op, arguments["eps"])
+        for name in ("group_size", "scale_group_size"):
+            check_size(op, name, arguments.get(name))
+        for name, dtypes in (("dtype", QUANTIZED_DTYPES), ("scale_dtype", SCALE_DTYPES)):
+            if (dtype := arguments.get(name)) is not None:  # PyTorch cannot pass on every dtype, and takes integers
+                check_dtype(op.label, name, dtype, dtypes)
         try:
             results = op.overload(**arguments)
         except RuntimeError as error:
@@ -106,9 +113,12 @@ def _new_results(arguments: Arguments, return_y: bool = False) -> tuple[Tensor, 
         groups = 1 if arguments["scale_group_size"] is None else hidden // arguments["scale_group_size"]
         packed = arguments["scale_dtype"] is torch.int32
         shape = (*x.shape[:-1], -(-groups // 4) if packed else groups)
-        scale = torch.empty(shape, dtype=arguments["scale_dtype"] or torch.float32, device=x.device)
-        is_column_major = packed or arguments["column_major_scale"]
-        results.append(reference.column_major(scale, 4 if packed else 1) if is_column_major else scale)
+        like = {"dtype": arguments["scale_dtype"] or torch.float32, "device": x.device}
+        if packed or arguments["column_major_scale"]:
+            strides = reference.column_major_strides(shape, 4 if packed else 1)
+            results.append(torch.empty_strided(shape, strides, **like))
+        else:
+            results.append(torch.empty(shape, **like))
     if return_y:
         results.append(x.new_empty(x.shape))
     if residual is not None:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function, has_torch_function_variadic
 
 from .. import reference
-from .._calls import differentiable, explain, is_compiled, is_exported, overridden
+from .._calls import check_eps, differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_X, OPTIONAL_LIKE_RESIDUAL, OPTIONAL_WEIGHT, RESIDUAL, X
 from .._registry import Operator, bare, register
 from .rms_norm_backward import gradients
@@ -66,6 +66,8 @@ def rms_norm(
         result: Tensor = overridden(rms_norm, op, (x, weight, out), x, weight, eps, gemma, round_each_step, **extra)
         return result
     try:
+        if type(eps) is not float:
+            check_eps(RMS_NORM, eps)
         if out is not None:
             result = _rms_norm_out(x, weight, eps, gemma, round_each_step, out=out)
         elif _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
@@ -115,6 +117,8 @@ def fused_add_rms_norm(
         )
         return
     try:
+        if type(eps) is not float:
+            check_eps(FUSED_ADD_RMS_NORM, eps)
         _fused_add_rms_norm(x, residual, weight, eps, gemma, post, round_each_step)
     except RuntimeError as error:
         named = {"x": x, "residual": residual, "weight": weight, "post_residual_addition": post}
@@ -149,6 +153,8 @@ def add_rms_norm(
         y, s = overridden(add_rms_norm, ADD_RMS_NORM, tensors, *arguments)
         return y, s
     try:
+        if type(eps) is not float:
+            check_eps(ADD_RMS_NORM, eps)
         if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
             arguments = (x, residual, weight, eps, gemma, post, round_each_step)
             y, s = differentiable(_add_rms_norm, ADD_RMS_NORM, *arguments)

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from .. import reference
-from .._calls import differentiable, explain, is_compiled, is_exported, overridden
+from .._calls import check_eps, differentiable, explain, is_compiled, is_exported, overridden
 from .._checks import LIKE_WEIGHT, LIKE_X, WEIGHT, X
 from .._registry import Operator, bare, register
 from .rms_norm_backward import gradients
@@ -63,6 +63,8 @@ def fused_rms_norm_add_rms_norm(
         )
         return
     try:
+        if type(eps) is not float:
+            check_eps(FUSED_RMS_NORM_ADD_RMS_NORM, eps)
         _fused_rms_norm_add_rms_norm(x, residual, post_weight, weight, eps, gemma, round_each_step)
     except RuntimeError as error:
         _explain(error, FUSED_RMS_NORM_ADD_RMS_NORM, tensors, eps, gemma, round_each_step)
@@ -95,6 +97,8 @@ def rms_norm_add_rms_norm(
         y, s = overridden(rms_norm_add_rms_norm, op, tensors, *tensors, eps, gemma, round_each_step)
         return y, s
     try:
+        if type(eps) is not float:
+            check_eps(RMS_NORM_ADD_RMS_NORM, eps)
         if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
             arguments = (*tensors, eps, gemma, round_each_step)
             y, s = differentiable(_rms_norm_add_rms_norm, RMS_NORM_ADD_RMS_NORM, *arguments)
