@@ -27,6 +27,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build" / "mutants" / str(os.getpid())
 OBJECTS = COPY / "build" / "objects"
+QUANT = "test_quant_refused test_quant_formats test_quant test_quant_programs"
 # For each file the Python tests that ought to notice, quick ones first. A line's files share all of its tests.
 SUITES: list[tuple[str, str]] = [
     ("_checks.py", "test_fuzz test_bad_input test_qk_norm_rope_refused"),
@@ -41,7 +42,7 @@ SUITES: list[tuple[str, str]] = [
     ("_ops/rms_norm_add_rms_norm.py", "test_fuzz test_rms_norm_add_rms_norm"),
     ("_ops/gated_rms_norm.py _ops/gated_rms_norm_backward.py", "test_fuzz test_gated test_backward"),
     ("_ops/qk_norm_rope.py", "test_fuzz test_qk_norm_rope_copies test_qk_norm_rope test_qk_norm_rope_programs"),
-    ("_ops/quantising.py _ops/rms_norm_quant.py _ops/gated_rms_norm_quant.py", "test_fuzz test_quant"),
+    ("_ops/quantising.py _ops/rms_norm_quant.py _ops/gated_rms_norm_quant.py", f"test_fuzz {QUANT}"),
     ("module.py gated_module.py", "test_module test_module_in_place test_module_tracing test_gated"),
     ("routing.py", "test_hip_choice test_hip_exclusions test_hip_results"),
     ("integrations/_rewrite.py", "test_transformers_rewrite test_transformers_residual"),
@@ -59,16 +60,16 @@ CASES = ["cases.cpp", "all_cases.cpp"]
 PROGRAMS = {"check_test": CASES, "rows_test": [], "overlap_test": [], "plan_test": CASES}
 COMPILE = ["ccache", "g++", "-std=c++17", "-O1", "-Icsrc", "-Itests/cpp", "-Wno-unknown-pragmas", "-c"]
 CPP_SUITES = {
-    "csrc/core/check.cpp": ("check_test", "test_fuzz test_bad_input test_quant"),
+    "csrc/core/check.cpp": ("check_test", f"test_fuzz test_bad_input {QUANT}"),
     "csrc/core/check_heads.cpp": ("check_test", "test_fuzz test_qk_norm_rope_refused"),
-    "csrc/core/check_quantized.cpp": ("check_test", "test_fuzz test_quant"),
-    "csrc/core/collapse.cpp": ("rows_test", "test_fuzz test_quant test_contract"),
+    "csrc/core/check_quantized.cpp": ("check_test", f"test_fuzz {QUANT}"),
+    "csrc/core/collapse.cpp": ("rows_test", f"test_fuzz {QUANT} test_contract"),
     "csrc/core/overlap.cpp": ("overlap_test", "test_fuzz test_bad_input"),
     "csrc/gpu/plan.cpp": ("plan_test", ""),
     "csrc/cpu/backward.cpp": ("", "test_fuzz test_backward test_autograd"),
     "csrc/cpu/entry.cpp": ("", "test_fuzz test_bad_input test_contract"),
-    "csrc/torch/bind.h": ("", "test_fuzz test_bad_input test_modes test_contract test_quant"),
-    "csrc/torch/arguments.h": ("", "test_fuzz test_bad_input test_quant"),
+    "csrc/torch/bind.h": ("", f"test_fuzz test_bad_input test_modes test_contract {QUANT}"),
+    "csrc/torch/arguments.h": ("", f"test_fuzz test_bad_input {QUANT}"),
 }
 
 

@@ -81,7 +81,8 @@ def place(values: Tensor, layout: str) -> Placed:
 
 
 def bits(t: Tensor) -> Tensor:
-    return t.contiguous().view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+    as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.contiguous().view(as_integers[t.dtype.itemsize])
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
