@@ -194,13 +194,14 @@ def test_memory_that_is_short_has_pytorchs_own_type(monkeypatch):
             function(ones(SHAPE), ones(16))
 
 
-@pytest.mark.parametrize("name", ["x", "residual"])
-def test_a_lazily_negated_tensor_is_not_overwritten(name):
-    arguments = FUSED_ADD_RMS_NORM.good()
-    arguments[name] = arguments[name]._neg_view()
-    expected = f"{name} is written and must not be negated lazily, got a tensor with its negative bit set"
-    assert message(FUSED_ADD_RMS_NORM.native, arguments).startswith(f"fused_add_rms_norm: {expected}")
-    assert all(t._version == 0 for t in arguments.values() if isinstance(t, Tensor))
+@every_operator
+def test_a_lazily_negated_tensor_is_not_overwritten(op):
+    for name in op.written:
+        arguments = op.good()
+        arguments[name] = arguments[name]._neg_view()
+        expected = f"{name} is written and must not be negated lazily, got a tensor with its negative bit set"
+        assert message(op.native, arguments).startswith(op.prefix + expected)
+        assert all(t._version == 0 for t in arguments.values() if isinstance(t, Tensor))
 
 
 @every_operator
@@ -241,6 +242,32 @@ def test_what_is_of_the_wrong_type_is_named(op, context, argument, value, messag
     if argument in arguments or argument in ("gemma", "round_each_step"):
         with context(), pytest.raises(RuntimeError, match=f"^{op}: {message}$"):
             call(getattr(gemma_norm, op.name), arguments | {argument: value})
+
+
+EPS_WITH_DERIVATIVE: dict[str, tuple[Callable[[Callable[[Tensor], Any]], Any], str]] = {
+    "autograd": (lambda f: f(torch.tensor(0.1, requires_grad=True)), "a tensor that requires grad"),
+    "torch.func": (lambda f: torch.func.vmap(f)(torch.tensor([0.1])), "a tensor inside a torch.func transform"),
+    "forward mode": (lambda f: dual(f), "a dual tensor"),
+}
+
+
+def dual(f: Callable[[Tensor], Any]) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(torch.tensor(0.1), torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("way", EPS_WITH_DERIVATIVE)
+@pytest.mark.parametrize(
+    "op", [o for o in (RMS_NORM, ADD_RMS_NORM, FUSED_ADD_RMS_NORM, GATED_RMS_NORM, RMS_NORM_ADD_RMS_NORM)], ids=str
+)
+def test_the_derivative_of_eps_is_not_dropped_in_silence(op, way):
+    """PyTorch's dispatcher takes a tensor of one element for a number."""
+    differentiate, got = EPS_WITH_DERIVATIVE[way]
+    function = getattr(gemma_norm, op.name)
+    with pytest.raises(RuntimeError, match=f"^{op}: eps must be a number, of which there is no derivative, got {got}$"):
+        differentiate(lambda eps: call(function, op.good() | {"eps": eps}))
+    with torch.no_grad():
+        call(function, op.good() | {"eps": torch.tensor(0.1, requires_grad=True)})
 
 
 @every_operator

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import gemma_norm
 from gemma_norm import reference
@@ -111,3 +113,96 @@ def test_meta_tensors_have_the_shapes_of_q_and_k():
     a = {n: t.to("meta") for n, t in tensors((4,), (3, 2), 48, 16, torch.float16).items()}
     for result, name in zip(gemma_norm.qk_norm_rope(**a), ("q", "k"), strict=True):
         assert (result.shape, result.dtype, result.device.type) == (a[name].shape, torch.float16, "meta")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_with_gradients_of_the_angles(device, cached, reentrant):
+    """Without reentry, what is saved can be unpacked once."""
+    a = tensors((4,), (2, 1), 16, 8, device=device)
+    if cached:
+        a = with_cache(a, randn(5, 8, device=device), torch.arange(4, device=device))
+    angle = "cos_sin_cache" if cached else "cos"
+
+    def run(t: Tensor) -> Tensor:
+        return loss(*gemma_norm.qk_norm_rope(**a | {angle: t}))
+
+    leaf = a[angle].requires_grad_()
+    (want,) = torch.autograd.grad(run(leaf), leaf)
+    checkpoint(run, leaf, use_reentrant=reentrant).backward()
+    assert torch.equal(leaf.grad, want)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turns", [None, False, True])
+def test_gradients_of_a_cache(device, interleaved, turns):
+    """Each element of the cache gets the sum over the tokens and heads that it rotates; some rows rotate none."""
+    a = tensors((6,), (2, 1), 16, 8, torch.float64, device)
+    cache = randn(9, 8, dtype=torch.float64, device=device).requires_grad_()
+    shape = (6,) if turns is None else (3, 6)
+    positions = torch.randint(0, 7, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    options = {"interleaved": interleaved}
+    if turns is not None:
+        options |= {"mrope_section": [2, 1, 1], "mrope_interleaved": turns}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", Tensor.double)
+        y = loss(*reference.qk_norm_rope(**with_cache(a, cache, positions), **options))
+        (want,) = torch.autograd.grad(y, cache)
+    a, cache = {n: t.float() for n, t in a.items()}, cache.detach().float().requires_grad_()
+    (got,) = torch.autograd.grad(loss(*gemma_norm.qk_norm_rope(**with_cache(a, cache, positions), **options)), cache)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    assert not got[7:].any()
+
+
+POSITIONS_INSIDE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "vmap": lambda f, q: torch.func.vmap(f)(q[None]),
+    "grad": lambda f, q: torch.func.grad(lambda q: f(q).sum())(q),
+    "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
+    "functionalize": lambda f, q: torch.func.functionalize(f)(q),
+    "a dual tensor": lambda f, q: dual(f, q),
+}
+
+
+def dual(f: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(q, q))
+
+
+@pytest.mark.parametrize("name", POSITIONS_INSIDE)
+def test_positions_outside_the_cache_are_refused_inside_transforms(name):
+    q, cache = randn(4, 2, 16), randn(8, 8)
+
+    def run(q: Tensor) -> Tensor:
+        return gemma_norm.qk_norm_rope(q, q, None, None, cos_sin_cache=cache, positions=positions)[0]
+
+    positions = torch.tensor([0, 100, 1, 7])
+    with pytest.raises(
+        RuntimeError, match="positions must be at least 0 and less than cos_sin_cache's 8 rows, got 100"
+    ):
+        POSITIONS_INSIDE[name](run, q)
+    positions = torch.tensor([0, 3, 1, 7])
+    POSITIONS_INSIDE[name](run, q)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1,), (3,), (1, 3), ()], ids=str)
+def test_positions_broadcast(device, shape):
+    """A dimension of 1, or none, stands for any number of tokens."""
+    a = tensors((4, 3), (2, 1), 16, 8, device=device)
+    cache, positions = randn(12, 8, device=device), torch.arange(math.prod(shape), device=device).view(shape)
+    got = gemma_norm.qk_norm_rope(**with_cache(a, cache, positions))
+    want = gemma_norm.qk_norm_rope(**with_cache(a, cache, positions.expand(4, 3).contiguous()))
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_number_of_tokens_that_is_not_known(device):
+    """As of a selection by a mask. One row of angles serves all of them."""
+    a = tensors((5,), (2, 1), 16, 8, device=device)
+
+    def run(mask: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = a | {"q": a["q"][mask], "k": a["k"][mask], "cos": a["cos"][:1], "sin": a["sin"][:1]}
+        return gemma_norm.qk_norm_rope(**chosen)
+
+    mask = torch.tensor([True, False, True, True, False], device=device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = torch.compile(run, backend="aot_eager", fullgraph=True)(mask)
+    assert all(map(torch.equal, got, run(mask)))

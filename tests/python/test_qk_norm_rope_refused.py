@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -211,6 +212,22 @@ def test_what_is_of_the_wrong_type_is_named():
         ({"positions": 3}, "positions must be a tensor, got 3"),
         ({"interleaved": "yes"}, "interleaved must be a bool, got 'yes'"),
         ({"mrope_section": 3}, "mrope_section must be a list of three integers or None, got 3"),
+        (
+            {"mrope_section": [2.0, 1, 1]},
+            "mrope_section must be a list of three integers or None (of 64 bits), got [2.0, 1, 1]",
+        ),
+        ({"cos": torch.tensor(1.0), "sin": torch.tensor(1.0)}, "cos must have shape [3, rotary], got []"),
+        (cache(lambda: positions_of(4), mrope_section=[2, 1, 1])(), "positions must have shape [3, 3], got [4]"),
     ):
-        with pytest.raises(RuntimeError, match=f"^qk_norm_rope: {expected}$"):
+        with pytest.raises(RuntimeError, match=f"^qk_norm_rope: {re.escape(expected)}$"):
             gemma_norm.qk_norm_rope(**good() | replace)
+
+
+@pytest.mark.parametrize("name", ["q", "cos", "positions"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_are_named(name):
+    """Those of the older kind, which have no sizes to ask for."""
+    arguments = good() | (cache()() if name == "positions" else {})
+    arguments[name] = torch.nested.nested_tensor([ones(2, 8), ones(3, 8)])
+    with pytest.raises(RuntimeError, match=f"^qk_norm_rope: {name} must be a dense tensor, got a nested tensor"):
+        gemma_norm.qk_norm_rope(**arguments)

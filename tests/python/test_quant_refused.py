@@ -42,6 +42,25 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "scale must be None with float4_e2m1fn_x2, got a tensor",
     ),
     "return_y": ({"return_y": 1}, "return_y must be a bool, got 1"),
+    "a dtype by its number": ({"dtype": 1}, "dtype must be a torch.dtype or None, got 1"),
+    "a dtype that PyTorch cannot pass on": (
+        {"dtype": torch.quint8},
+        "dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, int8 or float4_e2m1fn_x2, got quint8",
+    ),
+    "a scale dtype that PyTorch cannot pass on": (
+        {"scale_dtype": torch.uint4},
+        "scale_dtype must be float32, float8_e8m0fnu, float8_e4m3fn or int32, got uint4",
+    ),
+    "group of True": ({"scale_group_size": True}, "scale_group_size must be an integer or None, got True"),
+    "group size of 65 bits": (
+        {"scale_group_size": 2**64},
+        "scale_group_size must be an integer or None (of 64 bits), got 18446744073709551616",
+    ),
+    "the largest group size": ({"scale_group_size": 2**63 - 1}, "scale_group_size must divide x's last dimension 64"),
+    "eps: requires grad": (
+        {"eps": torch.tensor(0.1, requires_grad=True)},
+        "eps must be a number, of which there is no derivative, got a tensor that requires grad",
+    ),
     "no dtype": ({"dtype": "float8"}, "dtype must be a torch.dtype or None, got 'float8'"),
     "group size": ({"scale_group_size": 5}, "scale_group_size must divide x's last dimension 64, got 5"),
     "group of none": ({"scale_group_size": 0}, "scale_group_size must divide x's last dimension 64, got 0"),
