@@ -43,7 +43,7 @@ def gated_rms_norm(
         gate: x's shape, dtype and device, strides of its own; or ``[..., hidden]`` with as many elements as x, if x can
             be viewed in that shape. With None, act is 1.
         weight: ``[hidden]``, contiguous, x's dtype or float32; if x is float32, float16 and bfloat16 as well.
-        eps: finite and not negative; used as a float32.
+        eps: a number, finite and not negative; used as a float32. There is no derivative of it.
         sigmoid: act is the logistic function; otherwise silu, ``g / (1 + exp(-g))``, which is also called swish.
         norm_before_gate: if False, x is gated and the product is normalised, as in Mamba 2, Bamba, Zamba 2 and
             Nemotron-H.

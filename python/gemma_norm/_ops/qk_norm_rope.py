@@ -83,7 +83,7 @@ def qk_norm_rope(
         positions: the row of each token, int32 or int64, ``...`` of q, or broadcasts to it; with ``mrope_section``
             ``[3, ...]``. One that is not in the cache raises an error on a CPU. On a GPU, which could not report it
             without waiting, the cache's first or last row is taken.
-        eps: finite and not negative; used as a float32.
+        eps: a number, finite and not negative; used as a float32. There is no derivative of it.
         gemma: the weights are zero-centred: multiply by ``1 + weight``, which is never rounded to 16 bits.
         round_each_step: as for :func:`gemma_norm.rms_norm`; needs ``round_rotation``.
         round_rotation: round the norm to q's dtype before it is rotated and, where cos and sin, or the cache, have that

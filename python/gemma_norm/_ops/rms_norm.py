@@ -42,7 +42,7 @@ def rms_norm(
         x: ``[..., hidden]``, float32, float16 or bfloat16; last dimension contiguous, any other strides (never copied).
         weight: ``[hidden]``, contiguous, x's dtype or float32; if x is float32, float16 and bfloat16 as well. None for
             a norm without scale.
-        eps: finite and not negative; used as a float32.
+        eps: a number, finite and not negative; used as a float32. There is no derivative of it.
         gemma: the weight is stored zero-centred, as in Gemma and Qwen3-Next (transformers' ``GemmaRMSNorm``).
         round_each_step: compute ``y = round(round(x * rstd) * w)``, as the Llama-like classes of transformers and the
             kernels of vLLM do. Liger calls it ``casting_mode="llama"``, SGLang ``cast_x_before_out_mul=True``, aiter
