@@ -96,6 +96,11 @@ class Operator:
     def call_instead(self) -> str:
         return f"gemma_norm.{self.functional}" + (" without out" if "out" in self.rules else "")
 
+    @property
+    def call_to_write_nothing(self) -> str:
+        """As ``call_instead``, where the result may be quantised, since no derivative is wanted."""
+        return f"gemma_norm.{self.label.removeprefix('fused_')}" if self.new_results else self.call_instead
+
     @functools.cached_property
     def written(self) -> tuple[str, ...]:
         """The names of the arguments that it writes, in the order of the definition's results."""
@@ -173,13 +178,12 @@ class Operator:
         return self.give(arguments, results if isinstance(results, tuple) else (results,))
 
     def transformed(self, *args: Any, **kwargs: Any) -> Any:
-        if self.written and not _only_functionalising():
-            rule = "is not available inside a torch.func transform, which would see neither that nor the derivative"
-            instead = f"gemma_norm.{self.label.removeprefix('fused_')}" if self.new_results else self.call_instead
-            raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {instead}")
         if self.new_results and _is_differentiating():
             rule = "a quantised result has no derivative, got a call inside a transform that differentiates"
             raise RuntimeError(f"{self.label}: {rule}: call {self.call_instead}")
+        if self.written and not _only_functionalising():
+            rule = "is not available inside a torch.func transform, which would see neither that nor the derivative"
+            raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {self.call_to_write_nothing}")
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments, transformed=True)
         inside = [None if t is None else _innermost(t) for t in map(arguments.get, ("cos_sin_cache", "positions"))]

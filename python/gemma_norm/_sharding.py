@@ -50,7 +50,7 @@ class Shardable(Protocol):
     @property
     def results(self) -> tuple[Extent, ...]: ...
     @property
-    def call_instead(self) -> str: ...
+    def call_to_write_nothing(self) -> str: ...
     @property
     def overload(self) -> Any: ...
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]: ...
@@ -113,6 +113,6 @@ def _refusal(op: Shardable) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         rule = f"is written and must be a plain tensor, {DTENSOR}"
         reason = "PyTorch may redistribute it into a copy, and the copy would be written"
-        raise NotImplementedError(f"{op.label}: {op.written[0]} {rule}: {reason}; call {op.call_instead}")
+        raise NotImplementedError(f"{op.label}: {op.written[0]} {rule}: {reason}; call {op.call_to_write_nothing}")
 
     return refuse

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._module_checks import check_choice, check_device_and_dtype, check_flags, check_group_size, check_size_and_eps
 from ._ops.gated_rms_norm import gated_rms_norm
-from .module import check_size_and_eps
 
 ACTIVATIONS = {"silu": False, "swish": False, "sigmoid": True}
 
@@ -20,10 +20,10 @@ class GatedRMSNorm(nn.Module):
 
     Args:
         hidden_size: size of the last dimension of the inputs.
-        eps: added to the mean of squares.
+        eps: a number that is added to the mean of squares, finite in float32 and not negative.
         activation: "silu", its other name "swish", or "sigmoid".
         norm_before_gate, group_size, round_each_step: see :func:`gemma_norm.gated_rms_norm`.
-        device, dtype: of the weight.
+        device, dtype: of the weight. The dtype is float32, float16 or bfloat16; None stands for PyTorch's default.
 
     Raises:
         ValueError: for an argument that breaks a rule above.
@@ -44,10 +44,10 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_size_and_eps(name, hidden_size, eps)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if group_size is not None and (group_size < 1 or hidden_size % group_size):
-            raise ValueError(f"{name}: group_size must divide hidden_size {hidden_size}, got {group_size!r}")
+        check_choice(name, "activation", activation, tuple(ACTIVATIONS))
+        check_flags(name, norm_before_gate=norm_before_gate, round_each_step=round_each_step)
+        check_group_size(name, group_size, hidden_size)
+        check_device_and_dtype(name, device, dtype)
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
         self.activation = activation

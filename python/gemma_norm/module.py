@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd import forward_ad
 from . import reference, routing
 from ._calls import functorch_is_active
 from ._checks import UNWRITABLE
+from ._module_checks import check_choice, check_device_and_dtype, check_flags, check_size_and_eps
 from ._ops import rms_norm as ops
 from ._registry import bare
 from .routing import Output
@@ -25,15 +25,6 @@ _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _on_rocm = torch.version.hip is not None
 
 
-def check_size_and_eps(name: str, hidden_size: int, eps: float) -> None:
-    if not isinstance(hidden_size, Integral) or isinstance(hidden_size, bool) or hidden_size < 1:
-        rule = "hidden_size must be an integer of at least 1, the size of the dimension that is normalised"
-        raise ValueError(f"{name}: {rule}, got {hidden_size!r}")
-    if not isinstance(eps, Real):
-        hint = "; torch.nn.RMSNorm takes torch.finfo(dtype).eps for None" if eps is None else ""
-        raise ValueError(f"{name}: eps must be a number, got {eps!r}{hint}")
-
-
 class RMSNorm(nn.Module):
     """``y = round(s * rstd * weight)`` over the last dimension.
 
@@ -42,9 +33,10 @@ class RMSNorm(nn.Module):
 
     Args:
         hidden_size: size of the last dimension of the inputs.
-        eps: a number that is added to the mean of squares. None is refused; ``torch.nn.RMSNorm`` takes the dtype's
-            epsilon for it.
-        device, dtype: of the weight. It may be float32 with 16-bit inputs. Each call reads the weight anew.
+        eps: a number that is added to the mean of squares, finite in float32 and not negative. None is refused;
+            ``torch.nn.RMSNorm`` takes the dtype's epsilon for it.
+        device, dtype: of the weight. The dtype is float32, which serves 16-bit inputs too, float16 or bfloat16; None
+            stands for PyTorch's default. Each call reads the weight anew.
         provider: whose kernels :meth:`forward_hip` uses on AMD GPUs, see :mod:`gemma_norm.routing`. "auto" chooses;
             "native", "aiter", "vllm" and "torch" force one. On other devices, all calls use the native kernels.
         inplace: whether :meth:`forward` may overwrite x and residual, under the conditions stated there.
@@ -73,25 +65,31 @@ class RMSNorm(nn.Module):
         round_each_step: bool = False,
     ) -> None:
         super().__init__()
-        self._check(hidden_size, eps, round_each_step, elementwise_affine=elementwise_affine, has_weight=has_weight)
-        self.provider = routing.check_provider(provider)
+        name = type(self).__name__
+        check_size_and_eps(name, hidden_size, eps)
+        check_choice(name, "provider", provider, routing.PROVIDERS)
+        check_flags(name, inplace=inplace, round_each_step=round_each_step)
+        check_flags(name, elementwise_affine=elementwise_affine, has_weight=has_weight)
+        if self.gemma:
+            self._check_gemma(name, round_each_step, elementwise_affine=elementwise_affine, has_weight=has_weight)
+        self.provider = provider
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
         self.inplace = inplace
         self.round_each_step = round_each_step
         has_weight = has_weight and elementwise_affine
+        if has_weight:
+            check_device_and_dtype(name, device, dtype)
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if has_weight else None
         self.reset_parameters()
 
-    def _check(self, hidden_size: int, eps: float, round_each_step: bool, **weight: bool) -> None:
-        name = type(self).__name__
-        check_size_and_eps(name, hidden_size, eps)
-        if self.gemma and round_each_step:
+    @staticmethod
+    def _check_gemma(name: str, round_each_step: bool, **weight: bool) -> None:
+        if round_each_step:
             raise ValueError(f"{name}: round_each_step must be False with a zero-centred weight, got True")
         for argument, value in weight.items():
-            if self.gemma and not value:
-                hint = "RMSNorm is the norm without scale"
-                raise ValueError(f"{name}: {argument} must be True, got {value!r}; {hint}")
+            if not value:
+                raise ValueError(f"{name}: {argument} must be True, got {value!r}; RMSNorm is the norm without scale")
 
     def reset_parameters(self) -> None:
         """Set the weight so that it changes nothing: to ones, or to zeros if it is zero-centred."""

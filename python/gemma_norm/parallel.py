@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from ._module_checks import check_flags, is_integer
+
 __all__ = ["NormSequenceParallel"]
 
 
@@ -46,12 +48,15 @@ class NormSequenceParallel(ParallelStyle):
         parallelize_module(block, mesh["tp"], plan)
 
     Raises:
-        ValueError: when it is applied to a mesh of several dimensions, or when the module is called with a tensor of
-            which ``sequence_dim`` is no dimension or the last.
+        ValueError: for an argument of a wrong type; when it is applied to a mesh of several dimensions; when the module
+            is called with a tensor of which ``sequence_dim`` is no dimension or the last.
     """
 
     def __init__(self, *, sequence_dim: int = 1, use_local_output: bool = False) -> None:
         super().__init__()
+        check_flags(type(self).__name__, use_local_output=use_local_output)
+        if not is_integer(sequence_dim):
+            raise ValueError(f"{type(self).__name__}: sequence_dim must be an integer, got {sequence_dim!r}")
         self.sequence_dim = sequence_dim
         self.use_local_output = use_local_output
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from . import _library, reference
 from ._checks import DTYPES, check_arguments, check_memory
 from ._checks_shared import dtype_name
+from ._module_checks import check_choice
 from ._overlap import overlap
 from ._registry import OPERATORS
 
@@ -169,7 +170,8 @@ def _choose(
 
     The choice and its reasons are logged once.
     """
-    wanted = check_provider(os.environ.get("GEMMA_NORM_PROVIDER") or "auto") if provider == "auto" else provider
+    wanted = os.environ.get("GEMMA_NORM_PROVIDER") or "auto" if provider == "auto" else provider
+    check_choice("gemma_norm", "provider", wanted, PROVIDERS)
     auto, hip, unserved = wanted == "auto", _library.libraries()["hip"], _library.unserved_gpus()
     missing = hip.reason or unserved.get(gpu, "")
     if wanted == "torch":
@@ -214,12 +216,6 @@ setattr(choose, "_dynamo_marked_constant", True)  # noqa: B010
 @functools.cache
 def _log_once(level: int, message: str) -> None:
     logging.getLogger("gemma_norm").log(level, "gemma_norm: forward_hip uses %s", message)
-
-
-def check_provider(name: str) -> str:
-    if name not in PROVIDERS:
-        raise ValueError(f"gemma_norm: provider must be one of {', '.join(PROVIDERS)}, got {name!r}")
-    return name
 
 
 def _parameters(package: Any, name: str) -> set[str]:

@@ -188,6 +188,10 @@ def what_writes_is_refused(device: str) -> None:
                         lambda: gemma_norm.fused_add_rms_norm(x, residual, weight),  # noqa: B023
                         lambda: OPS.fused_add_rms_norm(x, residual, weight),  # noqa: B023
                     ),
+                    "residual is written .* call gemma_norm.add_rms_norm_quant$": (
+                        lambda: gemma_norm.fused_add_rms_norm_quant(x, residual, weight),  # noqa: B023
+                        lambda: gemma_norm.fused_add_rms_norm_quant(x, residual, weight, return_y=True),  # noqa: B023
+                    ),
                     "x is written .* call gemma_norm.rms_norm_add_rms_norm$": (
                         lambda: gemma_norm.fused_rms_norm_add_rms_norm(x, residual, weight, weight),  # noqa: B023
                         lambda: OPS.fused_rms_norm_add_rms_norm(x, residual, weight, weight),  # noqa: B023

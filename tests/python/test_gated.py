@@ -312,8 +312,15 @@ def test_module():
     assert "activation='sigmoid'" in repr(module) and list(module.state_dict()) == ["weight"]
     for bad, message in (
         ({"activation": "gelu"}, "activation must be one of silu, swish, sigmoid, got 'gelu'"),
+        ({"activation": ["silu"]}, r"activation must be one of silu, swish, sigmoid, got \['silu'\]"),
+        ({"norm_before_gate": "False"}, "norm_before_gate must be a bool, got 'False'"),
         ({"group_size": 7}, "group_size must divide hidden_size 64, got 7"),
+        ({"group_size": 0}, "group_size must divide hidden_size 64, got 0"),
+        ({"group_size": 4.0}, "group_size must be an integer or None, got 4.0"),
+        ({"group_size": True}, "group_size must be an integer or None, got True"),
+        ({"group_size": "4"}, "group_size must be an integer or None, got '4'"),
+        ({"hidden_size": 2**63}, f"hidden_size must be .*, got {2**63}"),
         ({"eps": None}, "eps must be a number, got None"),
     ):
         with pytest.raises(ValueError, match=f"GatedRMSNorm: {message}"):
-            gemma_norm.GatedRMSNorm(64, **bad)
+            gemma_norm.GatedRMSNorm(**{"hidden_size": 64} | bad)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 import gemma_norm
 from gemma_norm import reference
 from module_support import make
-from support import assert_right, assert_same_bits, randn
+from support import DTYPES, assert_right, assert_same_bits, randn
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32 weight", "own weight"])
@@ -119,23 +121,85 @@ def test_a_subclass_may_choose_another_implementation_for_a_device(kind):
     assert_same_bits(routed(x).detach(), reference.rms_norm(x, routed.weight, 1e-6, routed.gemma).detach())
 
 
+OF_EACH_MODULE = [
+    ({"eps": None}, r"eps must be a number, got None; torch\.nn\.RMSNorm takes torch\.finfo\(dtype\)\.eps for None"),
+    ({"eps": "1e-6"}, "eps must be a number, got '1e-6'"),
+    *(
+        ({"eps": eps}, rf"eps must be finite in float32 and at least 0, got {re.escape(repr(eps))}$")
+        for eps in (-1, -1e-30, float("nan"), float("inf"), -float("inf"), 1e39, 10**400)
+    ),
+    ({"round_each_step": "x"}, "round_each_step must be a bool, got 'x'"),
+    *(
+        ({"dtype": dtype}, f"dtype must be float32, float16 or bfloat16 of torch or None, got {dtype!r}$")
+        for dtype in (torch.float64, torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64, "float32")
+    ),
+    ({"device": 3.5}, "device must be None or a device of PyTorch, such as 'cuda:0', got 3.5"),
+    ({"device": "graphics card"}, "device must be None or a device of PyTorch, .*, got 'graphics card'"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"eps": None},
-            r"eps must be a number, got None; torch\.nn\.RMSNorm takes torch\.finfo\(dtype\)\.eps for None",
-        ),
-        ({"eps": "1e-6"}, "eps must be a number, got '1e-6'"),
-        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, .*, got 0"),
-        ({"hidden_size": True}, "hidden_size must be an integer of at least 1, .*, got True"),
-        ({"hidden_size": (4, 8)}, r"hidden_size must be an integer of at least 1, .*, got \(4, 8\)"),
-        ({"provider": "cudnn"}, "provider must be one of"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1 .*, got 0"),
+        ({"hidden_size": True}, "hidden_size must be an integer of at least 1 .*, got True"),
+        ({"hidden_size": (4, 8)}, r"hidden_size must be an integer of at least 1 .*, got \(4, 8\)"),
+        ({"hidden_size": 2**60}, rf"hidden_size must be .* below 2\^60, .*, got {2**60}"),
+        ({"hidden_size": 2**63}, rf"hidden_size must be .* below 2\^60, .*, got {2**63}"),
+        ({"provider": "cudnn"}, "provider must be one of auto, native, aiter, vllm, torch, got 'cudnn'"),
+        ({"provider": None}, "provider must be one of auto, native, aiter, vllm, torch, got None"),
+        ({"inplace": "no"}, "inplace must be a bool, got 'no'"),
+        ({"inplace": None}, "inplace must be a bool, got None"),
+        ({"elementwise_affine": "False"}, "elementwise_affine must be a bool, got 'False'"),
+        ({"has_weight": 2}, "has_weight must be a bool, got 2"),
+        *OF_EACH_MODULE,
     ],
+    ids=str,
 )
 def test_bad_arguments_of_the_constructor(kind, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{kind.__name__}: {message}"):
         kind(**{"hidden_size": 8} | arguments)
+
+
+@pytest.mark.parametrize("arguments", OF_EACH_MODULE, ids=str)
+def test_bad_arguments_of_a_gated_module(arguments):
+    with pytest.raises(ValueError, match=f"^GatedRMSNorm: {arguments[1]}"):
+        gemma_norm.GatedRMSNorm(**{"hidden_size": 8} | arguments[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_a_weight_that_the_constructor_refuses_no_call_would_take(kind, dtype):
+    for module_class in (kind, gemma_norm.GatedRMSNorm):
+        module = module_class(8).to(dtype)
+        for x in (*DTYPES, dtype):
+            with pytest.raises(RuntimeError, match="must have dtype"):
+                module(torch.ones(2, 8).to(x))
+
+
+def test_what_any_call_takes_the_constructor_takes(kind):
+    np = pytest.importorskip("numpy", reason="needs NumPy: pip install numpy")
+    x = torch.ones(2, 8)
+    for eps in (0, 0.0, 1, Fraction(1, 2), np.float32(1e-6), torch.finfo(torch.float32).max):
+        assert bool(kind(8, eps)(x).isfinite().all())
+    for flag in (np.True_, 1, 0, False):
+        kind(np.int64(8), inplace=flag)(x)
+        gemma_norm.RMSNorm(8, round_each_step=flag, has_weight=flag)(x)
+        gemma_norm.GatedRMSNorm(np.int64(8), norm_before_gate=flag, group_size=np.int32(4))(x, x)
+    assert gemma_norm.RMSNorm(8, has_weight=False, dtype=torch.float64)(x).dtype == torch.float32
+    for dtype in DTYPES:
+        assert kind(8, dtype=dtype, device=torch.device("cpu"))(x).dtype == torch.float32
+
+
+def test_a_module_may_be_made_in_the_default_dtype_and_cast(kind):
+    """A program may make its model in float64 and cast it."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = [kind(8), gemma_norm.GatedRMSNorm(8)]
+    finally:
+        torch.set_default_dtype(default)
+    for module in made:
+        assert module.weight.dtype == torch.float64 and module.float()(torch.ones(2, 8)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("arguments", [{"elementwise_affine": False}, {"has_weight": False}, {"round_each_step": True}])

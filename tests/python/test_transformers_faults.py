@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from gemma_norm.integrations.transformers import patch, patched, unpatch
 
@@ -43,6 +45,24 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
+
+
+class LayerWithPost(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.post = Norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(self.norm(x))
+        h = self.post(h)
+        h = x + h
+        return h
+
+
+class ModelWithPosts(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([LayerWithPost(), LayerWithPost()])
 
 
 class OtherLayer(Layer):
@@ -102,6 +122,62 @@ def test_a_weight_that_is_not_there_between_the_layers_is_not_read():
     model.layers[1].norm.weight.untyped_storage().resize_(0)
     with torch.no_grad():
         assert model.layers[0](torch.randn(2, SIZE)).isfinite().all()
+
+
+def stacked(module: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.stack([t.detach(), t.detach() * 2]) for name, t in module.named_parameters()}
+
+
+@pytest.mark.parametrize("fuse", [False, "layer", True])
+@pytest.mark.parametrize("posts", [False, True])
+def test_parameters_may_be_batched(fuse, posts):
+    """What stands for a batch of weights has neither storage nor address."""
+    model, original = (ModelWithPosts() if posts else Model() for _ in range(2))
+    patch(model, fuse_residual=fuse)
+    x, parameters = torch.randn(2, SIZE), stacked(model)
+    with torch.no_grad():
+        got = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+        want = torch.func.vmap(lambda p: torch.func.functional_call(original, p, (x,)))(parameters)
+    assert torch.equal(got, want)
+
+
+def in_vmap(norm: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(lambda p: torch.func.functional_call(norm, p, (x,)))(stacked(norm))
+
+
+def with_an_inference_tensor(norm: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        weight = norm.weight * 2
+    return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+
+@pytest.mark.parametrize("call", [in_vmap, with_an_inference_tensor])
+def test_an_offer_is_not_taken_where_the_weight_cannot_be_identified(call):
+    model, original = Model(), Model()
+    patch(model, fuse_residual=True)
+    with torch.no_grad():
+        x = model.layers[1](torch.randn(2, SIZE))
+        torch.testing.assert_close(call(model.norm, x), call(original.norm, x))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fake_model_runs():
+    """A fake tensor has no address, and warns when it is asked for one."""
+    model = Model()
+    patch(model, fuse_residual=True)
+    with FakeTensorMode() as mode, torch.no_grad():
+        fakes = {name: mode.from_tensor(t) for name, t in model.named_parameters()}
+        assert torch.func.functional_call(model, fakes, (torch.empty(2, SIZE),)).shape == (2, SIZE)
+
+
+def test_a_weight_of_a_subclass_without_memory_serves():
+    model, original, x = Model(), Model(), torch.randn(2, SIZE)
+    patch(model, fuse_residual=True)
+    for one in (model, original):
+        one.layers[1].norm.weight = nn.Parameter(TwoTensor(one.layers[1].norm.weight.data, torch.ones(SIZE)))
+    with torch.no_grad():
+        for part in ("a", "b"):
+            torch.testing.assert_close(getattr(model(x), part), getattr(original(x), part))
 
 
 def test_a_model_with_joined_additions_is_traced():

@@ -89,6 +89,26 @@ def test_writing_inside_a_transform_is_refused(device, op, transform):
         TRANSFORMS[transform](call)(tensors(device, torch.float32)[0])
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("options", [{}, {"scale": torch.ones(1)}, {"return_y": True}], ids=str)
+def test_the_advice_of_a_quantising_operator_that_writes_can_be_followed(device, transform, options):
+    """Only where a derivative is wanted must the quantised result be given up."""
+    _, residual, weight, _ = tensors(device, torch.float32)
+    options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in options.items()}
+
+    def call(t: Tensor, function: object = gemma_norm.fused_add_rms_norm_quant, **more: object) -> Tensor:
+        return function(t * 1, residual * 1, weight, **more)[0] * 1.0
+
+    x = tensors(device, torch.float32)[0]
+    with pytest.raises(RuntimeError, match=r"^fused_add_rms_norm_quant: ") as caught:
+        TRANSFORMS[transform](lambda t: call(t, dtype=torch.int8, **options))(x)
+    quantised = transform == "vmap"
+    function = "add_rms_norm_quant" if quantised else "add_rms_norm"
+    assert str(caught.value).endswith(f": call gemma_norm.{function}")
+    more = {"dtype": torch.int8, **options} if quantised else {}
+    assert TRANSFORMS[transform](lambda t: call(t, getattr(gemma_norm, function), **more))(x) is not None
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 64), (5, 1)])
 def test_what_replaces_a_write_checks_it(device, shape):
     """PyTorch would broadcast the result, or be silent. torch.compile's front asks the fake implementation before."""

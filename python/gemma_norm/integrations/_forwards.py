@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from .._ops.gated_rms_norm import GATED_RMS_NORM, gated_rms_norm
@@ -254,10 +255,21 @@ def _taking(forward: Callable[..., Any], eps: str) -> Callable[..., Any]:
     return take
 
 
-def seen_of(norm: nn.Module, eps: str) -> tuple[Any, ...]:
-    """What a norm's result depends on beside its input, as far as PyTorch tells of changes."""
+def seen_of(norm: nn.Module, eps: str) -> tuple[Any, ...] | None:
+    """What a norm's result depends on beside its input, as far as PyTorch tells of changes; None where it does not.
+
+    An inference tensor does not count the writes to it. A tensor that stands for others, as inside a transform of
+    torch.func, and a fake one, which warns when it is asked, have no address.
+    """
     weight, own = weight_of(norm), getattr(norm, eps)
-    return (own,) if weight is None else (own, id(weight), weight._version, weight.data_ptr(), weight.dtype)
+    if weight is None:
+        return (own,)
+    if isinstance(weight, FakeTensor):
+        return None
+    try:
+        return own, id(weight), weight._version, weight.data_ptr(), weight.dtype
+    except RuntimeError:
+        return None
 
 
 def weight_of(norm: nn.Module) -> Tensor | None:

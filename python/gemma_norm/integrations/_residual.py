@@ -135,9 +135,8 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     own = state(norm)
     reason = "the norm after the layer is not given its sum" if own.wasted >= MISSES else None
     if reason is None:
-        weight = weight_of(norm)
         both = None
-        if not called_otherwise(norm) and not _unreadable(weight):
+        if not called_otherwise(norm) and not _unreadable(norm, swap):
             both = type(norm)._gemma_norm_join(norm, a, b)  # type: ignore[attr-defined]
         if both is None:
             reason = _apart(norm, swap, a, b, hooks=False)
@@ -152,9 +151,12 @@ def add_last(self: nn.Module, a: Any, b: Any) -> Any:
     return a + b
 
 
-def _unreadable(weight: Tensor | None) -> bool:
-    """Whether a weight is not there yet, as FSDP's is between two layers, or does not count the writes to it."""
-    return weight is not None and (weight.is_inference() or weight.untyped_storage().nbytes() == 0)
+def _unreadable(norm: nn.Module, swap: Swap) -> bool:
+    """Whether the weight is not there yet, as FSDP's is between two layers, or a change of it would not be seen."""
+    if seen_of(norm, swap.eps_name) is None:
+        return True
+    weight = weight_of(norm)
+    return weight is not None and weight.untyped_storage().nbytes() == 0
 
 
 def called_otherwise(norm: nn.Module) -> Any:
@@ -244,7 +246,7 @@ def _apart(norm: nn.Module, swap: Swap, a: Any, b: Any, hooks: bool) -> str | No
     if weight is not None:
         if weight.dtype != a.dtype and (a.dtype, weight.dtype) not in swap.semantics.mixed:
             return "the weight has another dtype, for which the original computes what no operator here does"
-        if not hooks and _unreadable(weight):
+        if not hooks and _unreadable(norm, swap):
             return "the weight is not there yet, or does not tell whether it has been written to"
     return "the norm has hooks" if called_otherwise(norm) or (hooks and seen_after(norm)) else None
 
