@@ -206,3 +206,14 @@ def test_a_number_of_tokens_that_is_not_known(device):
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         got = torch.compile(run, backend="aot_eager", fullgraph=True)(mask)
     assert all(map(torch.equal, got, run(mask)))
+
+
+def test_compiled_autograd_with_gradients_of_the_angles(device):
+    """All of the backward pass is in one graph."""
+    a = tensors((4,), (2, 1), 16, 8, device=device)
+    cos = a["cos"].requires_grad_()
+    (want,) = torch.autograd.grad(loss(*gemma_norm.qk_norm_rope(**a)), cos)
+    y = loss(*gemma_norm.qk_norm_rope(**a))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        y.backward()
+    assert torch.equal(cos.grad, want)
