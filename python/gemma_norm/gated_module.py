@@ -75,3 +75,38 @@ class GatedRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         gate = f"activation={self.activation!r}, norm_before_gate={self.norm_before_gate}"
         return f"{self.hidden_size}, eps={self.variance_epsilon}, {gate}, group_size={self.group_size}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles instead of this module: it takes no keyword-only arguments with defaults.
+
+        A subclass with a forward of its own is compiled as it is.
+        """
+        return _Scriptable(self) if type(self).forward is GatedRMSNorm.forward else self
+
+
+class _Scriptable(nn.Module):
+    """``y = norm(x, gate)`` for TorchScript. The operator records the derivative if one is wanted."""
+
+    def __init__(self, norm: GatedRMSNorm) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, float(norm.variance_epsilon)
+        self.sigmoid = ACTIVATIONS[norm.activation]
+        self.norm_before_gate, self.round_each_step = bool(norm.norm_before_gate), bool(norm.round_each_step)
+        self.group_size = None if norm.group_size is None else int(norm.group_size)
+        self.train(norm.training)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        rows = x
+        if gate is not None and gate.shape[-1:] == x.shape[-1:] and gate.numel() == x.numel():
+            rows = x.view(gate.shape)
+        y: Tensor = torch.ops.gemma_norm.gated_rms_norm(
+            rows,
+            gate,
+            self.weight,
+            self.variance_epsilon,
+            self.sigmoid,
+            self.norm_before_gate,
+            self.group_size,
+            self.round_each_step,
+        )
+        return y.view(x.shape)

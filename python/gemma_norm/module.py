@@ -49,7 +49,6 @@ class RMSNorm(nn.Module):
     """
 
     gemma: ClassVar[bool] = False
-    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -78,9 +77,11 @@ class RMSNorm(nn.Module):
         self.inplace = inplace
         self.round_each_step = round_each_step
         has_weight = has_weight and elementwise_affine
+        # Not declared in the class, where TorchScript would read it and not understand it.
+        self.weight: nn.Parameter | None = None
         if has_weight:
             check_device_and_dtype(name, device, dtype)
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype)) if has_weight else None
+            self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
     @staticmethod
@@ -200,22 +201,23 @@ class RMSNorm(nn.Module):
         return f"{self.hidden_size}, eps={self.variance_epsilon}, gemma={self.gemma}{modes}"
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles instead of this module: ``y = norm(x)``, since it takes one signature only."""
-        return _Scriptable(self)
+        """What torch.jit.script compiles instead of this module: ``y = norm(x)``, since it takes one signature only.
+
+        A subclass with a forward of its own is compiled as it is.
+        """
+        return _Scriptable(self) if type(self).forward is RMSNorm.forward else self
 
 
 class _Scriptable(nn.Module):
-    """``y = norm(x)`` for TorchScript: the operator in inference, and its definition if gradients are recorded."""
+    """``y = norm(x)`` for TorchScript. The operator records the derivative if one is wanted."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon, self.gemma = norm.weight, norm.variance_epsilon, norm.gemma
-        self.round_each_step = norm.round_each_step
+        self.weight, self.variance_epsilon = norm.weight, float(norm.variance_epsilon)
+        self.gemma, self.round_each_step = norm.gemma, bool(norm.round_each_step)
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.gemma, self.round_each_step)
         y: Tensor = torch.ops.gemma_norm.rms_norm(
             x, self.weight, self.variance_epsilon, self.gemma, self.round_each_step
         )

@@ -1,7 +1,8 @@
-"""RMSNorm and GemmaRMSNorm under torch.fx, torch.jit and quantisation."""
+"""The modules under torch.fx, torch.jit and quantisation."""
 
 from __future__ import annotations
 
+import io
 import warnings
 
 import pytest
@@ -109,21 +110,67 @@ def test_fx_quantisation_prepares_it(kind):
         torch.testing.assert_close(prepared(randn(2, 16)), model(randn(2, 16)))
 
 
+SCRIPTED = {
+    "RMSNorm": lambda: make(gemma_norm.RMSNorm, 16),
+    "GemmaRMSNorm": lambda: make(gemma_norm.GemmaRMSNorm, 16),
+    "no weight, eps 1": lambda: gemma_norm.RMSNorm(16, 1, has_weight=False),
+    "each step": lambda: make(gemma_norm.RMSNorm, 16, round_each_step=1),
+    "GatedRMSNorm": lambda: make(gemma_norm.GatedRMSNorm, 16),
+    "groups, sigmoid first": lambda: make(
+        gemma_norm.GatedRMSNorm, 16, activation="sigmoid", group_size=4, norm_before_gate=False, round_each_step=True
+    ),
+}
+
+
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
-def test_torch_script(kind):
-    """In a script, a norm without a residual calls the native operator in inference, and is differentiable
-    otherwise.
-    """
-    model = nn.Sequential(make(kind, 16), nn.Linear(16, 16))
+@pytest.mark.parametrize("kind", SCRIPTED)
+@pytest.mark.parametrize("saved", [False, True], ids=["", "saved"])
+def test_torch_script(kind, saved):
+    """A script holds the operator, in grad mode too. TorchScript optimises what it runs the second or third time."""
+    model = nn.Sequential(SCRIPTED[kind](), nn.Linear(16, 16))
     scripted = torch.jit.script(model)
     assert list(scripted.state_dict()) == list(model.state_dict())
+    if saved:
+        file = io.BytesIO()
+        torch.jit.save(scripted, file)
+        file.seek(0)
+        scripted = torch.jit.load(file)
     x = randn(3, 16).requires_grad_()
-    for m in (model, scripted):
-        x.grad = model[0].weight.grad = None
-        m(x).square().sum().backward()
-        if m is model:
-            want = x.grad, model[0].weight.grad
-        else:
-            torch.testing.assert_close((x.grad, model[0].weight.grad), want)
+    want = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    for _ in range(4):
+        got = torch.autograd.grad(scripted(x).square().sum(), [x, *scripted.parameters()])
+        torch.testing.assert_close(got, want)
     with torch.no_grad():
-        assert_same_bits(scripted[0](x), model[0](x))
+        assert_same_bits(scripted(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16)], ids=str)
+def test_a_scripted_norm_takes_a_gate(shape):
+    """Of x's shape or of one in which x can be viewed."""
+    module = SCRIPTED["GatedRMSNorm"]()
+    scripted = torch.jit.script(module)
+    x, gate = randn(6, 16).requires_grad_(), randn(*shape, seed=1).requires_grad_()
+    want = torch.autograd.grad(module(x, gate).square().sum(), [x, gate])
+    torch.testing.assert_close(torch.autograd.grad(scripted(x, gate).square().sum(), [x, gate]), want)
+    with torch.no_grad():
+        assert_same_bits(scripted(x, gate), module(x, gate))
+    with pytest.raises(RuntimeError, match=r"gate must have x's shape \[6, 16\], got \[5, 16\]"):
+        scripted(x, gate.flatten(0, -2)[:5])
+
+
+class Twice(gemma_norm.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x * self.weight
+
+
+class TwiceGated(gemma_norm.GatedRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x * self.weight
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [Twice, TwiceGated])
+def test_a_script_of_a_subclass_runs_its_forward(kind):
+    x = randn(3, 16)
+    assert_same_bits(torch.jit.script(kind(16))(x).detach(), 2 * x)
