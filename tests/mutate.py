@@ -57,7 +57,8 @@ SUITES: list[tuple[str, str]] = [
 PYTEST = ["-xq", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
 # C++: the programs of tests/cpp that need no kernel; then, of the library for the CPU, Python tests.
 CASES = ["cases.cpp", "all_cases.cpp"]
-PROGRAMS = {"check_test": CASES, "rows_test": [], "overlap_test": [], "plan_test": CASES}
+CHECKS = ["check_heads_test.cpp", "check_quantized_test.cpp", "check_gradients_test.cpp"]
+PROGRAMS = {"check_test": CHECKS, "rows_test": [], "overlap_test": [], "plan_test": CASES}
 COMPILE = ["ccache", "g++", "-std=c++17", "-O1", "-Icsrc", "-Itests/cpp", "-Wno-unknown-pragmas", "-c"]
 CPP_SUITES = {
     "csrc/core/check.cpp": ("check_test", f"test_fuzz test_bad_input {QUANT}"),
