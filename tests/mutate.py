@@ -98,8 +98,10 @@ def python_mutants(path: str, source: str) -> Iterator[Mutant]:
     data = source.encode()
 
     def at(node: ast.AST) -> tuple[int, int]:
-        begin = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
-        return begin, starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+        assert isinstance(node, ast.expr | ast.stmt)
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        begin = starts[node.lineno - 1] + node.col_offset
+        return begin, starts[node.end_lineno - 1] + node.end_col_offset
 
     def replaced(node: ast.AST, begin: int, end: int, new: str) -> Mutant:
         old = " ".join(data[begin:end].decode().split())
