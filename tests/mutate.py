@@ -57,7 +57,8 @@ SUITES: list[tuple[str, str]] = [
 PYTEST = ["-xq", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
 # C++: the programs of tests/cpp that need no kernel; then, of the library for the CPU, Python tests.
 CASES = ["cases.cpp", "all_cases.cpp"]
-PROGRAMS = {"check_test": CASES, "rows_test": [], "overlap_test": [], "plan_test": CASES}
+CHECKS = ["check_heads_test.cpp", "check_quantized_test.cpp", "check_gradients_test.cpp"]
+PROGRAMS = {"check_test": CHECKS, "rows_test": [], "overlap_test": [], "plan_test": CASES}
 COMPILE = ["ccache", "g++", "-std=c++17", "-O1", "-Icsrc", "-Itests/cpp", "-Wno-unknown-pragmas", "-c"]
 CPP_SUITES = {
     "csrc/core/check.cpp": ("check_test", f"test_fuzz test_bad_input {QUANT}"),
@@ -97,8 +98,10 @@ def python_mutants(path: str, source: str) -> Iterator[Mutant]:
     data = source.encode()
 
     def at(node: ast.AST) -> tuple[int, int]:
-        begin = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
-        return begin, starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+        assert isinstance(node, ast.expr | ast.stmt)
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        begin = starts[node.lineno - 1] + node.col_offset
+        return begin, starts[node.end_lineno - 1] + node.end_col_offset
 
     def replaced(node: ast.AST, begin: int, end: int, new: str) -> Mutant:
         old = " ".join(data[begin:end].decode().split())

@@ -1,38 +1,14 @@
-// What check() refuses, and in which words.
+// What check() refuses of every norm, and in which words. Heads, quantising and gradients are in files of their own.
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
 #include <string>
 #include <vector>
 
-#include "test_call.h"
+#include "refusals.h"
 
 namespace gemma_norm {
 namespace {
-
-// "" for a call that is let through, else the message.
-std::string answer(const TestCall& call) {
-  RowParams params;
-  RowSlices slices;
-  Message message{};
-  const Status status = call.check(&params, &slices, &message);
-  EXPECT_EQ(status == Status::kOk, message.text[0] == 0);
-  return status == Status::kOk ? "" : message.text;
-}
-
-struct Refusal {
-  std::function<void(TestCall&)> change;
-  const char* message;
-};
-
-void expect_refusals(const std::vector<Refusal>& refusals) {
-  for (const Refusal& refusal : refusals) {
-    TestCall call;
-    refusal.change(call);
-    EXPECT_EQ(refusal.message, answer(call));
-  }
-}
 
 TEST(Check, LetsRightCallsThrough) {
   EXPECT_EQ("", answer(TestCall()));
@@ -45,60 +21,6 @@ TEST(Check, LetsRightCallsThrough) {
   TestCall no_eps;
   no_eps.options.eps = 0;
   EXPECT_EQ("", answer(no_eps));
-}
-
-// A head of q is another row than the head of k at the same place, and a token's angles are read for all its heads.
-TEST(Check, KeepsHeadsAndAnglesApart) {
-  EXPECT_EQ("", answer(TestCall().rotated()));
-  TestCall in_place;
-  in_place.rotated().out = in_place.x;
-  in_place.k_out = in_place.k;
-  EXPECT_EQ("", answer(in_place));
-  expect_refusals({
-      {[](TestCall& c) { c.rotated().out = *c.k; },
-       "op: q_out is written and must not overlap k, got overlapping memory"},
-      {[](TestCall& c) { c.rotated().k_out = c.x; },
-       "op: k_out is written and must not overlap q, got overlapping memory"},
-      {[](TestCall& c) { c.rotated().k_out = c.out; },
-       "op: k_out must not overlap q_out, which is also written, got overlapping memory"},
-      {[](TestCall& c) { c.rotated().out.first = c.cos->first - 8; },
-       "op: q_out is written and must not overlap cos, got overlapping memory"},
-  });
-}
-
-TEST(Check, CopiesWhatIsGivenWithItsCopy) {
-  EXPECT_EQ("", answer(TestCall().with_copies()));
-  expect_refusals({
-      {[](TestCall& c) { c.with_copies().gate_out.reset(); },
-       "op: gate and gate_out must both be given or both be left out, got one of them"},
-      {[](TestCall& c) { c.with_copies().residual = c.gate; },
-       "op: v and v_out must both be given or both be left out, got one of them"},
-      {[](TestCall& c) { c.with_copies().gate_out->first = c.out.first; },
-       "op: gate_out must not overlap q_out, which is also written, got overlapping memory"},
-      {[](TestCall& c) { c.with_copies().gate_out->first = c.k->first; },
-       "op: gate_out must be k's memory exactly or not overlap it, got a partial overlap"},
-      {[](TestCall& c) { c.with_copies().gate->sizes[3] = 4; },
-       "op: gate must have q's shape [2, 3, 4, 8], but for the number of heads, got [2, 3, 2, 4]"},
-  });
-}
-
-// The tokens are collapsed as far as the angles allow, and the heads are not among them.
-TEST(Check, CollapsesTokens) {
-  TestCall call;
-  RowParams params;
-  RowSlices slices;
-  Message message{};
-  ASSERT_EQ(Status::kOk, call.rotated().check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(6, params.rows);
-  EXPECT_EQ(2, params.row_dims);
-  EXPECT_EQ(0, params.strides[kCos][0]);
-  EXPECT_EQ(4, params.strides[kCos][1]);
-  call.cos->strides = call.sin->strides = {12, 4, 1};
-  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(6, params.rows);
-  EXPECT_EQ(1, params.row_dims);
-  EXPECT_EQ(32, params.strides[kX][0]);
-  EXPECT_EQ(4, params.strides[kSin][0]);
 }
 
 TEST(Check, RefusesShapesAndStrides) {
@@ -230,182 +152,6 @@ TEST(Check, RefusesModesThatDoNotGoTogether) {
       {[](TestCall& c) { c.gated(), c.out.first = c.gate->first + 8; },
        "op: out must be gate's memory exactly or not overlap it, got a partial overlap"},
       {[](TestCall& c) { c.gate = c.x; }, "op: there is no operand gate, got a tensor"},
-  });
-}
-
-TEST(Check, LetsGradientsThrough) {
-  const auto set = [](DType dtype, const char* name, std::initializer_list<Place*> places) {
-    for (Place* p : places) p->dtype = dtype, p->dtype_name = name;
-  };
-  EXPECT_EQ("", answer(TestCall().backward()));
-  EXPECT_EQ("", answer(TestCall().backward_with_dsum()));
-  TestCall c = TestCall().backward();
-  set(DType::kFloat32, "float32", {&*c.weight, &*c.dweight});
-  EXPECT_EQ("", answer(c)) << "float32 weight";
-  for (const auto& [dtype, name] : {std::pair(DType::kFloat32, "float32"), std::pair(DType::kFloat16, "float16"),
-                                    std::pair(DType::kBFloat16, "bfloat16")}) {
-    c = TestCall().backward_with_dsum();
-    set(DType::kFloat32, "float32", {&c.x, &*c.dsum, &*c.dx});
-    set(dtype, name, {&*c.dout});
-    EXPECT_EQ("", answer(c)) << "float32 x, dout of " << name;
-  }
-  c = TestCall().backward();
-  c.dout->strides = {0, 1};
-  EXPECT_EQ("", answer(c)) << "an expanded dout";
-  c.dx = c.x;
-  EXPECT_EQ("", answer(c)) << "in place of x";
-  c = TestCall().backward_with_dsum();
-  c.dx = c.dsum;
-  EXPECT_EQ("", answer(c)) << "in place of dsum";
-  c = TestCall().backward();
-  c.op = OpInfo("op", "op", "", "", RmsNormBackward::kInputRules);
-  c.dweight.reset();
-  EXPECT_EQ("", answer(c)) << "dx alone";
-  c.weight.reset();
-  EXPECT_EQ("", answer(c)) << "without a weight";
-}
-
-TEST(Check, RefusesWrongGradients) {
-  const auto float32 = [](Place& o) { o.dtype = DType::kFloat32, o.dtype_name = "float32"; };
-  const auto float16 = [](Place& o) { o.dtype = DType::kFloat16, o.dtype_name = "float16"; };
-  const auto other = [](Place& o) { o.dtype = DType::kOther, o.dtype_name = "float64"; };
-  expect_refusals({
-      {[](TestCall& c) { c.backward().dout.reset(); }, "op: dout is needed, got none"},
-      {[](TestCall& c) { c.backward().dx.reset(); }, "op: dx is needed, got none"},
-      {[](TestCall& c) { c.backward().dweight.reset(); }, "op: dweight is needed, got none"},
-      {[](TestCall& c) { c.backward().weight.reset(); }, "op: weight is needed, got none"},
-      {[](TestCall& c) { c.backward().op = OpInfo("op", "op", "", "", RmsNormBackward::kInputRules); },
-       "op: there is no operand dweight, got a tensor"},
-      {[](TestCall& c) { c.dsum = c.x; }, "op: there is no operand dsum, got a tensor"},
-
-      {[&](TestCall& c) { float32(*c.backward().dout); }, "op: dout must have x's dtype bfloat16, got float32"},
-      {[&](TestCall& c) { float16(*c.backward().dout); }, "op: dout must have x's dtype bfloat16, got float16"},
-      {[&](TestCall& c) { float32(c.backward().x), other(*c.dout); },
-       "op: dout must have dtype float32, float16 or bfloat16, got float64"},
-      {[&](TestCall& c) { float32(*c.backward_with_dsum().dsum); },
-       "op: dsum must have x's dtype bfloat16, got float32"},
-      {[&](TestCall& c) { float32(c.backward_with_dsum().x); }, "op: dsum must have x's dtype float32, got bfloat16"},
-      {[&](TestCall& c) { float32(*c.backward().dx); }, "op: dx must have x's dtype bfloat16, got float32"},
-      {[&](TestCall& c) { float32(*c.backward().dweight); },
-       "op: dweight must have weight's dtype bfloat16, got float32"},
-      {[&](TestCall& c) { float32(*c.backward().weight); },
-       "op: dweight must have weight's dtype float32, got bfloat16"},
-
-      {[](TestCall& c) { c.backward().dout->sizes = {4, 7}; }, "op: dout must have x's shape [4, 8], got [4, 7]"},
-      {[](TestCall& c) { c.backward().dout = {40000, {8}, {1}}; }, "op: dout must have x's shape [4, 8], got [8]"},
-      {[](TestCall& c) { c.backward_with_dsum().dsum->sizes = {1, 8}; },
-       "op: dsum must have x's shape [4, 8], got [1, 8]"},
-      {[](TestCall& c) { c.backward().dx->sizes = {3, 8}; }, "op: dx must have x's shape [4, 8], got [3, 8]"},
-      {[](TestCall& c) { c.backward().dweight->sizes = {7}; }, "op: dweight must have shape [8], got [7]"},
-      {[](TestCall& c) { c.backward().dout->strides = {1, 4}; },
-       "op: dout must have a contiguous last dimension (stride 1), got stride 4"},
-      {[](TestCall& c) { c.backward_with_dsum().dsum->strides = {0, 0}; },
-       "op: dsum must have a contiguous last dimension (stride 1), got stride 0"},
-      {[](TestCall& c) { c.backward().dweight->strides = {0}; },
-       "op: dweight must be contiguous (stride 1), got stride 0"},
-
-      {[](TestCall& c) { c.backward().dx->first = c.dout->first + 8; },
-       "op: dx must be dout's memory exactly or not overlap it, got a partial overlap"},
-      {[](TestCall& c) { c.backward().dx->strides[0] = 0; },
-       "op: dx is written and must not overlap itself, got a tensor with shared elements"},
-      {[](TestCall& c) { c.backward().dweight->first = c.dx->first + 31; },
-       "op: dweight must not overlap dx, which is also written, got overlapping memory"},
-      {[](TestCall& c) { c.backward().dweight->first = c.weight->first; },
-       "op: dweight is written and must not overlap weight, got overlapping memory"},
-  });
-}
-
-TEST(Check, LetsQuantisedCallsThrough) {
-  const Place one{50000, {}, {}, DType::kFloat32, "float32"};
-  TestCall call;
-  call.quantised();
-  RowParams params;
-  RowSlices slices;
-  Message message{};
-  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(4, params.scale_group);
-  EXPECT_EQ(4, params.scale_stride);
-  EXPECT_EQ(1, params.strides[kScaleOut][0]);
-  EXPECT_EQ(448.0f, params.format.largest);
-  call.scale = one;  // a bound
-  EXPECT_EQ("", answer(call));
-
-  call.options.scale_group_size = kWholeRow;
-  call.scales = Place{40000, {4, 1}, {1, 1}, DType::kFloat32, "float32"};
-  ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(8, params.scale_group);
-
-  TestCall given;
-  ASSERT_EQ(Status::kOk, given.quantised_by(one).check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(0, params.scale_group);
-}
-
-TEST(Check, LetsScalesOfNormedGroupsThrough) {
-  TestCall call;
-  RowParams params;
-  RowSlices slices;
-  Message message{};
-  ASSERT_EQ(Status::kOk, call.gated_and_quantised().check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(8, params.rows);
-  EXPECT_EQ(4, params.scale_group);
-  EXPECT_EQ(1, params.scale_groups);
-  EXPECT_EQ(4, params.strides[kScaleOut][1]) << "from a group's scale to the next group's";
-  EXPECT_EQ(1, params.strides[kScaleOut][0]);
-
-  // Two elements are a byte, and four scales are an element.
-  TestCall float4;
-  float4.quantised().options.scale_group_size = 16;
-  float4.x = Place{10000, {4, 128}, {128, 1}};
-  float4.y = float4.x;
-  float4.y->first = 30000;
-  float4.weight = Place{20000, {128}, {1}};
-  float4.options.dtype = DType::kFloat4E2M1FNx2;
-  float4.options.scale_dtype = DType::kInt32;
-  float4.out = Place{50000, {4, 64}, {64, 1}, DType::kFloat4E2M1FNx2, "float4_e2m1fn_x2"};
-  float4.scales = Place{40000, {4, 2}, {1, 4}, DType::kInt32, "int32"};
-  float4.op = RmsNormQuant::kInfos[2];
-  ASSERT_EQ(Status::kOk, float4.check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(64, params.strides[kOut][0]);
-  EXPECT_EQ(8, params.scale_groups);
-  EXPECT_TRUE(params.scale_ue8m0);
-}
-
-TEST(Check, RefusesWhatCannotBeQuantised) {
-  const Place two{50000, {2}, {1}, DType::kFloat32, "float32"}, half{50000, {1}, {1}, DType::kFloat16, "float16"};
-  expect_refusals({
-      {[](TestCall& c) { c.quantised().options.dtype = DType::kOther, c.options.dtype_name = "float16"; },
-       "op: dtype must be float8_e4m3fn, float8_e4m3fnuz, float8_e5m2, int8 or float4_e2m1fn_x2, got float16"},
-      {[](TestCall& c) {
-         c.quantised().options.dtype = DType::kFloat4E2M1FNx2, c.out.dtype = c.options.dtype, c.out.sizes = {4, 4};
-       },
-       "op: scale_group_size must be a multiple of 16 with float4_e2m1fn_x2, got 4"},
-      {[](TestCall& c) { c.quantised().options.dtype = DType::kFloat4E2M1FNx2, c.out.dtype = c.options.dtype; },
-       "op: out must have shape [4, 4], got [4, 8]"},
-      {[](TestCall& c) { c.quantised().options.scale_dtype = DType::kFloat16, c.options.scale_dtype_name = "float16"; },
-       "op: scale_dtype must be float32, float8_e8m0fnu, float8_e4m3fn or int32, got float16"},
-      {[](TestCall& c) { c.quantised().options.scale_dtype = DType::kInt32, c.options.scale_dtype_name = "int32"; },
-       "op: scale_out must have dtype int32, got float32"},
-      {[](TestCall& c) { c.quantised().global_scale = Place{50000, {}, {}, DType::kFloat32, "float32"}; },
-       "op: global_scale must be None unless scale_dtype is float8_e4m3fn, got a tensor"},
-      {[](TestCall& c) { c.gated_and_quantised().options.scale_group_size = 8, c.scales->sizes = {4, 1}; },
-       "op: scale_group_size must divide group_size 4, got 8"},
-      {[](TestCall& c) { c.quantised().options.dtype = DType::kInt8, c.options.dtype_name = "int8"; },
-       "op: out must have dtype int8, got float8_e4m3fn"},
-      {[](TestCall& c) { c.quantised().options.scale_group_size = 0; },
-       "op: scale_group_size must divide x's last dimension 8, got 0"},
-      {[](TestCall& c) { c.quantised().options.scale_group_size = 3; },
-       "op: scale_group_size must divide x's last dimension 8, got 3"},
-      {[](TestCall& c) { c.quantised().scales->sizes = {4, 8}; }, "op: scale_out must have shape [4, 2], got [4, 8]"},
-      {[](TestCall& c) { c.quantised().scales.reset(); }, "op: scale_out is needed, got none"},
-      {[&](TestCall& c) { c.quantised().scale = two; }, "op: scale_ub must have one element, got shape [2]"},
-      {[&](TestCall& c) { c.quantised_by(two); }, "op: scale must have one element, got shape [2]"},
-      {[&](TestCall& c) { c.quantised_by(half); }, "op: scale must have dtype float32, got float16"},
-      {[](TestCall& c) { c.quantised().scales->first = 10000; },
-       "op: scale_out is written and must not overlap x, got overlapping memory"},
-      {[](TestCall& c) { c.quantised().scales->strides = {1, 2}; },
-       "op: scale_out is written and must not overlap itself, got a tensor with shared elements"},
-      {[](TestCall& c) { c.quantised().out.first = 9998; },
-       "op: out must be x's memory exactly or not overlap it, got a partial overlap"},
   });
 }
 

@@ -49,24 +49,32 @@ def join(body: ast.FunctionDef) -> None:
     for statements, form in forms(body):
         results = arguments = ", ".join(form.names)
         norms, gone = [statements[place] for place in form.places[:2]], []
-        call = statements[form.places[2]].value  # type: ignore[attr-defined]
-        cos, sin = (f"({ast.unparse(argument)})" for argument in call.args[2:])
+        cos, sin = (f"({ast.unparse(argument)})" for argument in _called(statements[form.places[2]]).args[2:])
         arguments += "".join(f", {own}.{norm}" for norm in form.norms)
         arguments += f", {form.function}, {cos}, {sin}, {form.transposed}"
         if form.gate is not None:
             at_gate, gate = form.gate
             gone.append(statements[at_gate])
-            shape = "".join(f"{ast.unparse(size)}, " for size in statements[at_gate].value.args)  # type: ignore[attr-defined]
+            shape = "".join(f"{ast.unparse(size)}, " for size in _called(statements[at_gate]).args)
             results, arguments = f"{results}, {gate}", f"{arguments}, {gate}, ({shape})"
         joined = f"{results} = {own}._gemma_norm_rotate({arguments})"
         statements[form.places[2]] = placed(joined, statements[form.places[2]])
         if form.transposed:
             for norm in norms:
-                transpose = norm.value  # type: ignore[attr-defined]
-                transpose.func.value = transpose.func.value.args[0]
+                transpose = _called(norm).func
+                assert isinstance(transpose, ast.Attribute)
+                assert isinstance(transpose.value, ast.Call)
+                transpose.value = transpose.value.args[0]
         else:
             gone += norms
         statements[:] = [statement for statement in statements if statement not in gone]
+
+
+def _called(statement: ast.stmt) -> ast.Call:
+    """f(...) in ``q = f(...)``: each statement of a form is such an assignment."""
+    assert isinstance(statement, ast.Assign)
+    assert isinstance(statement.value, ast.Call)
+    return statement.value
 
 
 def forms(body: ast.FunctionDef) -> list[tuple[list[ast.stmt], Form]]:
@@ -134,13 +142,12 @@ def _gate(statements: list[ast.stmt], q: str) -> tuple[int, str] | None:
 
 def _beside(statement: ast.stmt, q: str) -> str | None:
     """g in ``q, g = torch.chunk(a, 2, dim=-1)``."""
-    call = getattr(statement, "value", None)
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(call, ast.Call):
+    pair = _pair_of(statement)
+    if pair is None:
         return None
-    targets = statement.targets[0]
-    names = [name_of(e) for e in targets.elts] if isinstance(targets, ast.Tuple) else []
+    (first, second), call = pair
     form = [ast.unparse(call.func), *map(ast.unparse, call.args[1:]), *map(ast.unparse, call.keywords)]
-    return names[1] if len(names) == 2 and names[0] == q != names[1] and form == _CHUNK else None
+    return second if first == q and form == _CHUNK else None
 
 
 _CHUNK = ["torch.chunk", "2", "dim=-1"]
@@ -152,19 +159,31 @@ def _is_stored(node: ast.Name) -> bool:
 
 def _rotation_call(statement: ast.stmt) -> tuple[str, tuple[str, str]] | None:
     """f and the names q and k in ``q, k = f(q, k, cos, sin)``."""
-    call = getattr(statement, "value", None)
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(call, ast.Call):
+    pair = _pair_of(statement)
+    if pair is None:
         return None
-    targets = statement.targets[0]
-    names = [name_of(e) for e in targets.elts] if isinstance(targets, ast.Tuple) else []
+    names, call = pair
     function = name_of(call.func)
-    if len(names) != 2 or None in names or names[0] == names[1] or function is None or call.keywords:
+    if function is None or call.keywords or len(call.args) != 4:
         return None
-    if len(call.args) != 4 or [name_of(a) for a in call.args[:2]] != names:
+    if tuple(name_of(a) for a in call.args[:2]) != names:
         return None
     if any(isinstance(a, ast.Starred) or name_of(n) in names for a in call.args[2:] for n in ast.walk(a)):
         return None
-    return function, (names[0], names[1])  # type: ignore[return-value]
+    return function, names
+
+
+def _pair_of(statement: ast.stmt) -> tuple[tuple[str, str], ast.Call] | None:
+    """The two names a and b, and the call, in ``a, b = f(...)``."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    targets, call = statement.targets[0], statement.value
+    if not isinstance(targets, ast.Tuple) or len(targets.elts) != 2 or not isinstance(call, ast.Call):
+        return None
+    first, second = (name_of(element) for element in targets.elts)
+    if first is None or second is None or first == second:
+        return None
+    return (first, second), call
 
 
 def _norm_of(statement: ast.stmt, own: str) -> tuple[str, bool] | None:
