@@ -92,8 +92,7 @@ def _refusal(call: Call, arguments: Arguments, memory: Memory) -> str:
     if differentiable:
         full = {k: v.detach() if isinstance(v, Tensor) else v for k, v in full.items()}
     if _is_refused_in_a_transform(call):
-        differentiates = op.new_results and call.mode == "vjp"
-        what = "a quantised result has no derivative" if differentiates else "writing into an argument is not available"
+        what = "a quantised result has no derivative" if op.new_results else "writing into an argument is not available"
         return f"{op.label}: {what}..."
     try:
         check_arguments(op, full)

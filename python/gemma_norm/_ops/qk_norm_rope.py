@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any
@@ -296,13 +297,17 @@ def _gradients_of_angles(
     q, k, q_weight, k_weight, cos, sin, cache, positions = tensors
     eps, gemma, round_each_step, round_rotation, interleaved, sections, mrope_interleaved = options
     rotary = (cache if cos is None else cos).shape[-1]
-    heads = [(x, weight, dy) for x, weight, dy in ((q, q_weight, dq), (k, k_weight, dk)) if dy is not None]
-    if not heads:
+    of_cos, of_sin = [], []
+    for x, weight, dy in ((q, q_weight, dq), (k, k_weight, dk)):
+        if dy is None:
+            continue
+        n = reference.norm_of_heads(x, weight, eps, gemma, round_each_step, round_rotation)[..., :rotary]
+        dy = dy[..., :rotary].float()
+        of_cos.append((dy * n).sum(-2))
+        of_sin.append((dy * reference.rotate_half(n, interleaved)).sum(-2))
+    if not of_cos:
         return None, None, None
-    rounding = (round_each_step, round_rotation)
-    n = torch.cat([reference.norm_of_heads(x, w, eps, gemma, *rounding)[..., :rotary] for x, w, _ in heads], dim=-2)
-    dy = torch.cat([dy[..., :rotary].float() for _, _, dy in heads], dim=-2)
-    dcos, dsin = (dy * n).sum(-2), (dy * reference.rotate_half(n, interleaved)).sum(-2)
+    dcos, dsin = (functools.reduce(torch.add, parts) for parts in (of_cos, of_sin))
     if cache is None:
         return dcos.to(cos.dtype) if needs[0] else None, dsin.to(sin.dtype) if needs[1] else None, None
     # Which element of the cache each cosine and sine is.
