@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import gemma_norm
+import engine_rope_support as engine
+from engine_rope_support import HEAD_DIM, HEADS, ROTARY
 from gemma_norm import reference
 from gemma_norm.integrations import sglang as integration
-from rope_support import rotated
 from sglang_stand_in import install_sglang
 from stand_ins import THEIRS
 from support import assert_same_bits, randn
 
 NAME = "fused_qk_gemma_rmsnorm_rope_gate"
-HEADS, HEAD_DIM, ROTARY = (4, 2), 64, 24
 
 
 @pytest.fixture
@@ -33,35 +32,11 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModuleType]]:
     integration.uninstall()
 
 
-def arguments(dtype: torch.dtype, has_gate: bool = True, positions: Any = torch.int64, **others: Any) -> dict[str, Any]:
-    """As Qwen3.5's layer passes them: slices of the projection, and the cache in float32."""
-    q_size, kv_size = (1 + has_gate) * HEADS[0] * HEAD_DIM, HEADS[1] * HEAD_DIM
-    q_gate, k, _ = randn(7, q_size + 2 * kv_size, dtype=dtype).split([q_size, kv_size, kv_size], dim=-1)
-    return {
-        "q_gate": q_gate,
-        "k": k,
-        "q_weight": randn(HEAD_DIM, dtype=dtype, seed=1) / 10,
-        "k_weight": randn(HEAD_DIM, dtype=dtype, seed=2) / 10,
-        "cos_sin_cache": randn(11, ROTARY, seed=3),
-        "positions": torch.arange(7).to(positions) % 5 + 3,
-        "eps": 1e-6,
-        "num_q_heads": HEADS[0],
-        "num_kv_heads": HEADS[1],
-        "head_dim": HEAD_DIM,
-        "rotary_dim": ROTARY,
-        "has_gate": has_gate,
-    } | others
-
-
-def definition(a: dict[str, Any], **sections: Any) -> tuple[Tensor, ...]:
-    """The norm in 16 bits, then the rotation in float32, in 16 bits again."""
-    cos, sin = reference.angles(a["cos_sin_cache"], a["positions"], **sections)
-    q = a["q_gate"].unflatten(-1, (HEADS[0], -1))
-    results = []
-    for x, weight in ((q[..., :HEAD_DIM], a["q_weight"]), (a["k"].unflatten(-1, (HEADS[1], -1)), a["k_weight"])):
-        n = gemma_norm.rms_norm(x, weight, a["eps"], True)
-        results.append(rotated(n, cos, sin).to(n.dtype).flatten(-2))
-    return *results, q[..., HEAD_DIM:]
+def arguments(
+    dtype: torch.dtype, has_gate: bool = True, positions: torch.dtype = torch.int64, **others: Any
+) -> dict[str, Any]:
+    """The cache is in float32."""
+    return engine.arguments(dtype, torch.float32, has_gate, positions) | {"has_gate": has_gate} | others
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -70,7 +45,7 @@ def definition(a: dict[str, Any], **sections: Any) -> tuple[Tensor, ...]:
 def test_it_is_ours(modules, dtype, index, has_gate):
     integration.install()
     a = arguments(dtype, has_gate, index)
-    want = definition(a)
+    want = engine.definition(a, gemma=True)
     for module in modules:
         got = getattr(module, NAME)(**a)
         assert [t.shape for t in got[:2]] == [(7, 4 * HEAD_DIM), (7, 2 * HEAD_DIM)]
@@ -85,7 +60,7 @@ def test_three_positions_by_sglangs_axis_map(modules, sizes, interleaved):
     positions = torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(0))
     axis_map = reference.mrope_axes(sizes, interleaved)
     a = arguments(torch.bfloat16, positions=torch.int64) | {"positions": positions}
-    want = definition(a, mrope_section=sizes, mrope_interleaved=interleaved)
+    want = engine.definition(a, gemma=True, mrope_section=sizes, mrope_interleaved=interleaved)
     for _ in range(2):  # the second finds what the first has read
         for y, w in zip(getattr(modules[1], NAME)(**a, mrope_axis_map=axis_map), want, strict=True):
             assert_same_bits(y, w)
@@ -109,26 +84,13 @@ def test_what_is_not_ours_is_sglangs(modules):
 
 
 def test_uninstall_gives_every_module_its_own_back(modules):
-    own = [getattr(module, NAME) for module in modules]
-    integration.install()
-    assert all(getattr(module, NAME) is not function for module, function in zip(modules, own, strict=True))
-    integration.uninstall()
-    assert [getattr(module, NAME) for module in modules] == own
+    engine.assert_every_module_gets_its_own_back(integration, modules, NAME)
 
 
 def test_an_sglang_without_it(modules, monkeypatch):
-    monkeypatch.delattr(modules[0], NAME)
-    theirs = getattr(modules[1], NAME)
-    integration.install()
-    assert getattr(modules[1], NAME) is theirs
-    integration.uninstall()
-    monkeypatch.setitem(sys.modules, modules[0].__name__, None)  # it cannot be imported
-    integration.install()
-    assert getattr(modules[1], NAME) is theirs
+    engine.assert_nothing_is_replaced_without_it(integration, modules, NAME, monkeypatch)
 
 
 def test_other_parameters_are_an_error_and_nothing_is_changed(modules, monkeypatch):
-    monkeypatch.setattr(modules[0], NAME, lambda q, k: None)
-    with pytest.raises(RuntimeError, match=rf"{NAME} must be a function of \(q_gate, k, .*, got \(q, k\)"):
-        integration.install()
+    engine.assert_other_parameters_are_an_error(integration, modules, NAME, monkeypatch)
     assert "forward_plugin" not in vars(sys.modules["sglang.srt.layers.layernorm"].GemmaRMSNorm)

@@ -11,17 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import gemma_norm
-from gemma_norm import reference
+import engine_rope_support as engine
+from engine_rope_support import HEAD_DIM, HEADS
 from gemma_norm.integrations import _vllm_rope
 from gemma_norm.integrations import vllm as integration
-from rope_support import rotated
 from stand_ins import THEIRS
 from support import assert_same_bits, randn
 from vllm_stand_in import install_vllm
 
 NAME = "fused_qk_rmsnorm_rope_gate"
-HEADS, HEAD_DIM, ROTARY = (4, 2), 64, 24
 HALF = torch.bfloat16
 
 
@@ -34,36 +32,16 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModuleType]]:
     integration.uninstall()
 
 
-def arguments(dtype: torch.dtype = HALF, positions: Any = torch.int64, **others: Any) -> dict[str, Any]:
-    """As Qwen3-Next's layer passes them: slices of the projection, and the cache in the model's dtype."""
-    q_size, kv_size = 2 * HEADS[0] * HEAD_DIM, HEADS[1] * HEAD_DIM
-    q_gate, k, _ = randn(7, q_size + 2 * kv_size, dtype=dtype).split([q_size, kv_size, kv_size], dim=-1)
-    return {
-        "q_gate": q_gate,
-        "k": k,
-        "q_weight": randn(HEAD_DIM, dtype=dtype, seed=1) / 10,
-        "k_weight": randn(HEAD_DIM, dtype=dtype, seed=2) / 10,
-        "cos_sin_cache": randn(11, ROTARY, seed=3, dtype=dtype),
-        "positions": torch.arange(7).to(positions) % 5 + 3,
-        "eps": 1e-6,
-        "num_q_heads": HEADS[0],
-        "num_kv_heads": HEADS[1],
-        "head_dim": HEAD_DIM,
-        "rotary_dim": ROTARY,
-        "norm_beta": 1.0,
-    } | others
+def arguments(dtype: torch.dtype = HALF, positions: torch.dtype = torch.int64, **others: Any) -> dict[str, Any]:
+    """The cache is in the model's dtype."""
+    return engine.arguments(dtype, dtype, True, positions) | {"norm_beta": 1.0} | others
 
 
 def definition(a: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The norm in 16 bits, then the rotation in float32, in 16 bits again."""
     sections = a.get("mrope_section")
-    cos, sin = reference.angles(a["cos_sin_cache"].float(), a["positions"], False, sections, sections is not None)
-    q = a["q_gate"].unflatten(-1, (HEADS[0], -1))
-    results = []
-    for x, weight in ((q[..., :HEAD_DIM], a["q_weight"]), (a["k"].unflatten(-1, (HEADS[1], -1)), a["k_weight"])):
-        n = gemma_norm.rms_norm(x, weight, a["eps"], a["norm_beta"] == 1.0)
-        results.append(rotated(n.float(), cos, sin).to(n.dtype).flatten(-2))
-    return *results, q[..., HEAD_DIM:].flatten(-2)
+    three = {"mrope_section": sections, "mrope_interleaved": sections is not None}
+    y, z, gate = engine.definition(a, a["norm_beta"] == 1.0, **three)
+    return y, z, gate.flatten(-2)
 
 
 def is_ours(function: Any, a: dict[str, Any]) -> None:
@@ -136,12 +114,7 @@ def test_in_compiled_code_it_is_vllms(modules):
 
 
 def test_uninstall_gives_every_module_its_own_back(modules):
-    own = [getattr(module, NAME) for module in modules]
-    integration.install()
-    integration.install()
-    assert all(getattr(module, NAME) is not function for module, function in zip(modules, own, strict=True))
-    integration.uninstall()
-    assert [getattr(module, NAME) for module in modules] == own
+    engine.assert_every_module_gets_its_own_back(integration, modules, NAME)
 
 
 def test_a_vllm_whose_function_has_its_first_form(modules, monkeypatch):
@@ -163,18 +136,9 @@ def test_a_vllm_whose_function_has_its_first_form(modules, monkeypatch):
 
 
 def test_a_vllm_without_it(modules, monkeypatch):
-    monkeypatch.delattr(modules[0], NAME)
-    theirs = getattr(modules[1], NAME)
-    integration.install()
-    assert getattr(modules[1], NAME) is theirs
-    integration.uninstall()
-    monkeypatch.setitem(sys.modules, modules[0].__name__, None)  # it cannot be imported
-    integration.install()
-    assert getattr(modules[1], NAME) is theirs
+    engine.assert_nothing_is_replaced_without_it(integration, modules, NAME, monkeypatch)
 
 
 def test_other_parameters_are_an_error_and_nothing_is_changed(modules, monkeypatch):
-    monkeypatch.setattr(modules[0], NAME, lambda q, k: None)
-    with pytest.raises(RuntimeError, match=rf"{NAME} must be a function of \(q_gate, k, .*, got \(q, k\)"):
-        integration.install()
+    engine.assert_other_parameters_are_an_error(integration, modules, NAME, monkeypatch)
     assert not sys.modules["vllm.model_executor.custom_op"].op_registry_oot

@@ -58,21 +58,8 @@ def ours(theirs: Function) -> Function:
             or cos_sin_cache.dtype is not torch.float32
             or not serves(*tensors, head_dim, rotary_dim, mrope_axis_map is not None)
         ):
-            result: tuple[Tensor, Tensor, Tensor | None] = theirs(
-                q_gate,
-                k,
-                q_weight,
-                k_weight,
-                cos_sin_cache,
-                positions,
-                eps,
-                num_q_heads,
-                num_kv_heads,
-                head_dim,
-                rotary_dim,
-                has_gate,
-                mrope_axis_map,
-            )
+            sizes = (num_q_heads, num_kv_heads, head_dim, rotary_dim)
+            result: tuple[Tensor, Tensor, Tensor | None] = theirs(*tensors, eps, *sizes, has_gate, mrope_axis_map)
             return result
         weights, heads = (q_weight, k_weight), (num_q_heads, num_kv_heads)
         y, z, gate = compute(
