@@ -88,7 +88,7 @@ class Generator {
 
   // A row of mean + deviation * normal().
   void draw_row(DType dtype, double mean, double deviation, uint8_t* row) {
-    static std::map<std::tuple<DType, double, double>, std::vector<uint32_t>> tables;
+    static thread_local std::map<std::tuple<DType, double, double>, std::vector<uint32_t>> tables;
     std::vector<uint32_t>& bits = tables[{dtype, mean, deviation}];
     if (bits.empty())
       for (const double v : normal_numbers()) bits.push_back(rounded_bits(dtype, mean + deviation * v));
