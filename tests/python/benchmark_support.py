@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma_norm import reference
-from gemma_norm.benchmark import providers, results
+from gemma_norm.benchmark import norms, results
 from gemma_norm.benchmark.cases import NORM_ADD_NORM, RMS_NORM, Point, post_weight
 from gemma_norm.benchmark.formula import EPS
 from gemma_norm.benchmark.providers import Provider
@@ -30,7 +30,7 @@ def measure(at: Point, *measured: Provider) -> dict[str, Result]:
     return {r.provider: r for r in found}
 
 
-def correct(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
+def correct(op: str, weight: torch.Tensor, gemma: bool) -> norms.Call:
     if op == RMS_NORM:
         return lambda x: reference.rms_norm(x, weight, EPS, gemma)
     if op == NORM_ADD_NORM:

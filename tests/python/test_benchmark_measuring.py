@@ -16,7 +16,7 @@ import torch
 from benchmark_support import BRIEF, HERE, TINY, correct, measure, point
 from gemma_norm import reference
 from gemma_norm.benchmark import __main__ as command
-from gemma_norm.benchmark import providers, report, results, timing
+from gemma_norm.benchmark import norms, providers, report, results, timing
 from gemma_norm.benchmark.cases import (
     ADD_RMS_NORM,
     GATED_RMS_NORM,
@@ -76,7 +76,7 @@ def test_every_gated_norm_here_is_right(dtype: torch.dtype) -> None:
 
 
 def test_a_gated_norm_without_its_gate_is_not_timed() -> None:
-    def no_gate(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
+    def no_gate(op: str, weight: torch.Tensor, gemma: bool) -> norms.Call:
         return lambda x, gate: reference.rms_norm(x, weight, EPS, gemma)
 
     found = measure(point(GATED_RMS_NORM), Provider("wrong", no_gate, (GATED_RMS_NORM,), exact=True))
@@ -162,7 +162,7 @@ def test_only_other_roundings_are_forgiven() -> None:
 def test_a_missing_operator_and_a_failure_while_timed_are_noted() -> None:
     calls = []
 
-    def tires(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
+    def tires(op: str, weight: torch.Tensor, gemma: bool) -> norms.Call:
         def call(x: torch.Tensor) -> torch.Tensor:
             calls.append(x)
             if len(calls) > 5:  # One call checks the result, and four tell how long a call takes.

@@ -17,7 +17,7 @@ import torch
 
 from benchmark_support import HERE, TINY, correct, point
 from gemma_norm.benchmark import __main__ as command
-from gemma_norm.benchmark import plot, providers, report, results
+from gemma_norm.benchmark import norms, plot, report, results
 from gemma_norm.benchmark.cases import ADD_RMS_NORM, BACKWARD, RMS_NORM, Point
 from gemma_norm.benchmark.providers import PROVIDERS
 from gemma_norm.benchmark.suites import SUITES, Choice
@@ -121,7 +121,7 @@ def test_peers_that_are_absent_are_listed_with_the_reason(
 def test_an_interrupted_run_keeps_what_it_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(op: str, weight: torch.Tensor, gemma: bool) -> providers.Call:
+    def interrupt(op: str, weight: torch.Tensor, gemma: bool) -> norms.Call:
         if op == ADD_RMS_NORM:
             raise KeyboardInterrupt
         return correct(op, weight, gemma)

@@ -16,7 +16,8 @@ from gemma_norm import reference
 from . import quantised, rotation
 from .cases import ADD_RMS_NORM, GATED_RMS_NORM, NORM_ADD_NORM, QK_NORM_ROPE, Inputs, post_weight
 from .formula import EPS
-from .providers import Call, Provider
+from .norms import Call
+from .providers import Provider
 
 PEERS = 8.0
 """The bound for other libraries is this multiple of ours. They also round the weight and the normalised value, or they

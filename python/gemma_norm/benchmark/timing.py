@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from .cases import Inputs, Point
-from .providers import Call
+from .norms import Call
 
 cuda: Any = torch.cuda  # partly without types
 WARM_SETS = 16
