@@ -65,13 +65,17 @@ def check_eps(op: Operator, eps: Any) -> None:
     elif torch.is_grad_enabled() and eps.requires_grad:
         got = "a tensor that requires grad"
     if got:
-        raise RuntimeError(f"{op.label}: eps must be a number, of which there is no derivative, got {got}")
+        raise RuntimeError(f"{op.label}: eps must be a plain number, since it has no derivative, got {got}")
 
 
 def check_size(op: Operator, name: str, value: Any) -> None:
     """Raise RuntimeError for a size that is no integer, though PyTorch's dispatcher would take it for one."""
+    if isinstance(value, Tensor) and _is_tracing():  # torch.jit.trace makes tensors of the sizes of tensors
+        return
     if value is not None and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
         raise RuntimeError(f"{op.label}: {name} must be {_KINDS[name][1]}, got {value!r}")
+    if isinstance(value, int) and value == 2**63 - 1:  # which stands for None in C++
+        raise RuntimeError(f"{op.label}: {name} must divide {op.first}'s last dimension, got {value}")
 
 
 def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
@@ -92,8 +96,8 @@ def explain(error: RuntimeError, op: Operator, **arguments: Any) -> None:
         kind, what = _KINDS.get(name, ((object,), ""))
         if not isinstance(value, kind):
             raise RuntimeError(f"{op.label}: {name} must be {what}, got {value!r}") from None
-        if what and not _is_in_range(name, value):
-            raise RuntimeError(f"{op.label}: {name} must be {what} (of 64 bits), got {value!r}") from None
+        if what and (needed := _what_cannot_be_passed_on(name, value)):
+            raise RuntimeError(f"{op.label}: {name} must be {needed}, got {value!r}") from None
 
 
 _FLAGS = (
@@ -119,15 +123,22 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _is_in_range(name: str, value: Any) -> bool:
-    """Whether PyTorch's dispatcher can pass on a number of the right type."""
-    if name == "eps" and isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and not value.is_meta
-    if name == "eps" and isinstance(value, Integral):
-        return abs(int(value)) < 2**1023
-    if name == "mrope_section" and value is not None:
-        return all(isinstance(size, (Integral, torch.SymInt)) and _is_in_range("", size) for size in value)
-    return not isinstance(value, Integral) or -(2**63) <= int(value) < 2**63
+def _what_cannot_be_passed_on(name: str, value: Any) -> str:
+    """What a value of the right type must be, if PyTorch's dispatcher cannot take it, else ""."""
+    if name == "eps":
+        if isinstance(value, Tensor):
+            return "" if value.numel() == 1 and not (value.is_complex() or value.is_meta) else "a number"
+        try:
+            float(value)
+        except OverflowError:
+            return "finite in float32 and at least 0"
+        return ""
+    if isinstance(value, (list, tuple)):
+        if not all(isinstance(size, (Integral, torch.SymInt, Tensor)) for size in value):
+            return _KINDS[name][1]
+        return next(filter(None, (_what_cannot_be_passed_on("", size) for size in value)), "")
+    fits = not isinstance(value, Integral) or -(2**63) <= int(value) < 2**63
+    return "" if fits else "an integer of at most 64 bits"
 
 
 def _is_in_onnx_export() -> bool:

@@ -20,9 +20,11 @@ SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.
 
 
 def check_dtype(op: str, name: str, dtype: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    if type(dtype) is torch.dtype and dtype in dtypes:
+        return
     require(isinstance(dtype, torch.dtype), f"{op}: {name} must be a torch.dtype or None, got {dtype!r}")
     *all_but_last, last = map(dtype_name, dtypes)
-    require(dtype in dtypes, f"{op}: {name} must be {', '.join(all_but_last)} or {last}, got {dtype_name(dtype)}")
+    require(False, f"{op}: {name} must be {', '.join(all_but_last)} or {last}, got {dtype_name(dtype)}")
 
 
 def check_quantization(call: Checked, arguments: Arguments) -> None:

@@ -18,7 +18,7 @@ def is_integer(value: Any) -> bool:
 
 
 def check_size_and_eps(name: str, hidden_size: int, eps: float) -> None:
-    # From 2^60 on, the bytes of a row do not fit into 63 bits, and PyTorch cannot make the weight.
+    # Below 2^60, the bytes of a row fit into 63 bits, also in float64, which PyTorch's default dtype may be.
     if not is_integer(hidden_size) or not 1 <= hidden_size < 2**60:
         rule = "hidden_size must be an integer of at least 1 and below 2^60, the size of the normalised dimension"
         raise ValueError(f"{name}: {rule}, got {hidden_size!r}")

@@ -186,8 +186,9 @@ class Operator:
             raise RuntimeError(f"{self.label}: writing into an argument {rule}: call {self.call_to_write_nothing}")
         arguments = self.bind(args, kwargs)
         check_arguments(self, arguments, transformed=True)
-        inside = [None if t is None else _innermost(t) for t in map(arguments.get, ("cos_sin_cache", "positions"))]
-        check_positions_are_in_the_cache(self.label, *inside)
+        check_positions_are_in_the_cache(
+            self.label, arguments.get("cos_sin_cache"), _innermost(arguments.get("positions"))
+        )
         if self.new_results:  # autograd sees through torch.func.vmap
             check_derivatives(self, {k: _innermost(t) for k, t in arguments.items() if isinstance(t, Tensor)})
         return self.give(arguments, self.compute(arguments))
@@ -314,10 +315,13 @@ def _warn_once(x: Tensor) -> None:
         warnings.warn(f"gemma_norm: plain PyTorch instead of a native kernel on {device}: {reason}", stacklevel=4)
 
 
-def _innermost(t: Tensor) -> Tensor:
-    """The tensor that the transforms of torch.func have wrapped."""
+def _innermost(t: Any) -> Any:
+    """The tensor that the transforms of torch.func have wrapped. What is no tensor, None for one, is returned."""
     functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(t):
+    sync: Any = getattr(torch, "_sync")  # noqa: B009  # neither typed nor exported
+    while isinstance(t, Tensor) and functorch.is_functorch_wrapped_tensor(t):
+        if torch._is_functional_tensor(t):
+            sync(t)  # what was written through views of it
         t = functorch.get_unwrapped(t)
     return t
 

@@ -18,6 +18,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as tests/conftest.py does for pytest
+
 import comparison_csv
 import comparison_report
 import composable_kernel

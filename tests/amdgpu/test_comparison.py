@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import comparison_csv
@@ -12,7 +15,7 @@ import pytest
 import torch
 from published import FITTED, FROM_HOST, HELD_OUT, OLDER, TIMINGS
 from timing import kernel_us
-from toolchain import TARGETS
+from toolchain import ROOT, TARGETS
 
 BF16 = torch.bfloat16
 
@@ -156,3 +159,10 @@ def test_measurements_are_of_gpus_that_the_model_has() -> None:
     names = {timing.gpu.name for timings in TIMINGS.values() for timing in timings}
     assert {m.gpu for m in FITTED + HELD_OUT + OLDER + FROM_HOST} <= names and set(TIMINGS) <= set(TARGETS)
     assert {"MI250X", "MI300X", "MI325X", "MI308X", "MI355X", "RX 7900 XTX", "RX 9070 XT"} <= names
+
+
+def test_it_starts_outside_pytest():
+    """pytest puts folders on sys.path, and a program has only its own."""
+    command = [sys.executable, ROOT / "tests/amdgpu/compare.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 0 and "--targets" in done.stdout, done.stderr

@@ -317,7 +317,19 @@ def rotated_heads(device: str) -> None:
         assert all(g.placements == (rows,) for g in gradients[:2])
         assert all(g.placements == ((Replicate(),) if dim is None else (Partial(),)) for g in gradients[2:4])
 
-    cache, positions = randn(9, 8, device=device), torch.arange(72, device=device).view(3, 4, 6) % 9
+    cache, positions = randn(9, 8, device=device), torch.arange(24, device=device).view(4, 6) % 9
+    for dim in (None, 0, 1, 2):
+        rows = Replicate() if dim is None else Shard(dim)
+        tokens = rows if dim in (0, 1) else Replicate()
+        of_tokens = {Tensor: positions, DTensor: put(positions, tokens)}
+
+        def from_cache(q: Tensor, of_tokens: Any = of_tokens, **others: Tensor) -> Any:
+            return gemma_norm.qk_norm_rope(q, **others, positions=of_tokens[type(q)])
+
+        placements = {"q": rows, "k": rows, **dict.fromkeys([*weights, "cos_sin_cache"], Replicate())}
+        compare(from_cache, {"q": q, "k": k, **weights, "cos_sin_cache": cache}, placements)
+
+    positions = torch.arange(72, device=device).view(3, 4, 6) % 9
     named: dict[str, Any] = {"mrope_section": [2, 1, 1]}
     want = gemma_norm.qk_norm_rope(q, k, *weights.values(), cos_sin_cache=cache, positions=positions, **named)
     for dim in (0, 1, 2):

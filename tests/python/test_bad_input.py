@@ -226,6 +226,8 @@ def test_lazily_negated_tensors_that_are_read_count_as_negated(op):
     [
         ("eps", None, "eps must be a number, got None"),
         ("eps", "1e-6", "eps must be a number, got '1e-6'"),
+        ("eps", torch.ones(2), r"eps must be a number, got tensor\(\[1., 1.\]\)"),
+        ("eps", 10**400, "eps must be finite in float32 and at least 0, got 10*"),
         ("gemma", "yes", "gemma must be a bool, got 'yes'"),
         ("round_each_step", "yes", "round_each_step must be a bool, got 'yes'"),
         ("x", [1.0], r"x must be a tensor, got \[1.0\]"),
@@ -239,7 +241,7 @@ def test_lazily_negated_tensors_that_are_read_count_as_negated(op):
 def test_what_is_of_the_wrong_type_is_named(op, context, argument, value, message):
     """The message does not have the text of PyTorch's binding layer, which speaks of overloads and schemas."""
     arguments = op.good()
-    if argument in arguments or argument in ("gemma", "round_each_step"):
+    if argument in arguments or argument in ("eps", "gemma", "round_each_step"):
         with context(), pytest.raises(RuntimeError, match=f"^{op}: {message}$"):
             call(getattr(gemma_norm, op.name), arguments | {argument: value})
 
@@ -258,13 +260,17 @@ def dual(f: Callable[[Tensor], Any]) -> Any:
 
 @pytest.mark.parametrize("way", EPS_WITH_DERIVATIVE)
 @pytest.mark.parametrize(
-    "op", [o for o in (RMS_NORM, ADD_RMS_NORM, FUSED_ADD_RMS_NORM, GATED_RMS_NORM, RMS_NORM_ADD_RMS_NORM)], ids=str
+    "op",
+    [RMS_NORM, ADD_RMS_NORM, FUSED_ADD_RMS_NORM, GATED_RMS_NORM, RMS_NORM_ADD_RMS_NORM, FUSED_RMS_NORM_ADD_RMS_NORM],
+    ids=str,
 )
 def test_the_derivative_of_eps_is_not_dropped_in_silence(op, way):
     """PyTorch's dispatcher takes a tensor of one element for a number."""
     differentiate, got = EPS_WITH_DERIVATIVE[way]
     function = getattr(gemma_norm, op.name)
-    with pytest.raises(RuntimeError, match=f"^{op}: eps must be a number, of which there is no derivative, got {got}$"):
+    with pytest.raises(
+        RuntimeError, match=f"^{op}: eps must be a plain number, since it has no derivative, got {got}$"
+    ):
         differentiate(lambda eps: call(function, op.good() | {"eps": eps}))
     with torch.no_grad():
         call(function, op.good() | {"eps": torch.tensor(0.1, requires_grad=True)})

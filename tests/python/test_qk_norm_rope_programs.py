@@ -184,6 +184,36 @@ def test_positions_outside_the_cache_are_refused_inside_transforms(name):
     POSITIONS_INSIDE[name](run, q)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_batch_of_caches(device, dim):
+    """Its rows are those that the function sees, wherever the hidden dimension is."""
+    q, cache = randn(5, 2, 8, device=device), randn(4, 16, 8, device=device)
+    positions = torch.tensor([0, 3, 9, 14, 15], device=device)
+
+    def run(cache: Tensor) -> Tensor:
+        return gemma_norm.qk_norm_rope(q, q, None, None, cos_sin_cache=cache, positions=positions)[0]
+
+    got = torch.func.vmap(run, in_dims=dim)(cache.movedim(0, dim))
+    torch.testing.assert_close(got, torch.stack([run(c) for c in cache]), rtol=1e-6, atol=1e-6)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="less than cos_sin_cache's 14 rows, got 15"):
+            torch.func.vmap(run, in_dims=dim)(cache[:, :14].movedim(0, dim))
+
+
+def test_positions_written_through_a_view_inside_functionalize():
+    q, cache = randn(5, 2, 8), randn(16, 8)
+
+    def run(q: Tensor, positions: Tensor) -> Tensor:
+        positions = positions.clone()
+        view = positions[:]
+        positions.add_(100)
+        view.sub_(100)
+        return gemma_norm.qk_norm_rope(q, q, None, None, cos_sin_cache=cache, positions=positions)[0]
+
+    got = torch.func.functionalize(run)(q, torch.arange(5))
+    torch.testing.assert_close(got, run(q, torch.arange(5)), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(4, 1), (1,), (3,), (1, 3), ()], ids=str)
 def test_positions_broadcast(device, shape):
     """A dimension of 1, or none, stands for any number of tokens."""

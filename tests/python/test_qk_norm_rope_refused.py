@@ -212,15 +212,31 @@ def test_what_is_of_the_wrong_type_is_named():
         ({"positions": 3}, "positions must be a tensor, got 3"),
         ({"interleaved": "yes"}, "interleaved must be a bool, got 'yes'"),
         ({"mrope_section": 3}, "mrope_section must be a list of three integers or None, got 3"),
+        ({"mrope_section": [2.0, 1, 1]}, "mrope_section must be a list of three integers or None, got [2.0, 1, 1]"),
+        ({"mrope_section": [2**64, 1, 1]}, f"mrope_section must be an integer of at most 64 bits, got [{2**64}, 1, 1]"),
         (
-            {"mrope_section": [2.0, 1, 1]},
-            "mrope_section must be a list of three integers or None (of 64 bits), got [2.0, 1, 1]",
+            {"eps": torch.tensor(0.1, requires_grad=True)},
+            "eps must be a plain number, since it has no derivative, got a tensor that requires grad",
+        ),
+        (
+            cache(lambda: torch.ones(1, 1, 1, dtype=torch.int64).to_sparse())(),
+            "positions must be a dense tensor, got layout torch.sparse_coo",
         ),
         ({"cos": torch.tensor(1.0), "sin": torch.tensor(1.0)}, "cos must have shape [3, rotary], got []"),
         (cache(lambda: positions_of(4), mrope_section=[2, 1, 1])(), "positions must have shape [3, 3], got [4]"),
     ):
         with pytest.raises(RuntimeError, match=f"^qk_norm_rope: {re.escape(expected)}$"):
             gemma_norm.qk_norm_rope(**good() | replace)
+
+
+def test_an_eps_with_a_derivative_is_refused_by_all():
+    eps = torch.tensor(0.1, requires_grad=True)
+    for op, function in (
+        ("qk_norm_rope", lambda: gemma_norm.qk_norm_rope(**good(), v=ones(3, 1, 16), eps=eps)),
+        ("fused_qk_norm_rope", lambda: gemma_norm.fused_qk_norm_rope(**good(), eps=eps)),
+    ):
+        with pytest.raises(RuntimeError, match=f"{op}: eps must be a plain number, since it has no derivative"):
+            function()
 
 
 @pytest.mark.parametrize("name", ["q", "cos", "positions"])

@@ -49,6 +49,35 @@ def test_torch_compile(device, overload):
             assert not isinstance(t, Tensor) or torch.equal(t, got[n])
 
 
+def test_inductor_with_scales_that_are_exponents(device):
+    """It fails at an operator that writes to an argument and has a result of their dtype."""
+    w = randn(64, device=device)
+
+    def run(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        how = {"scale_group_size": 32, "scale_dtype": torch.float8_e8m0fnu}
+        return gemma_norm.fused_add_rms_norm_quant(x, residual, w, **how)
+
+    x, residual, other = (randn(4, 64, device=device, seed=seed) for seed in (1, 2, 2))
+    torch._dynamo.reset()
+    for a, b in zip(as_bytes(torch.compile(run, fullgraph=True)(x, residual)), as_bytes(run(x, other)), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(residual, other)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_sizes_from_shapes_under_a_tracer(device):
+    """torch.jit.trace makes tensors of them."""
+    x, w = randn(4, 64, device=device), randn(64, device=device)
+
+    def run(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = gemma_norm.gated_rms_norm(x, x, w, group_size=x.shape[-1] // 2)
+        return y, *gemma_norm.rms_norm_quant(x, w, dtype=torch.int8, scale_group_size=x.shape[-1] // 4)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (x, w))
+        assert all(map(torch.equal, traced(x, w), run(x, w)))
+
+
 def test_plain_pytorch(device, overload):
     """The implementation for devices without a native one. Its y may be off by a bit, and so may q."""
     op = overload[0] if overload[1] == "default" else ".".join(overload)

@@ -54,12 +54,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "group of True": ({"scale_group_size": True}, "scale_group_size must be an integer or None, got True"),
     "group size of 65 bits": (
         {"scale_group_size": 2**64},
-        "scale_group_size must be an integer or None (of 64 bits), got 18446744073709551616",
+        "scale_group_size must be an integer of at most 64 bits, got 18446744073709551616",
     ),
-    "the largest group size": ({"scale_group_size": 2**63 - 1}, "scale_group_size must divide x's last dimension 64"),
+    "the largest group size": (
+        {"scale_group_size": 2**63 - 1},
+        "scale_group_size must divide x's last dimension, got 9223372036854775807",
+    ),
     "eps: requires grad": (
         {"eps": torch.tensor(0.1, requires_grad=True)},
-        "eps must be a number, of which there is no derivative, got a tensor that requires grad",
+        "eps must be a plain number, since it has no derivative, got a tensor that requires grad",
     ),
     "no dtype": ({"dtype": "float8"}, "dtype must be a torch.dtype or None, got 'float8'"),
     "group size": ({"scale_group_size": 5}, "scale_group_size must divide x's last dimension 64, got 5"),

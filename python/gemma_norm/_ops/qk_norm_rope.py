@@ -145,7 +145,8 @@ def _with_copies(
         return tuple(compress(results, given)) if len(results) == len(given) else results
     q, _, _, _, cos, sin, cos_sin_cache, positions = tensors
     try:
-        check_eps(op, options[0])
+        if type(options[0]) is not float:
+            check_eps(op, options[0])
         mrope_section = options[_OPTIONS.index("mrope_section")]
         tensors = (*tensors[:4], *_broadcast(q, cos, sin, cos_sin_cache, positions, mrope_section))
         if _is_grad_enabled() or forward_ad._current_level >= 0 or is_compiled() or is_exported():
@@ -219,9 +220,9 @@ def _broadcast(
         if isinstance(positions, Tensor):
             axes = 0 if mrope_section is None else 1
             if _are_others(positions.shape[axes:], tokens) and (not axes or positions.shape[:1] == (3,)):
-                positions = _expanded(positions, tokens, axes, 0)
-                if positions.dim() and positions.stride(-1) != 1:  # each row of positions must be contiguous
-                    positions = positions.contiguous()
+                given, positions = positions, _expanded(positions, tokens, axes, 0)
+                if positions is not given and positions.dim() and positions.stride(-1) != 1:
+                    positions = positions.contiguous()  # a kernel reads its last dimension with stride 1
     return cos, sin, cos_sin_cache, positions
 
 
@@ -310,12 +311,33 @@ def _gradients_of_angles(
     dcos, dsin = (functools.reduce(torch.add, parts) for parts in (of_cos, of_sin))
     if cache is None:
         return dcos.to(cos.dtype) if needs[0] else None, dsin.to(sin.dtype) if needs[1] else None, None
-    # Which element of the cache each cosine and sine is.
-    numbers = torch.arange(cache.numel(), device=cache.device).view(cache.shape)
-    sources = reference.angles(numbers, positions, interleaved, sections, mrope_interleaved)
-    index, values = torch.cat([t.flatten() for t in sources]), torch.cat([dcos.flatten(), dsin.flatten()])
-    dcache = values.new_zeros(cache.numel()).index_add(0, index, values).view(cache.shape)
-    return None, None, dcache.to(cache.dtype)
+    return None, None, _gradient_of_cache(cache, positions, dcos, dsin, interleaved, sections, mrope_interleaved)
+
+
+def _gradient_of_cache(
+    cache: Tensor,
+    positions: Tensor,
+    dcos: Tensor,
+    dsin: Tensor,
+    interleaved: bool,
+    sections: list[int] | None,
+    mrope_interleaved: bool,
+) -> Tensor:
+    """Each row gets the sum over the tokens at its position. A row has one number for the two elements of a pair."""
+
+    def of_pairs(d: Tensor) -> Tensor:
+        return d[..., ::2] + d[..., 1::2] if interleaved else torch.add(*d.chunk(2, dim=-1))
+
+    rows = torch.cat((of_pairs(dcos), of_pairs(dsin)), dim=-1).flatten(end_dim=-2)
+    dcache = rows.new_zeros(cache.shape)
+    index = positions.long().clamp(0, cache.shape[0] - 1)
+    if sections is None:
+        dcache = dcache.index_add(0, index.flatten(), rows)
+    else:
+        axes = reference.mrope_axes(sections, mrope_interleaved, rows.device).repeat(2)
+        for axis in range(3):
+            dcache = dcache.index_add(0, index[axis].flatten(), rows * (axes == axis))
+    return dcache.to(cache.dtype)
 
 
 class QKNormRopeCopiesFunction(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._calls import is_compiled, is_exported
 from .._checks import OPTIONAL_WEIGHT, RESIDUAL, Extent, X
 from .quantising import QuantisingOperators
 
@@ -167,7 +168,9 @@ def fused_add_rms_norm_quant(
     """Overwrite residual with ``s = round(x + residual)``, and return :func:`rms_norm_quant` of s.
 
     x is only read, because q does not fit its dtype, unless it is residual itself. Otherwise residual must not overlap
-    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors.
+    x. The bits are those of :func:`add_rms_norm_quant`, and so are the other arguments and the errors. Inductor of
+    PyTorch 2.13 cannot compile ``torch.ops.gemma_norm.fused_add_rms_norm_quant`` itself with
+    ``scale_dtype=torch.float8_e8m0fnu``; this function, compiled, calls the functional operator instead.
     """
     arguments: dict[str, Any] = dict(
         x=x,
@@ -185,7 +188,7 @@ def fused_add_rms_norm_quant(
         scale_dtype=scale_dtype,
         global_scale=global_scale,
     )
-    if scale_dtype is torch.float8_e8m0fnu and torch.compiler.is_dynamo_compiling():
+    if scale_dtype is torch.float8_e8m0fnu and (is_compiled() or is_exported()):
         # Inductor of PyTorch 2.13 fails at operators that write to an argument and have a result of this dtype.
         *results, s = ADD_RMS_NORM_QUANT.call(scale, return_y, **arguments)
         residual.copy_(s)
