@@ -247,3 +247,12 @@ def test_compiled_autograd_with_gradients_of_the_angles(device):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         y.backward()
     assert torch.equal(cos.grad, want)
+
+
+def test_gradients_of_a_cache_for_one_token_without_a_dimension(device):
+    a = tensors((), (2, 1), 16, 8, device=device)
+    cache = randn(5, 8, device=device).requires_grad_()
+    a = with_cache(a, cache, torch.tensor(3, device=device))
+    (got,) = torch.autograd.grad(loss(*gemma_norm.qk_norm_rope(**a)), cache)
+    (want,) = torch.autograd.grad(loss(*reference.qk_norm_rope(**a)), cache)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -328,7 +328,7 @@ def _gradient_of_cache(
     def of_pairs(d: Tensor) -> Tensor:
         return d[..., ::2] + d[..., 1::2] if interleaved else torch.add(*d.chunk(2, dim=-1))
 
-    rows = torch.cat((of_pairs(dcos), of_pairs(dsin)), dim=-1).flatten(end_dim=-2)
+    rows = torch.cat((of_pairs(dcos), of_pairs(dsin)), dim=-1).reshape(-1, cache.shape[-1])
     dcache = rows.new_zeros(cache.shape)
     index = positions.long().clamp(0, cache.shape[0] - 1)
     if sections is None:
