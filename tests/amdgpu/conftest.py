@@ -50,7 +50,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 def all_code(target: Target) -> list[AnyKernel]:
     """Every kernel for the target."""
     try:
-        paths = toolchain.compile_assemblies(target.arch).result()
+        paths = toolchain.assemblies(target.arch)
     except toolchain.Missing as missing:
         pytest.skip(f"{target.arch} needs {missing}")
     return [kernel for path in paths for kernel in kernels(path)]

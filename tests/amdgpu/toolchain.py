@@ -175,24 +175,28 @@ def _run(command: list[str], out: Path) -> None:
     partial.rename(out)
 
 
-def assemblies(arch: str) -> list[Path]:
-    """The assembly of each source that has kernels."""
+def _assembly(arch: str, source: Path) -> Path:
     compiler = TARGETS[arch].compiler
     launcher = ["ccache"] if shutil.which("ccache") and compiler in ("hipcc", "clang") else []
     command = [*launcher, *COMPILERS[compiler](), "--offload-device-only", f"--offload-arch={arch}", "-S"]
-    sources = [source for source in SOURCES if source.stem != "entry"]
-    return [build(f"{arch}_{source.stem}.s", [*command, str(source)], sources_hash()) for source in sources]
+    return build(f"{arch}_{source.stem}.s", [*command, str(source)], sources_hash())
 
 
-_compiling: dict[str, Future[list[Path]]] = {}
+_compiling: dict[str, list[Future[Path]]] = {}
 _two_at_a_time = ThreadPoolExecutor(2)
 
 
-def compile_assemblies(arch: str) -> Future[list[Path]]:
-    """Begins to compile for that target, unless that was begun before. The future has :func:`assemblies`, or raises."""
+def compile_assemblies(arch: str) -> list[Future[Path]]:
+    """Begins to compile for that target, unless that was begun before. See :func:`assemblies`."""
     if arch not in _compiling:
-        _compiling[arch] = _two_at_a_time.submit(assemblies, arch)
+        sources = [source for source in SOURCES if source.stem != "entry"]
+        _compiling[arch] = [_two_at_a_time.submit(_assembly, arch, source) for source in sources]
     return _compiling[arch]
+
+
+def assemblies(arch: str) -> list[Path]:
+    """The assembly of each source that has kernels. Raises Missing if there is no compiler for the target."""
+    return [compiled.result() for compiled in compile_assemblies(arch)]
 
 
 def compile_no_more() -> None:
@@ -241,7 +245,7 @@ def code_object(arch: str) -> Path:
     need("ld.lld-19", install="apt-get install lld-19")
     zig_clang = [sys.executable, "-m", "ziglang", "clang"]
     assemble = [*zig_clang, "--target=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-x", "assembler", "-c"]
-    sources = compile_assemblies(arch).result()
+    sources = assemblies(arch)
     text = "".join(source.read_text() for source in sources)
     objects = [build(f"{source.stem}.o", [*assemble, str(source)], text) for source in sources]
     # Two sources have sum_chunks(), the same in both.
