@@ -62,7 +62,9 @@ class Memory:
                     self.arguments[other] = base.as_strided(*layout)
         self.views[name] = index, (shape, strides, offset)
         view = base.as_strided(shape, strides, offset)
-        base[self.elements(name)] = values.flatten().to(self.device, dtype)  # also where elements share memory
+        filled = base.cpu()  # where elements share memory, a GPU writes them in any order
+        filled[self.elements(name).cpu()] = values.flatten().to(dtype)
+        base.copy_(filled)
         if call.special and call.special[0] == name and view.numel():
             view[tuple(n // 2 for n in shape)] = call.special[1]
         self.arguments[name] = view
