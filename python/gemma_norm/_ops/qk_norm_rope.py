@@ -328,16 +328,17 @@ def _gradient_of_cache(
     def of_pairs(d: Tensor) -> Tensor:
         return d[..., ::2] + d[..., 1::2] if interleaved else torch.add(*d.chunk(2, dim=-1))
 
-    rows = torch.cat((of_pairs(dcos), of_pairs(dsin)), dim=-1).reshape(-1, cache.shape[-1])
-    dcache = rows.new_zeros(cache.shape)
+    def summed(rows: Tensor, index: Tensor) -> Tensor:
+        # Not index_add: PyTorch 2.11 takes indices and rows apart if they are distributed tensors.
+        dcache: Tensor = torch.ops.aten.embedding_dense_backward(rows, index, cache.shape[0], -1, False)
+        return dcache
+
+    rows = torch.cat((of_pairs(dcos), of_pairs(dsin)), dim=-1)
     index = positions.long().clamp(0, cache.shape[0] - 1)
     if sections is None:
-        dcache = dcache.index_add(0, index.flatten(), rows)
-    else:
-        axes = reference.mrope_axes(sections, mrope_interleaved, rows.device).repeat(2)
-        for axis in range(3):
-            dcache = dcache.index_add(0, index[axis].flatten(), rows * (axes == axis))
-    return dcache.to(cache.dtype)
+        return summed(rows, index).to(cache.dtype)
+    axes = reference.mrope_axes(sections, mrope_interleaved, rows.device).repeat(2)
+    return functools.reduce(torch.add, [summed(rows * (axes == i), index[i]) for i in range(3)]).to(cache.dtype)
 
 
 class QKNormRopeCopiesFunction(torch.autograd.Function):
