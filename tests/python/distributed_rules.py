@@ -318,7 +318,8 @@ def rotated_heads(device: str) -> None:
         assert all(g.placements == ((Replicate(),) if dim is None else (Partial(),)) for g in gradients[2:4])
 
     cache, positions = randn(9, 8, device=device), torch.arange(24, device=device).view(4, 6) % 9
-    for dim in (None, 0, 1, 2):
+    # PyTorch 2.11 cannot flatten positions that are sharded in their last dimension, and says so.
+    for dim in (None, 0, 2, *((1,) if torch.__version__ >= "2.13" else ())):
         rows = Replicate() if dim is None else Shard(dim)
         tokens = rows if dim in (0, 1) else Replicate()
         of_tokens = {Tensor: positions, DTensor: put(positions, tokens)}

@@ -256,3 +256,18 @@ def test_gradients_of_a_cache_for_one_token_without_a_dimension(device):
     (got,) = torch.autograd.grad(loss(*gemma_norm.qk_norm_rope(**a)), cache)
     (want,) = torch.autograd.grad(loss(*reference.qk_norm_rope(**a)), cache)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotary", [8, 16])
+def test_gradients_in_a_batch(device, rotary):
+    """Of several directions at once, in PyTorch's older way."""
+    a = tensors((4,), (2, 1), 16, rotary, device=device)
+    a = with_cache(a, randn(5, rotary, device=device), torch.arange(4, device=device))
+    leaves = [a[n].requires_grad_() for n in ("q", "k", "q_weight", "k_weight", "cos_sin_cache")]
+    y, z = gemma_norm.qk_norm_rope(**a)
+    directions = [randn(3, *t.shape, device=device, seed=7 + i) for i, t in enumerate((y, z))]
+    got = torch.autograd.grad((y, z), leaves, directions, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        want = torch.autograd.grad((y, z), leaves, [d[i] for d in directions], retain_graph=True)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g[i], w, rtol=1e-4, atol=1e-5)

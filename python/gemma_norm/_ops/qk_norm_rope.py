@@ -282,10 +282,15 @@ class QKNormRopeFunction(torch.autograd.Function):
         return dx, dz, dq_weight, dk_weight, *of_angles, None, *(None for _ in _OPTIONS)
 
 
+def _first(t: Tensor, count: int) -> Tensor:
+    """The first elements of each row. PyTorch cannot batch a slice that is the whole (is_grads_batched)."""
+    return t if count == t.shape[-1] else t[..., :count]
+
+
 def _rotated_back(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """The gradient of the norm, from that of its rotation: the transposed rotation, in float32, rounded once."""
     rotary = cos.shape[-1]
-    turned = dy[..., :rotary].float()
+    turned = _first(dy, rotary).float()
     back = turned * cos.float().unsqueeze(-2) - reference.rotate_half(turned * sin.float().unsqueeze(-2), interleaved)
     back = back.to(dy.dtype)
     return back if rotary == dy.shape[-1] else torch.cat((back, dy[..., rotary:]), dim=-1)
@@ -302,8 +307,8 @@ def _gradients_of_angles(
     for x, weight, dy in ((q, q_weight, dq), (k, k_weight, dk)):
         if dy is None:
             continue
-        n = reference.norm_of_heads(x, weight, eps, gemma, round_each_step, round_rotation)[..., :rotary]
-        dy = dy[..., :rotary].float()
+        n = _first(reference.norm_of_heads(x, weight, eps, gemma, round_each_step, round_rotation), rotary)
+        dy = _first(dy, rotary).float()
         of_cos.append((dy * n).sum(-2))
         of_sin.append((dy * reference.rotate_half(n, interleaved)).sum(-2))
     if not of_cos:
