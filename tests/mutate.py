@@ -41,7 +41,10 @@ SUITES: list[tuple[str, str]] = [
     ("_ops/rms_norm_backward.py", "test_fuzz test_autograd test_backward"),
     ("_ops/rms_norm_add_rms_norm.py", "test_fuzz test_rms_norm_add_rms_norm"),
     ("_ops/gated_rms_norm.py _ops/gated_rms_norm_backward.py", "test_fuzz test_gated test_backward"),
-    ("_ops/qk_norm_rope.py", "test_fuzz test_qk_norm_rope_copies test_qk_norm_rope test_qk_norm_rope_programs"),
+    (
+        "_ops/qk_norm_rope.py _ops/qk_norm_rope_backward.py",
+        "test_fuzz test_qk_norm_rope_copies test_qk_norm_rope test_qk_norm_rope_programs",
+    ),
     ("_ops/quantising.py _ops/rms_norm_quant.py _ops/gated_rms_norm_quant.py", f"test_fuzz {QUANT}"),
     ("module.py gated_module.py _module_checks.py", "test_module test_module_in_place test_module_tracing test_gated"),
     ("routing.py", "test_hip_choice test_hip_exclusions test_hip_results"),

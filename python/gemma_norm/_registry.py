@@ -45,6 +45,7 @@ from ._sharding import declare
 
 Arguments = dict[str, Any]
 
+_torch: Any = torch  # not all of it is typed
 _is_grad_enabled = torch.is_grad_enabled
 _is_tracing = torch._C._is_tracing
 _warned: set[str] = set()
@@ -318,10 +319,9 @@ def _warn_once(x: Tensor) -> None:
 def _innermost(t: Any) -> Any:
     """The tensor that the transforms of torch.func have wrapped. What is no tensor, None for one, is returned."""
     functorch = torch._C._functorch
-    sync: Any = getattr(torch, "_sync")  # noqa: B009  # neither typed nor exported
     while isinstance(t, Tensor) and functorch.is_functorch_wrapped_tensor(t):
         if torch._is_functional_tensor(t):
-            sync(t)  # what was written through views of it
+            _torch._sync(t)  # what was written through views of it
         t = functorch.get_unwrapped(t)
     return t
 

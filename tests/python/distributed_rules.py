@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,23 +186,23 @@ def what_writes_is_refused(device: str) -> None:
                 weight = put(plain["weight"], Replicate())
                 calls = {
                     "x is written .* call gemma_norm.add_rms_norm$": (
-                        lambda: gemma_norm.fused_add_rms_norm(x, residual, weight),  # noqa: B023
-                        lambda: OPS.fused_add_rms_norm(x, residual, weight),  # noqa: B023
+                        partial(gemma_norm.fused_add_rms_norm, x, residual, weight),
+                        partial(OPS.fused_add_rms_norm, x, residual, weight),
                     ),
                     "residual is written .* call gemma_norm.add_rms_norm_quant$": (
-                        lambda: gemma_norm.fused_add_rms_norm_quant(x, residual, weight),  # noqa: B023
-                        lambda: gemma_norm.fused_add_rms_norm_quant(x, residual, weight, return_y=True),  # noqa: B023
+                        partial(gemma_norm.fused_add_rms_norm_quant, x, residual, weight),
+                        partial(gemma_norm.fused_add_rms_norm_quant, x, residual, weight, return_y=True),
                     ),
                     "x is written .* call gemma_norm.rms_norm_add_rms_norm$": (
-                        lambda: gemma_norm.fused_rms_norm_add_rms_norm(x, residual, weight, weight),  # noqa: B023
-                        lambda: OPS.fused_rms_norm_add_rms_norm(x, residual, weight, weight),  # noqa: B023
+                        partial(gemma_norm.fused_rms_norm_add_rms_norm, x, residual, weight, weight),
+                        partial(OPS.fused_rms_norm_add_rms_norm, x, residual, weight, weight),
                     ),
                     "out is written .* call gemma_norm.rms_norm without out$": (
-                        lambda: gemma_norm.rms_norm(x, weight, out=residual),  # noqa: B023
-                        lambda: OPS.rms_norm.out(x, weight, out=residual),  # noqa: B023
+                        partial(gemma_norm.rms_norm, x, weight, out=residual),
+                        partial(OPS.rms_norm.out, x, weight, out=residual),
                     ),
                     "out is written .* call gemma_norm.gated_rms_norm without out$": (
-                        lambda: gemma_norm.gated_rms_norm(x, residual, weight, out=residual),  # noqa: B023
+                        partial(gemma_norm.gated_rms_norm, x, residual, weight, out=residual),
                     ),
                 }
                 for message, refused in calls.items():

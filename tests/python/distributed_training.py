@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def sequence_parallel_norms(device: str, compiled: bool) -> None:
 def sequence_parallel_refusals(device: str) -> None:
     for bad, rule in (("sequence_dim", "an integer"), ("use_local_output", "a bool")):
         message = rf"^NormSequenceParallel: {bad} must be {rule}, got 'no'$"
-        assert_raises(lambda: NormSequenceParallel(**{bad: "no"}), message, ValueError)  # noqa: B023
+        assert_raises(partial(NormSequenceParallel, **{bad: "no"}), message, ValueError)
     mesh = line(device)
     norm = parallelize_module(gemma_norm.RMSNorm(HIDDEN, device=device), mesh, NormSequenceParallel(sequence_dim=-1))
     rule = r"^NormSequenceParallel: sequence_dim must be a dimension of the inputs before the last"
