@@ -35,6 +35,8 @@ GEMMA_NORM_DEVICE T& shared_memory() {
 
 GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) { return __shfl_xor_sync(0xffffffffu, v, distance); }
 
+GEMMA_NORM_DEVICE float value_in_group(int k, float v, int lanes) { return __shfl_sync(0xffffffffu, v, k, lanes); }
+
 GEMMA_NORM_DEVICE void wave_barrier() { __syncwarp(); }
 
 GEMMA_NORM_DEVICE float sum_over_lanes(float v, int lanes) {
@@ -312,6 +314,15 @@ GEMMA_NORM_DEVICE uint32_t max_over_lanes(uint32_t v, int lanes) {
   return max_by_swaps(v, lanes);
 }
 GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
+GEMMA_NORM_DEVICE float max_magnitude(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float largest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return largest;
+#else
+  return max_magnitude_by_bits(a, b);
+#endif
+}
 
 GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) {
 #if __CUDA_ARCH__ >= 890

@@ -78,6 +78,13 @@ inline int thread_index() { return here.thread; }
 inline int64_t block_index() { return here.block; }
 inline int wave_width() { return here.wave_width; }
 
+inline float value_in_group(int k, float v, int lanes) {
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    const float other = value_of_lane(distance, v);
+    if ((thread_index() ^ k) & distance) v = other;
+  }
+  return v;
+}
 inline float sum_over_lanes(float v, int lanes) {
   for (int distance = 1; distance < lanes; distance *= 2) v += value_of_lane(distance, v);
   return v;
@@ -221,6 +228,7 @@ using Arithmetic = Scalar;
 
 inline uint32_t max_over_lanes(uint32_t v, int lanes) { return max_by_swaps(v, lanes); }
 inline void max_in_block(uint32_t* p, uint32_t v) { *p = *p < v ? v : *p; }
+inline float max_magnitude(float a, float b) { return max_magnitude_by_bits(a, b); }
 inline uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) { return quantize_by_hand(f, format); }
 
 template <bool kQuick>

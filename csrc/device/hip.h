@@ -95,6 +95,11 @@ GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) {
   return as_float(__builtin_amdgcn_ds_bpermute(lane * 4, as_bits(v)));
 }
 
+GEMMA_NORM_DEVICE float value_in_group(int k, float v, int lanes) {
+  const int lane = ((static_cast<int>(threadIdx.x) & -lanes) | k) & (wave_width() - 1);
+  return as_float(__builtin_amdgcn_ds_bpermute(lane * 4, as_bits(v)));
+}
+
 // The lanes of a wave run together, so only the compiler must keep the order.
 GEMMA_NORM_DEVICE void wave_barrier() {
   asm volatile("" ::: "memory");
@@ -285,6 +290,7 @@ struct Pair {
 using Arithmetic = Pair;
 
 GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
+GEMMA_NORM_DEVICE float max_magnitude(float a, float b) { return max_magnitude_by_bits(a, b); }
 
 // gfx942's instructions round to the formats without a negative zero, later ones to the others.
 GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) {

@@ -14,6 +14,8 @@
 //                                    accesses to memory before and after is kept; all lanes must call it
 //   value_of_lane(distance, v)       the v of the lane whose index is this lane's ^ distance; all lanes must call
 //                                    it
+//   value_in_group(k, v, lanes)      the v of lane number k of this lane's aligned group of lanes (a power of two);
+//                                    k and lanes are the same in all lanes, and all must call it
 //   multiply_pairs<T>(a, b) add_pairs<T>(a, b)  for words of two 16-bit elements of type T: the bits of the float32
 //                                    operation, rounded to T
 //   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in
@@ -45,6 +47,7 @@
 //                                    floats, and back
 //   quantize(f, format)              a word of four floats, each rounded to 8 bits as quantized::bits_of does
 //   max_over_lanes(v, lanes)         the largest uint32_t of an aligned group of lanes, as sum_over_lanes sums
+//   max_magnitude(a, b)              max(|a|, |b|); a NaN if one of them is NaN
 //   max_in_block(p, v)               *p = max(*p, v), without interruption, for a variable in shared memory
 //   keep_nan(v)                      v, with any NaN replaced by one that pack<bfloat16> keeps; without this,
 //                                    pack<bfloat16> may turn a NaN whose lower 16 bits are not 0 into another value

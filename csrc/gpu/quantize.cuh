@@ -44,10 +44,31 @@ GEMMA_NORM_DEVICE uint32_t max_over_row(uint32_t v, const Launch& launch, int ro
 
 template <int kCount>
 GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
-  uint32_t largest = 0;
+  float largest = y[0];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) largest = larger(largest, device::as_bits(y[i]) & 0x7fffffffu);
-  return largest;
+  for (int i = 1; i < kCount; ++i) largest = device::max_magnitude(largest, y[i]);
+  return device::as_bits(largest);
+}
+
+// The maxima of kCount numbers over an aligned group of lanes, at least kCount of them: each lane gets one, that of the
+// number lane % kCount. In the first steps, two lanes share what they have: one goes on with the numbers of even index,
+// the other with the others. So there are fewer exchanges than for one maximum after the other.
+template <int kCount>
+GEMMA_NORM_DEVICE uint32_t max_of_one(uint32_t (&v)[kCount], int lane, int lanes) {
+  const auto with_other = [](uint32_t own, uint32_t other, int distance) {
+    return larger(own, device::as_bits(device::value_of_lane(distance, device::as_float(other))));
+  };
+#pragma unroll
+  for (int step = 1; step < kCount; step *= 2) {
+    const bool odd = lane & step;
+#pragma unroll
+    for (int i = 0; i < kCount / (2 * step); ++i)
+      v[i] = with_other(odd ? v[2 * i + 1] : v[2 * i], odd ? v[2 * i] : v[2 * i + 1], step);
+  }
+#pragma unroll
+  for (int step = kCount; step < 32; step *= 2)
+    if (step < lanes) v[0] = with_other(v[0], v[0], step);
+  return v[0];
 }
 
 // The scales of a row, and its elements in 8 or 4 bits.
@@ -96,12 +117,13 @@ struct Quantizer {
   }
 
   // Stores a vector whose first element has the index `first`, a multiple of kCount, in memory that is aligned to that.
-  GEMMA_NORM_DEVICE void store(int first, const float (&y)[kCount], float inverse) const {
+  GEMMA_NORM_DEVICE void store(int first, const float (&y)[kCount], float inverse,
+                               const QuantizedFormat& format) const {
     uint32_t words[kCount / 4];
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
       const float q[4] = {y[i] * inverse, y[i + 1] * inverse, y[i + 2] * inverse, y[i + 3] * inverse};
-      words[i / 4] = device::quantize(q, p.format);
+      words[i / 4] = device::quantize(q, format);
     }
     if constexpr (kCount == 8)
       device::store_once(reinterpret_cast<Vector8*>(out + first), Vector8{words[0], words[1]});
@@ -140,7 +162,8 @@ struct Groups {
 
   GEMMA_NORM_DEVICE int number(int k) const { return vector + k * launch.slots; }
   GEMMA_NORM_DEVICE int of(int k) const { return number(k) >> launch.log2_group_vectors; }
-  GEMMA_NORM_DEVICE bool is_first(int k) const { return (number(k) & ((1 << launch.log2_group_vectors) - 1)) == 0; }
+  // Of the group's vectors.
+  GEMMA_NORM_DEVICE int index(int k) const { return number(k) & ((1 << launch.log2_group_vectors) - 1); }
   GEMMA_NORM_DEVICE bool meet() const {
     return kScope == Scope::kBlock && launch.group_lanes < 1 << launch.log2_group_vectors;
   }
@@ -163,11 +186,23 @@ struct Groups {
     auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k)
-      if (number(k) % launch.group_lanes == 0 && first(k) < end) device::max_in_block(&maxima[of(k)], largest[k]);
+      if (!(index(k) & (launch.group_lanes - 1)) && first(k) < end) device::max_in_block(&maxima[of(k)], largest[k]);
     device::block_barrier();
 #pragma unroll
     for (int k = 0; k < kVectors; ++k)
       if (first(k) < end) largest[k] = maxima[of(k)];
+  }
+
+  // The largest bits of the group of vector `own`, which is this lane's index modulo kVectors. There are at least that
+  // many lanes that have parts of one group.
+  template <int kVectors>
+  GEMMA_NORM_DEVICE uint32_t largest_of_one(uint32_t (&largest)[kVectors], int own, bool has_own) const {
+    uint32_t v = max_of_one(largest, vector, launch.group_lanes);
+    if (!meet()) return v;
+    auto& maxima = device::shared_memory<GroupMaxima>().of_groups;
+    if (has_own && (index(own) & (launch.group_lanes - 1)) < kVectors) device::max_in_block(&maxima[of(own)], v);
+    device::block_barrier();
+    return has_own ? maxima[of(own)] : 0;
   }
 };
 
@@ -187,7 +222,8 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     uint32_t largest[kVectors], of_thread = 0;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      largest[k] = first(k) < end ? largest_of(y[k]) : 0;
+      const uint32_t of_vector = largest_of(y[k]);
+      largest[k] = first(k) < end ? of_vector : 0;
       of_thread = larger(of_thread, largest[k]);
     }
     if (quantizer.is_of_row()) {
@@ -195,18 +231,19 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
       const float one = quantizer.inverse(of_row, 0, groups.vector == 0 && first(0) < end);
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) inverse[k] = one;
+    } else if (groups.launch.group_lanes >= kVectors) {
+      // A scale takes many instructions, so each lane finds that of one vector, and gets the others from its neighbours.
+      const int own = groups.vector % kVectors;
+      const bool has_own = first(own) < end;
+      const uint32_t of_group = groups.largest_of_one(largest, own, has_own);
+      const float one = quantizer.inverse(of_group, groups.of(own), has_own && groups.index(own) < kVectors);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) inverse[k] = device::value_in_group(k, one, kVectors);
     } else {
       groups.exchange(largest, first, end);
-      const auto inverses = [&](auto is_float32) {
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k)
-          inverse[k] = quantizer.template inverse<decltype(is_float32)::value>(largest[k], groups.of(k),
-                                                                               groups.is_first(k) && first(k) < end);
-      };
-      if (__builtin_expect(quantizer.p.scale_dtype == DType::kFloat32, 1))
-        inverses(std::true_type());
-      else
-        inverses(std::false_type());
+      for (int k = 0; k < kVectors; ++k)
+        inverse[k] = quantizer.inverse(largest[k], groups.of(k), groups.index(k) == 0 && first(k) < end);
     }
   }
   const auto each = [&](const auto& visit) {
@@ -214,8 +251,12 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     for (int k = 0; k < kVectors; ++k)
       if (first(k) < end) visit(k);
   };
-  if (__builtin_expect(quantizer.p.format.log2_items() == 0, 1))
-    each([&](int k) { quantizer.store(first(k), y[k], inverse[k]); });
+  constexpr QuantizedFormat kUsual = format_of(DType::kFloat8E4M3FN);
+  const QuantizedFormat& format = quantizer.p.format;
+  if (__builtin_expect(format.dtype == kUsual.dtype, 1))
+    each([&](int k) { quantizer.store(first(k), y[k], inverse[k], kUsual); });
+  else if (format.log2_items() == 0)
+    each([&](int k) { quantizer.store(first(k), y[k], inverse[k], format); });
   else
     each([&](int k) { quantizer.store_float4(start, first(k), y[k], inverse[k]); });
 }
