@@ -14,8 +14,8 @@
 //                                    accesses to memory before and after is kept; all lanes must call it
 //   value_of_lane(distance, v)       the v of the lane whose index is this lane's ^ distance; all lanes must call
 //                                    it
-//   value_in_group(k, v, lanes)      the v of lane number k of this lane's aligned group of lanes (a power of two);
-//                                    k and lanes are the same in all lanes, and all must call it
+//   value_in_group(k, v, lanes)      the v of lane number k % lanes of this lane's aligned group of `lanes` lanes (a
+//                                    power of two); k and lanes are the same in all lanes, and all must call it
 //   multiply_pairs<T>(a, b) add_pairs<T>(a, b)  for words of two 16-bit elements of type T: the bits of the float32
 //                                    operation, rounded to T
 //   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in

@@ -76,17 +76,13 @@ template <class V>
 struct Quantizer {
   static constexpr int kCount = FinishOf<V>::kCount;
   const RowParams& p;
+  const RowIndex& row;
   uint8_t* out;  // the row's element `start`, or in float4 what would be that if a byte had one
-  uint8_t* scales;
   float number;  // the scale that is given, or the bound; loaded together with the row
 
   // Not before wait_for_previous_kernel().
   GEMMA_NORM_DEVICE Quantizer(const RowParams& p, const RowIndex& row, uint8_t* out)
-      : p(p),
-        out(out),
-        scales(static_cast<uint8_t*>(p.data[kScaleOut]) +
-               row.offset(p, kScaleOut) * quantized::scale_bytes(p.scale_dtype)),
-        number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f) {}
+      : p(p), row(row), out(out), number(p.data[kScale] ? *static_cast<const float*>(p.data[kScale]) : 0.0f) {}
 
   // The scale is given.
   GEMMA_NORM_DEVICE bool is_static() const { return p.scale_group == 0; }
@@ -108,7 +104,11 @@ struct Quantizer {
     const float* const global = static_cast<const float*>(p.data[kGlobalScale]);
     const quantized::Scale scale =
         quantized::stored_scale(quantized::scale_of(largest, p.format, p.scale_ue8m0, divide), dtype, global);
-    if (stores) quantized::store_scale(scales, scale, dtype, group, p.scale_groups, p.scale_stride);
+    if (stores) {
+      uint8_t* const scales =
+          static_cast<uint8_t*>(p.data[kScaleOut]) + row.offset(p, kScaleOut) * quantized::scale_bytes(dtype);
+      quantized::store_scale(scales, scale, dtype, group, p.scale_groups, p.scale_stride);
+    }
     return scale.inverse;
   }
   GEMMA_NORM_DEVICE float inverse(uint32_t largest, int64_t group, bool stores) const {
@@ -206,18 +206,19 @@ struct Groups {
   }
 };
 
-// Quantises rows of which a thread holds kVectors vectors of y.
+// Quantises rows of which a thread holds kVectors vectors of y, which it changes.
 //
 // What few calls want is in a loop of its own, not in a branch of the others' loop, which it made slower (T141).
 template <Scope kScope, int kUses, int kVectors, class V, class First>
 GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, int row_lanes,
-                                     const float (&y)[kVectors][FinishOf<V>::kCount], int start, const First& first,
+                                     float (&y)[kVectors][FinishOf<V>::kCount], int start, const First& first,
                                      int end) {
-  float inverse[kVectors];
+  // What vectors are multiplied by: in each aligned group of `sharing` lanes, lane k has that of their vectors number
+  // k. An array of all those numbers would take registers until the last vector is stored.
+  float inverse = 1.0f;
+  int sharing = 1;
   if (quantizer.is_static()) {
-    const float given = 1.0f / quantizer.number;
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) inverse[k] = given;
+    inverse = 1.0f / quantizer.number;
   } else {
     uint32_t largest[kVectors], of_thread = 0;
 #pragma unroll
@@ -228,37 +229,39 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     }
     if (quantizer.is_of_row()) {
       const uint32_t of_row = max_over_row<kScope, kUses>(of_thread, groups.launch, row_lanes, kUses - 1);
-      const float one = quantizer.inverse(of_row, 0, groups.vector == 0 && first(0) < end);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) inverse[k] = one;
+      inverse = quantizer.inverse(of_row, 0, groups.vector == 0 && first(0) < end);
     } else if (groups.launch.group_lanes >= kVectors) {
-      // A scale takes many instructions, so each lane finds that of one vector, and gets the others from its neighbours.
+      // A scale takes many instructions, so each lane finds that of one of its vectors.
+      sharing = kVectors;
       const int own = groups.vector % kVectors;
       const bool has_own = first(own) < end;
       const uint32_t of_group = groups.largest_of_one(largest, own, has_own);
-      const float one = quantizer.inverse(of_group, groups.of(own), has_own && groups.index(own) < kVectors);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) inverse[k] = device::value_in_group(k, one, kVectors);
+      inverse = quantizer.inverse(of_group, groups.of(own), has_own && groups.index(own) < kVectors);
     } else {
       groups.exchange(largest, first, end);
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k)
-        inverse[k] = quantizer.inverse(largest[k], groups.of(k), groups.index(k) == 0 && first(k) < end);
+      for (int k = 0; k < kVectors; ++k) {
+        const float of_group = quantizer.inverse(largest[k], groups.of(k), groups.index(k) == 0 && first(k) < end);
+#pragma unroll
+        for (float& f : y[k]) f *= of_group;  // and by 1 below, which changes nothing
+      }
     }
   }
-  const auto each = [&](const auto& visit) {
+  const auto each = [&](const auto& store) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k)
-      if (first(k) < end) visit(k);
+    for (int k = 0; k < kVectors; ++k) {
+      const float of_vector = device::value_in_group(k, inverse, sharing);
+      if (first(k) < end) store(k, of_vector);
+    }
   };
   constexpr QuantizedFormat kUsual = format_of(DType::kFloat8E4M3FN);
   const QuantizedFormat& format = quantizer.p.format;
   if (__builtin_expect(format.dtype == kUsual.dtype, 1))
-    each([&](int k) { quantizer.store(first(k), y[k], inverse[k], kUsual); });
+    each([&](int k, float inverse) { quantizer.store(first(k), y[k], inverse, kUsual); });
   else if (format.log2_items() == 0)
-    each([&](int k) { quantizer.store(first(k), y[k], inverse[k], format); });
+    each([&](int k, float inverse) { quantizer.store(first(k), y[k], inverse, format); });
   else
-    each([&](int k) { quantizer.store_float4(start, first(k), y[k], inverse[k]); });
+    each([&](int k, float inverse) { quantizer.store_float4(start, first(k), y[k], inverse); });
 }
 
 // Quantises a row of a block, of any alignment and with groups of any size. y_of(k, y) computes a thread's vector k

@@ -92,7 +92,7 @@ if __name__ == "__main__":
     hip = hipemu.load(library, arch, None if code_object == "-" else code_object)
     calls = [
         (hidden, f, s, None)
-        for hidden, f, s in itertools.product((512, 5376, 999), FORMATS_OF_8_BITS, ("token", "given"))
+        for hidden, f, s in itertools.product((8, 512, 5376, 999), FORMATS_OF_8_BITS, ("token", "given"))
     ]
     calls += [(h, f, "groups", g) for f in ("float8_e4m3fn", "int8") for h, groups in SHAPES.items() for g in groups]
     calls += [(5376, "float8_e5m2", "powers of two", 128), (512, "float8_e4m3fn", "gated", 128)]

@@ -25,7 +25,18 @@ SCALE_DTYPES["int32"] = torch.int32
 # Whose groups are whole vectors of neighbouring threads; meet in shared memory (5376 / 128); or are anything else.
 GROUPED = st.one_of(
     st.sampled_from(
-        [(4096, 128), (1024, 64), (5376, 128), (1152, 128), (8320, 128), (2560, 64), (768, 128), (512, 32)]
+        [
+            (4096, 128),
+            (1024, 64),
+            (5376, 128),
+            (1152, 128),
+            (8320, 128),
+            (2560, 64),
+            (768, 128),
+            (512, 32),
+            (16384, 32),
+            (2048, 8),
+        ]
     ),
     st.tuples(st.integers(1, 40), st.integers(1, 130)).map(lambda n: (n[0] * n[1], n[1])),
 )

@@ -119,7 +119,7 @@ def test_any_layout(device, dtype, layout, size):
         assert_quantised(gemma_norm.rms_norm(x), q, scale, torch.float8_e4m3fn, scheme)
 
 
-@pytest.mark.parametrize("hidden", [1, 5, 33, 20000, 70000, 140000])
+@pytest.mark.parametrize("hidden", [1, 5, 8, 16, 33, 20000, 70000, 140000])
 @pytest.mark.parametrize("group", [None, 1, 5])
 def test_any_hidden_size(device, dtype, hidden, group):
     if group and hidden % group:
