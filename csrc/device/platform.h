@@ -47,7 +47,7 @@
 //                                    floats, and back
 //   quantize(f, format)              a word of four floats, each rounded to 8 bits as quantized::bits_of does
 //   max_over_lanes(v, lanes)         the largest uint32_t of an aligned group of lanes, as sum_over_lanes sums
-//   max_magnitude(a, b)              max(|a|, |b|); a NaN if one of them is NaN
+//   max_magnitude(a, b)              max(|a|, |b|); a NaN without a sign if one of them is NaN
 //   max_in_block(p, v)               *p = max(*p, v), without interruption, for a variable in shared memory
 //   keep_nan(v)                      v, with any NaN replaced by one that pack<bfloat16> keeps; without this,
 //                                    pack<bfloat16> may turn a NaN whose lower 16 bits are not 0 into another value

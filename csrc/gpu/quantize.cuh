@@ -1,9 +1,9 @@
 // The last part of kernels that quantise y: the scale of each group of elements, which needs the largest |y| of the
 // group, and the rounding to 8 bits.
 //
-// The largest |y| is found on the bits of |y|: those of positive floats are in the order of the numbers, and those of a
-// NaN are greater than all others, so that a NaN reaches the scale. A maximum does not depend on the order in which it
-// is found, so neither do the bits of the result.
+// The largest |y| of a vector is device::max_magnitude's. From there on it is found on the bits: those of positive
+// floats are in the order of the numbers, and those of a NaN are greater than all others, so that a NaN reaches the
+// scale. A maximum does not depend on the order in which it is found, so neither do the bits of the result.
 #pragma once
 
 #include "policies.cuh"
@@ -44,6 +44,7 @@ GEMMA_NORM_DEVICE uint32_t max_over_row(uint32_t v, const Launch& launch, int ro
 
 template <int kCount>
 GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
+  static_assert(kCount >= 2, "of one element, max_magnitude would not be called");
   float largest = y[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) largest = device::max_magnitude(largest, y[i]);
@@ -52,7 +53,8 @@ GEMMA_NORM_DEVICE uint32_t largest_of(const float (&y)[kCount]) {
 
 // The maxima of kCount numbers over an aligned group of lanes, at least kCount of them: each lane gets one, that of the
 // number lane % kCount. In the first steps, two lanes share what they have: one goes on with the numbers of even index,
-// the other with the others. So there are fewer exchanges than for one maximum after the other.
+// the other with the others. By swaps between lanes, one maximum after the other takes up to kCount times as many.
+// `lane` counts the lanes of the wave, or of the row, which is the same modulo `lanes`.
 template <int kCount>
 GEMMA_NORM_DEVICE uint32_t max_of_one(uint32_t (&v)[kCount], int lane, int lanes) {
   const auto with_other = [](uint32_t own, uint32_t other, int distance) {
@@ -162,7 +164,7 @@ struct Groups {
 
   GEMMA_NORM_DEVICE int number(int k) const { return vector + k * launch.slots; }
   GEMMA_NORM_DEVICE int of(int k) const { return number(k) >> launch.log2_group_vectors; }
-  // Of the group's vectors.
+  // The place of vector k in its group.
   GEMMA_NORM_DEVICE int index(int k) const { return number(k) & ((1 << launch.log2_group_vectors) - 1); }
   GEMMA_NORM_DEVICE bool meet() const {
     return kScope == Scope::kBlock && launch.group_lanes < 1 << launch.log2_group_vectors;
@@ -193,8 +195,8 @@ struct Groups {
       if (first(k) < end) largest[k] = maxima[of(k)];
   }
 
-  // The largest bits of the group of vector `own`, which is this lane's index modulo kVectors. There are at least that
-  // many lanes that have parts of one group.
+  // The largest bits of the group of vector `own`, which is this lane's index modulo kVectors. At least that many lanes
+  // have parts of one group. A thread that has a part of the row has kVectors vectors then, so has_own says that.
   template <int kVectors>
   GEMMA_NORM_DEVICE uint32_t largest_of_one(uint32_t (&largest)[kVectors], int own, bool has_own) const {
     uint32_t v = max_of_one(largest, vector, launch.group_lanes);
@@ -206,9 +208,7 @@ struct Groups {
   }
 };
 
-// Quantises rows of which a thread holds kVectors vectors of y, which it changes.
-//
-// What few calls want is in a loop of its own, not in a branch of the others' loop, which it made slower (T141).
+// Quantises rows of which a thread holds kVectors vectors of y. They are not y any more afterwards.
 template <Scope kScope, int kUses, int kVectors, class V, class First>
 GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups<kScope>& groups, int row_lanes,
                                      float (&y)[kVectors][FinishOf<V>::kCount], int start, const First& first,
@@ -254,6 +254,7 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
       if (first(k) < end) store(k, of_vector);
     }
   };
+  // Formats that few calls want are in loops of their own: a branch in the loop of the others made that slower (T141).
   constexpr QuantizedFormat kUsual = format_of(DType::kFloat8E4M3FN);
   const QuantizedFormat& format = quantizer.p.format;
   if (__builtin_expect(format.dtype == kUsual.dtype, 1))

@@ -117,7 +117,7 @@ struct LoadOrder {
   // norm at once and spills. (Not where sums are computed before one is stored: behind the branches, compilers for AMD
   // wait for stores too early.)
   static constexpr bool kNormOneByOne = kVectors == 8;
-  // The same for what a kernel quantises, where the weights are loaded after the sum.
+  // The same for what a kernel quantises, where the weights are loaded after the sum (T145).
   static constexpr bool kYOneByOne = kNormOneByOne && !kEarlyWeights;
   // Compute the activations of the gates before the sum is known, while the thread waits anyway; they take registers
   // (T51).

@@ -25,13 +25,21 @@ SCALE_DTYPES = {"exponents": "float8_e8m0fnu", "four exponents": "int32", "float
 # hidden, and the groups: on lanes, that meet in shared memory, and of an odd size
 SHAPES = {512: (128, 4), 1152: (128,), 5376: (64, 128), 999: (3,), 20000: (32,)}
 ROWS = 2
+BY_HAND = (999, 20000)  # the kernel of such rows rounds without instructions for it
+# The formats that GPUs round to by an instruction. The emulator's makes 0 of a number that is subnormal in the format,
+# and gives float8_e4m3fn on each of them, though gfx942's gives float8_e4m3fnuz. So what is tested is all around it.
+BY_INSTRUCTION = {
+    "gfx942": ["float8_e4m3fnuz"],
+    "gfx950": ["float8_e4m3fn", "float8_e5m2"],
+    "gfx1201": ["float8_e4m3fn", "float8_e5m2"],
+}
 
 
 def tensor(t: torch.Tensor, dtype: str) -> Tensor:
     return Tensor.at(t.data_ptr(), t.shape, t.stride(), dtype, t)
 
 
-def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | None) -> str:
+def wrong(arch: str, hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | None) -> str:
     """What is wrong with a call, or ""."""
     random = torch.Generator().manual_seed(hidden)
     x, weight = torch.randn(ROWS, hidden, generator=random), torch.randn(hidden, generator=random)
@@ -73,9 +81,17 @@ def wrong(hip: ctypes.CDLL, hidden: int, format: str, scheme: str, group: int | 
         scale_ue8m0=scheme == "powers of two",
         scale_dtype=getattr(torch, scale_dtype),
     )
-    different = want[0].view(torch.uint8) != q
+    codes, unknown = want[0], torch.zeros_like(q, dtype=torch.bool)
+    if format in BY_INSTRUCTION.get(arch, ()) and hidden not in BY_HAND:
+        inverse = 1 / (scale if is_static else want[1].repeat_interleave(group or hidden, -1))
+        limited = (y * inverse).clamp(-reference.QUANTIZED_LARGEST[dtype], reference.QUANTIZED_LARGEST[dtype])
+        if format == "float8_e4m3fnuz":
+            dtype = torch.float8_e4m3fn
+            codes = limited.to(dtype)
+        unknown = (limited.abs() < torch.finfo(dtype).smallest_normal) & (q & 0x7F == 0)
+    different = (codes.view(torch.uint8) != q) & ~unknown
     if not packed:  # a NaN's sign is not specified
-        different &= ~(want[0].float().isnan() & q.view(dtype).float().isnan())
+        different &= ~(codes.float().isnan() & q.view(dtype).float().isnan())
     if not np.array_equal(y.numpy(), y_as_well.numpy(), equal_nan=True):
         return "y differs"
     if not is_static and not np.array_equal(numbers(scales), numbers(want[1]), equal_nan=True):
@@ -97,5 +113,5 @@ if __name__ == "__main__":
     calls += [(h, f, "groups", g) for f in ("float8_e4m3fn", "int8") for h, groups in SHAPES.items() for g in groups]
     calls += [(5376, "float8_e5m2", "powers of two", 128), (512, "float8_e4m3fn", "gated", 128)]
     calls += [(h, "float4_e2m1fn_x2", s, g) for h in (512, 5376) for s, g in itertools.product(SCALE_DTYPES, (16, 32))]
-    found = {", ".join(map(str, c)): wrong(hip, *c) for c in calls}
+    found = {", ".join(map(str, c)): wrong(arch, hip, *c) for c in calls}
     print(json.dumps({"calls": len(found), "wrong": {c: text for c, text in found.items() if text}}))
