@@ -35,6 +35,7 @@ GEMMA_NORM_DEVICE T& shared_memory() {
 
 GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) { return __shfl_xor_sync(0xffffffffu, v, distance); }
 
+constexpr bool kSwapsInRegisters = true;
 GEMMA_NORM_DEVICE float value_in_group(int k, float v, int lanes) { return __shfl_sync(0xffffffffu, v, k, lanes); }
 
 GEMMA_NORM_DEVICE void wave_barrier() { __syncwarp(); }

@@ -78,6 +78,7 @@ inline int thread_index() { return here.thread; }
 inline int64_t block_index() { return here.block; }
 inline int wave_width() { return here.wave_width; }
 
+constexpr bool kSwapsInRegisters = true;
 inline float value_in_group(int k, float v, int lanes) {
   for (int distance = 1; distance < lanes; distance *= 2) {
     const float other = value_of_lane(distance, v);

@@ -16,6 +16,7 @@
 //                                    it
 //   value_in_group(k, v, lanes)      the v of lane number k % lanes of this lane's aligned group of `lanes` lanes (a
 //                                    power of two); k and lanes are the same in all lanes, and all must call it
+//   kSwapsInRegisters                those two are as cheap as arithmetic; otherwise they go through shared memory
 //   multiply_pairs<T>(a, b) add_pairs<T>(a, b)  for words of two 16-bit elements of type T: the bits of the float32
 //                                    operation, rounded to T
 //   load_once(p) store_once(p, v)    for a Vector16 or Vector8 that the kernel accesses once: not worth a place in

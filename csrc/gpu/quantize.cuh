@@ -230,8 +230,8 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
     if (quantizer.is_of_row()) {
       const uint32_t of_row = max_over_row<kScope, kUses>(of_thread, groups.launch, row_lanes, kUses - 1);
       inverse = quantizer.inverse(of_row, 0, groups.vector == 0 && first(0) < end);
-    } else if (groups.launch.group_lanes >= kVectors) {
-      // A scale takes many instructions, so each lane finds that of one of its vectors.
+    } else if (device::kSwapsInRegisters && groups.launch.group_lanes >= kVectors) {
+      // A scale takes many instructions, more than these swaps, so each lane finds that of one of its vectors.
       sharing = kVectors;
       const int own = groups.vector % kVectors;
       const bool has_own = first(own) < end;
