@@ -97,7 +97,7 @@ GEMMA_NORM_DEVICE float value_of_lane(int distance, float v) {
 
 constexpr bool kSwapsInRegisters = false;
 GEMMA_NORM_DEVICE float value_in_group(int k, float v, int lanes) {
-  if (lanes == 1) return v;
+  if (lanes == 1) return v;  // the compiler does not know that the swap below would change nothing
   const int lane = ((static_cast<int>(threadIdx.x) & -lanes) | (k & (lanes - 1))) & (wave_width() - 1);
   return as_float(__builtin_amdgcn_ds_bpermute(lane * 4, as_bits(v)));
 }
