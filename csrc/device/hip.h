@@ -16,7 +16,7 @@
 namespace gemma_norm::device {
 
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
-GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
+GEMMA_NORM_DEVICE uint32_t block_index() { return blockIdx.x; }
 // Waves exchange data only through LDS, so this barrier waits only for LDS accesses. __syncthreads() would also wait
 // for the wave's own stores to global memory, with clang 15 on gfx90a and with newer versions on RDNA.
 GEMMA_NORM_DEVICE void block_barrier() {

@@ -82,8 +82,7 @@ class Factors {
 };
 
 // Rows that are `step` apart, of which there are less than 2^31. The coordinates of the first are found by division,
-// and those of the others by addition, without branches, so that the next loads start at once. Rows have two dimensions
-// here; see two_dimensions() in backward_launch.cuh.
+// and those of the others by addition, without branches, so that the next loads start at once.
 struct ShortRowSteps {
   int outer, inner, row;
 
@@ -115,12 +114,12 @@ struct ShortRowSteps {
 class LongRowSteps {
  public:
   GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, int64_t start, int64_t step)
-      : p_(p), at_(p, start), step_(p, step), index_(start), rows_step_(step) {}
+      : p_(p), at_(p, start), step_(p, step) {}
 
-  GEMMA_NORM_DEVICE int64_t index() const { return index_; }
-  GEMMA_NORM_DEVICE bool has_row() const { return index_ < p_.rows; }
+  GEMMA_NORM_DEVICE int64_t index() const { return at_.row; }
+  GEMMA_NORM_DEVICE bool has_row() const { return at_.row < p_.rows; }
   GEMMA_NORM_DEVICE void next() {
-    index_ += rows_step_;
+    at_.row += step_.row;
     at_.inner += step_.inner;
     at_.outer += step_.outer;
     if (at_.inner >= p_.sizes[1]) {
@@ -137,9 +136,18 @@ class LongRowSteps {
   }
 
  private:
+  struct Coordinates {
+    int64_t outer, inner, row;
+
+    GEMMA_NORM_DEVICE Coordinates(const RowParams& p, int64_t row) : outer(0), inner(row), row(row) {
+      const int64_t size = p.sizes[1];
+      if (row < size) return;
+      outer = row >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
+      inner = row - outer * size;
+    }
+  };
   const RowParams& p_;
-  RowIndex at_, step_;
-  int64_t index_, rows_step_;
+  Coordinates at_, step_;
 };
 
 // The factors of a thread's vectors, in registers.

@@ -7,8 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../core/op_info.h"
-#include "../core/row_params.h"
+#include "../core/check.h"
 #include "../device/facts.h"
 #include "tuning.h"
 
@@ -56,6 +55,16 @@ bool is_aligned(const RowParams& params, bool whole_vectors, DType row_dtype);
 
 // The largest number of blocks (kCluster: of clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
+
+// Calls visit() with the rows of each launch: all of them, or parts of at most `most` rows, and of less than 2^31.
+template <class Visit>
+void each_launch(const RowParams& p, int64_t most, const Visit& visit) {
+  if (most > INT32_MAX) most = INT32_MAX;
+  if (p.rows <= most) return visit(p);
+  const int64_t inner = p.sizes[1] < most ? p.sizes[1] : most, sizes[kMaxRowDims] = {most / inner, inner};
+  for (int64_t i = 0; i < p.sizes[0]; i += sizes[0])
+    for (int64_t j = 0; j < p.sizes[1]; j += sizes[1]) visit(select_rows(p, i, j, sizes));
+}
 
 // For example "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread". `dtype` is that
 // of s.

@@ -26,23 +26,6 @@ constexpr int rope_resident_threads(int vectors, Partner partner) {
   return vectors > 2 ? 384 : threads - 128 * (sizeof(W) > sizeof(X)) - 128 * (sizeof(A) > sizeof(X));
 }
 
-// A division by a number that the host knows, which takes two multiplications.
-struct Divider {
-  uint32_t divisor, multiplier;
-  int32_t shift;
-
-  Divider() = default;
-  explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(31) {
-    while (int64_t{1} << (shift - 31) < by) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
-  }
-  // For n < 2^31. The multiplier exceeds 2^shift / divisor by less than 1, so the product is too large by less than
-  // 2^shift / divisor, and the quotient is exact.
-  GEMMA_NORM_DEVICE uint32_t operator()(uint32_t n) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
-  }
-};
-
 // A tensor with something for each token. The strides are those of RowParams, with two dimensions, but in bytes.
 struct OfTokens {
   void* data;
