@@ -216,7 +216,7 @@ normalize_rows(RowParams p, Launch launch) {
           for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
       }
       if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
-      if (Order::kYOneByOne && !(first(k) < end)) {
+      if (Order::kNormOneByOne && !(first(k) < end)) {
         for (float& f : y[k]) f = 0.0f;
         continue;
       }

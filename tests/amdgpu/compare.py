@@ -34,6 +34,8 @@ FORWARD = ("rms_norm", "add_rms_norm")
 CASES = [(op, hidden) for op in FORWARD for hidden in (128, 256, 2048, 4096, 8192, 16384)]
 CASES += [("rms_norm_add_rms_norm", hidden) for hidden in (128, 2048, 4096)]
 CASES += [("gated_rms_norm", 128), ("rms_norm_backward", 4096), ("gated_rms_norm_backward", 128)]
+CASES += [("qk_norm_rope", 128), ("qk_norm_rope", 256)]
+CASES += [("rms_norm_quant", 4096), ("add_rms_norm_quant", 4096), ("gated_rms_norm_quant", 128)]  # int8, a scale a row
 # The kernels that published.py has measured times of, by target.
 MEASURED = {
     "gfx942": [

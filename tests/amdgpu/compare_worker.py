@@ -20,11 +20,9 @@ import oracle
 import peers
 import torch
 from hipemu.tracer import BlockTracer
-from probe import OPERANDS, WHOLE_ROW, Call, Options, Tensor
+from probe import DTYPES, OPERANDS, WHOLE_ROW, Call, Tensor, options
 from wave_trace import count
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 UNITS = 2  # that the GPU has for peers who ask: blocks that stay, one a unit, soon have several rows
 LOOP_ROWS = (1, 4)  # of each block that stays, in two calls
 LOOP_HEADS = (64, 256)  # the same where a block has many short rows at once
@@ -34,12 +32,23 @@ Tensors = dict[str, torch.Tensor]
 
 
 def operand(t: torch.Tensor) -> Tensor:
-    sizes, strides = (ctypes.c_int64 * t.dim())(*t.shape), (ctypes.c_int64 * t.dim())(*t.stride())
-    name = str(t.dtype).removeprefix("torch.").encode()
-    address = ctypes.addressof
-    result = Tensor(t.data_ptr(), address(sizes), address(strides), t.dim(), CODES[t.dtype], name)
-    result.alive = (t, sizes, strides)
-    return result
+    return Tensor.at(t.data_ptr(), t.shape, t.stride(), str(t.dtype).removeprefix("torch."), t)
+
+
+def results(op: str, t: Tensors) -> Tensors:
+    """Memory for what the operator gives."""
+    like = {"out": "x"}
+    if "backward" in op:
+        like = {"dx": "x", "dweight": "weight"} | ({"dgate": "gate"} if "gate" in t else {})
+    if "residual" in t:
+        like["residual_out"] = "residual"
+    if "k" in t:
+        like["k_out"] = "k"
+    made = {name: torch.empty_like(t[of]) for name, of in like.items()}
+    if op.endswith("quant"):
+        made["out"] = made["out"].to(torch.int8)
+        made["scale_out"] = torch.empty(*t["x"].shape[:-1], 1)
+    return made
 
 
 def ours(hip: ctypes.CDLL, op: str) -> Callable[[Tensors], Tensors]:
@@ -52,15 +61,14 @@ def ours(hip: ctypes.CDLL, op: str) -> Callable[[Tensors], Tensors]:
         return kept[-1].data_ptr() + -kept[-1].data_ptr() % 64
 
     def run(t: Tensors) -> Tensors:
-        x = t["x"]
         given = {name: value for name, value in t.items() if name in OPERANDS}
-        results = {"rms_norm": ["out"], "add_rms_norm": ["out", "residual_out"], "gated_rms_norm": ["out"],
-                   "rms_norm_add_rms_norm": ["out", "residual_out"], "rms_norm_backward": ["dx", "dweight"],
-                   "gated_rms_norm_backward": ["dx", "dgate", "dweight"]}[op]  # fmt: skip
-        made = {name: torch.empty_like(t["weight"] if name == "dweight" else x) for name in results}
-        options = Options(eps=oracle.EPS, gemma="gated" not in op, norm_before_gate=True, group_size=WHOLE_ROW)
+        made = results(op, t)
+        quantised = {"dtype": DTYPES["int8"], "dtype_name": b"int8", "scale_group_size": WHOLE_ROW,
+                     "scale_dtype_name": b"float32"} if op.endswith("quant") else {}  # fmt: skip
         hip.gemma_norm_op.restype = ctypes.c_void_p
-        call = Call(op=hip.gemma_norm_op(op.encode()), options=options)
+        call = Call(
+            op=hip.gemma_norm_op(op.encode()), options=options(eps=oracle.EPS, gemma="gated" not in op, **quantised)
+        )
         call.scratch = ctypes.cast(scratch, ctypes.c_void_p)
         for name, tensor in (given | made).items():
             call.tensors[OPERANDS.index(name)] = ctypes.pointer(operand(tensor))
@@ -83,17 +91,21 @@ def traced(run: Callable[[Tensors], Tensors], t: Tensors, wants: Callable[[int, 
 
 def judge(op: str, t: Tensors, gemma: bool, got: Tensors) -> tuple[dict[str, float], str]:
     """The largest error of each result in units of the last place, and what the operator rounds. An error of a gradient
-    is measured in units of the largest element's last place of its row, as its terms cancel.
+    is measured in units of the largest element's last place of its row, as its terms cancel; that of a rotated head
+    likewise.
     """
     errors = {}
     for name, want in oracle.expected(op, t, gemma).items():
-        if name.startswith("d"):
+        if got[name].dtype == torch.int8:
+            error = (got[name].double() - want).abs()
+        elif name.startswith("d") or "rope" in op:
             scale = want.abs().amax(-1, keepdim=True).expand_as(want)
             error = (got[name].double() - want).abs() / (scale * torch.finfo(got[name].dtype).eps)
         else:
             error = oracle.ulps(got[name], want).abs()
         errors[name] = round(float(error.max()), 2) if error.isfinite().all() else float("inf")
-    return errors, "" if "backward" in op else oracle.rounding(got["out"], t, gemma)
+    known = not any(kind in op for kind in ("backward", "quant", "rope"))
+    return errors, oracle.rounding(got["out"], t, gemma) if known else ""
 
 
 def record(launch: dict, rows: int, isa: str) -> dict:
@@ -113,7 +125,7 @@ def is_last_two(index: int, blocks: int) -> bool:
 
 
 def measure(arch: str, run: Callable[[Tensors], Tensors], implementation: str, case: dict) -> dict:
-    op, dtype, hidden, rows = case["op"], DTYPES[case["dtype"]], case["hidden"], case["rows"]
+    op, dtype, hidden, rows = case["op"], getattr(torch, case["dtype"]), case["hidden"], case["rows"]
     isa = hipemu.ARCHES[arch][0]
     gemma = "gated" not in op and implementation not in peers.PLAIN_WEIGHT
     if implementation not in BLOCKS_STAY and op not in BLOCKS_STAY:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import geometric_mean
 
+from oracle import HEADS_OF_TOKEN
 from published import FITTED, FROM_HOST, HELD_OUT, OLDER, TIMINGS, Measured
 from timing import Kernel, Timing, kernel_us, looping_us
 from toolchain import TARGETS
@@ -95,11 +96,15 @@ def counts_table(results: list[dict]) -> list[str]:
 
 
 def row_bytes(result: dict) -> float:
-    """What memory has to move for a row, of all that the operator takes and gives."""
+    """What memory has to move for a row, of all that the operator takes and gives. The cosines and sines of a token, in
+    float32, serve all its heads.
+    """
     tensors = {"rms_norm": 2, "add_rms_norm": 4, "rms_norm_add_rms_norm": 4, "gated_rms_norm": 3,
-               "rms_norm_backward": 3}  # fmt: skip
+               "rms_norm_backward": 3, "gated_rms_norm_backward": 5, "qk_norm_rope": 2, "rms_norm_quant": 1,
+               "add_rms_norm_quant": 3, "gated_rms_norm_quant": 2}  # fmt: skip
+    other = 1 if result["op"].endswith("quant") else 4 / HEADS_OF_TOKEN if result["op"] == "qk_norm_rope" else 0
     size = 4 if result["dtype"] == "float32" else 2
-    return tensors.get(result["op"], 5) * size * result["hidden"]
+    return (tensors[result["op"]] * size + other) * result["hidden"]
 
 
 def row_counts(result: dict) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 EPS = 1e-6
+HEADS_OF_TOKEN, POSITIONS = 8, 64
 Tensors = dict[str, torch.Tensor]
 
 
@@ -15,6 +16,15 @@ def make(op: str, dtype: torch.dtype, rows: int, hidden: int) -> Tensors:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
+    if op == "qk_norm_rope":
+        tokens, k_heads = rows // HEADS_OF_TOKEN, 2
+        heads = normal(tokens, HEADS_OF_TOKEN, hidden) * torch.exp(normal(tokens, HEADS_OF_TOKEN, 1))
+        angles = torch.arange(POSITIONS)[:, None] / 10000 ** (torch.arange(0, hidden, 2) / hidden)
+        t = {"x": heads[:, k_heads:].clone(), "k": heads[:, :k_heads].clone()}
+        t |= {name: 0.3 * normal(hidden) for name in ("weight", "k_weight")}
+        t = {name: value.to(dtype) for name, value in t.items()}
+        positions = torch.randint(POSITIONS, (tokens,), generator=random)
+        return t | {"cos_sin_cache": torch.cat([angles.cos(), angles.sin()], -1), "positions": positions}
     t = {"x": normal(rows, hidden) * torch.exp(normal(rows, 1)), "weight": 0.3 * normal(hidden)}
     if "add_rms_norm" in op:
         t["residual"] = normal(rows, hidden)
@@ -39,8 +49,21 @@ def added(t: Tensors, gemma: bool) -> torch.Tensor:
     return (x * rstd * (t["post_weight"].double() + gemma)).to(t["x"].dtype).double()
 
 
+def rotated(t: Tensors, heads: str, weight: str, gemma: bool) -> torch.Tensor:
+    """The norm of each head, rotated: the elements of a pair are half a head apart."""
+    x = t[heads].double()
+    n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (t[weight].double() + gemma)
+    cos, sin = t["cos_sin_cache"][t["positions"]].double()[:, None].chunk(2, -1)
+    a, b = n.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 def expected(op: str, t: Tensors, gemma: bool) -> Tensors:
-    """In float64, rounded nowhere but the sum of x (or its norm) and residual, which is an output too."""
+    """In float64, rounded nowhere but the sum of x (or its norm) and residual, which is an output too. What is to be
+    quantised is divided by its scale and not rounded.
+    """
+    if op == "qk_norm_rope":
+        return {"out": rotated(t, "x", "weight", gemma), "k_out": rotated(t, "k", "k_weight", gemma)}
     d = {name: value.double() for name, value in t.items()}
     scale = d["weight"] + 1 if gemma else d["weight"]
     s = d["x"]
@@ -52,6 +75,9 @@ def expected(op: str, t: Tensors, gemma: bool) -> Tensors:
     if "backward" not in op:
         out = s * rstd * scale
         result["out"] = out * torch.nn.functional.silu(d["gate"]) if "gated" in op else out
+        if op.endswith("quant"):
+            result["scale_out"] = result["out"].abs().amax(-1, keepdim=True) / torch.iinfo(torch.int8).max
+            result["out"] /= result["scale_out"]
         return result
     dout = d["dout"]
     normalised = s * rstd

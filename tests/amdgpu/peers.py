@@ -116,6 +116,30 @@ def aiter_backward(t: Tensors) -> Tensors:
     return {"dx": dx, "dweight": dweight}
 
 
+def sglang_rope(t: Tensors) -> Tensors:
+    ops = import_module("sglang.kernels.ops.attention.fused_qk_rmsnorm_rope_gate")
+    (tokens, heads, size), k_heads = t["x"].shape, t["k"].shape[1]
+    q, k, _ = ops.fused_qk_gemma_rmsnorm_rope_gate(
+        t["x"].view(tokens, -1), t["k"].view(tokens, -1), t["weight"], t["k_weight"], t["cos_sin_cache"],
+        t["positions"], EPS, heads, k_heads, size, size, has_gate=False,
+    )  # fmt: skip
+    return {"out": q.view(t["x"].shape), "k_out": k.view(t["k"].shape)}
+
+
+def aiter_quant(t: Tensors) -> Tensors:
+    ops = import_module("aiter.ops.triton.rmsnorm")
+    out, scale = torch.empty_like(t["x"], dtype=torch.int8), torch.empty(len(t["x"]))
+    ops.rmsnorm2d_fwd_with_dynamicquant(out, t["x"], scale, t["weight"], EPS)
+    return {"out": out, "scale_out": scale[:, None]}
+
+
+def aiter_add_quant(t: Tensors) -> Tensors:
+    ops = import_module("aiter.ops.triton.rmsnorm")
+    out, scale, total = torch.empty_like(t["x"], dtype=torch.int8), torch.empty(len(t["x"])), torch.empty_like(t["x"])
+    ops.rmsnorm2d_fwd_with_add_dynamicquant(out, t["x"], t["residual"], total, scale, t["weight"], EPS)
+    return {"out": out, "scale_out": scale[:, None], "residual_out": total}
+
+
 # By operator. aiter's multiply by the weight, the others by 1 + weight, which is what the tensors are made for.
 RUN: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {
     "rms_norm": {"Liger": liger, "SGLang": sglang, "aiter Triton": aiter},
@@ -124,5 +148,9 @@ RUN: dict[str, dict[str, Callable[[Tensors], Tensors]]] = {
     "rms_norm_add_rms_norm": {},
     "rms_norm_backward": {"Liger": liger_backward, "aiter Triton": aiter_backward},
     "gated_rms_norm_backward": {},
+    "qk_norm_rope": {"SGLang": sglang_rope},
+    "rms_norm_quant": {"aiter Triton": aiter_quant},
+    "add_rms_norm_quant": {"aiter Triton": aiter_add_quant},
+    "gated_rms_norm_quant": {},
 }
 PLAIN_WEIGHT = ("aiter Triton", "aiter CK")  # and every gated norm

@@ -17,6 +17,8 @@ from published import FITTED, FROM_HOST, HELD_OUT, OLDER, TIMINGS
 from timing import kernel_us
 from toolchain import ROOT, TARGETS
 
+from gemma_norm import reference
+
 BF16 = torch.bfloat16
 
 
@@ -60,6 +62,24 @@ def test_expected_gradients_are_autograds(op: str) -> None:
     assert set(want) == {f"d{name}" for name in leaves}
     for name, leaf in leaves.items():
         torch.testing.assert_close(want[f"d{name}"], leaf.grad)
+
+
+@pytest.mark.parametrize("op", ["rms_norm_quant", "add_rms_norm_quant", "gated_rms_norm_quant"])
+def test_the_reference_of_what_is_quantised_is_half_a_code_off_the_oracle_at_most(op: str) -> None:
+    t = oracle.make(op, torch.float32, 4, 64)
+    gemma = {} if "gated" in op else {"gemma": True}
+    want = oracle.expected(op, t, gemma=bool(gemma))
+    codes, scale = getattr(reference, op)(**t, eps=oracle.EPS, dtype=torch.int8, **gemma)[:2]
+    torch.testing.assert_close(scale.double(), want["scale_out"], rtol=1e-6, atol=0)
+    assert (codes.double() - want["out"]).abs().max() < 0.501 and want["out"].abs().max() == 127
+
+
+def test_the_oracle_rotates_heads_as_the_reference() -> None:
+    t = oracle.make("qk_norm_rope", torch.float32, 32, 64)
+    names = {"x": "q", "weight": "q_weight"}
+    heads = reference.qk_norm_rope(**{names.get(k, k): v for k, v in t.items()}, eps=oracle.EPS, gemma=True)
+    for got, want in zip(heads, oracle.expected("qk_norm_rope", t, gemma=True).values(), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def choices(*instances: tuple[int, int, int, str]) -> str:
