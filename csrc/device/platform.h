@@ -63,7 +63,7 @@
 //   kHasClusters                     some target of this toolkit has thread block clusters
 //   kTargetHasClusters               the target being compiled for has them; only then the following are called, by
 //                                    every thread of every block of a cluster
-//   cluster_index()                  the index of the cluster in the grid
+//   cluster_index()                  the index of the cluster in the grid, a uint32_t
 //   cluster_rank()                   the index of the block in its cluster
 //   cluster_blocks()                 how many blocks the cluster has
 //   open_inbox(inbox, numbers)       before anything else: in each exchange, every block will receive this many

@@ -109,11 +109,10 @@ struct ShortRowSteps {
   }
 };
 
-// The rows `start`, `start + step`, ... Their coordinates are found by division once, and then by addition: a division
-// in 64 bits is a call, around which a thread would spill its registers.
+// The rows `start`, `start + step`, ... Both numbers are less than 2^31, and what they add up to need not be.
 class LongRowSteps {
  public:
-  GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, int64_t start, int64_t step)
+  GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, uint32_t start, uint32_t step)
       : p_(p), at_(p, start), step_(p, step) {}
 
   GEMMA_NORM_DEVICE int64_t index() const { return at_.row; }
@@ -139,11 +138,10 @@ class LongRowSteps {
   struct Coordinates {
     int64_t outer, inner, row;
 
-    GEMMA_NORM_DEVICE Coordinates(const RowParams& p, int64_t row) : outer(0), inner(row), row(row) {
-      const int64_t size = p.sizes[1];
-      if (row < size) return;
-      outer = row >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
-      inner = row - outer * size;
+    GEMMA_NORM_DEVICE Coordinates(const RowParams& p, uint32_t row) : outer(0), inner(row), row(row) {
+      if (row < p.sizes[1]) return;
+      outer = row / static_cast<uint32_t>(p.sizes[1]);
+      inner = row - outer * p.sizes[1];
     }
   };
   const RowParams& p_;

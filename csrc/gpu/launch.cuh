@@ -91,9 +91,7 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, con
   if (aligned && groups_of_row.lanes == 1 << groups_of_row.log2_vectors) plan = spread(plan, p.rows, row_bytes, facts);
   if (prints_plans()) print_plan(info, p, kernels.row_dtype, plan, aligned);
   const Kernel kernel = kernels.by_alignment[aligned][plan.kernel];
-  device::Error error = device::kSuccess;
-  each_launch(p, max_blocks(plan, facts) * plan.rows_per_block(), [&](const RowParams& part) {
-    if (error != device::kSuccess) return;
+  return each_launch(p, max_blocks(plan, facts) * plan.rows_per_block(), [&](const RowParams& part) {
     const int64_t groups = (part.rows + plan.rows_per_block() - 1) / plan.rows_per_block();
     const bool room =
         2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
@@ -106,9 +104,8 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, con
                         groups_of_row.log2_vectors,
                         groups_of_row.lanes,
                         Divider(part.sizes[1])};
-    error = device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, part, launch);
+    return device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, part, launch);
   });
-  return error;
 }
 
 }  // namespace

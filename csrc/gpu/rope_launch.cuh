@@ -124,7 +124,7 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Cop
   }
   r.h = h;
   r.rows = {plan.slots, __builtin_ctz(plan.group_threads), kRopeThreads, plan.vectors, plan.whole_vectors};
-  r.inner_tokens = Divider(p.sizes[1]);
+  r.rows.inner_rows = Divider(p.sizes[1]);
   r.hidden = static_cast<int32_t>(p.hidden);
   r.fills_groups = plan.group_threads * plan.vectors * kVectorBytes == p.hidden * item;
   r.partner_distance = h.rotary / 2 * static_cast<int32_t>(item) / kVectorBytes;
@@ -166,10 +166,9 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
   const int64_t groups_of_token = std::min((heads + each - 1) / each, most_groups);
   const int64_t copies_of_token = std::min((heads_copied + each - 1) / each, most_groups);
   int64_t most = most_groups / std::max(groups_of_token, copies_of_token);     // tokens of a launch
-  if (heads_copied && most > groups_of_block) most -= most % groups_of_block;  // whole periods
+  if (heads_copied && most > groups_of_block) most -= most % groups_of_block;  // a part of a period has all its blocks
 
-  device::Error error = device::kSuccess;
-  each_launch(p, most, [&](const RowParams& part) {
+  return each_launch(p, most, [&](const RowParams& part) {
     const int64_t tokens = part.rows;
     RopeParams from = rope_params(part, h, copied, plan);
     from.groups_of_block = static_cast<int32_t>(groups_of_block);
@@ -184,6 +183,7 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
     const int64_t of_period = std::min(tokens, groups_of_block);
     const auto blocks_of = [&](int64_t groups) { return (groups + groups_of_block - 1) / groups_of_block; };
     const int64_t rope = blocks_of(of_period * groups_of_token), period = rope + blocks_of(of_period * copies_of_token);
+    device::Error error = device::kSuccess;
     for (int64_t head = 0; head < heads && error == device::kSuccess; head += groups_of_token * each) {
       from.first_head = static_cast<uint32_t>(head);
       int64_t blocks = blocks_of(from.groups);
@@ -195,8 +195,8 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
       error = device::launch(kernel.function, {blocks, kRopeThreads, 1}, stream, facts, from);
       copies.heads = 0;  // they are done
     }
+    return error;
   });
-  return error;
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ struct Divider {
   }
 };
 
-// What a kernel needs of its LaunchPlan.
+// What a kernel needs of its LaunchPlan and of its rows.
 struct Launch {
   int32_t slots;
   int32_t log2_slots;     // kWave: log2 of `slots` rounded up to a power of two
@@ -43,7 +43,7 @@ struct Launch {
   bool room_for_next = false;  // a second grid of this size would fit on the GPU at the same time
   // Of a kernel that quantises: vectors that share a scale, and how many of them neighbouring lanes have at least.
   int32_t log2_group_vectors = 0, group_lanes = 0;
-  Divider inner_rows = {};  // RowParams::sizes[1]
+  Divider inner_rows = {};  // RowParams::sizes[1]. Backward kernels have none: they divide once, for their first row.
 };
 
 // The index of the first element of the slot's k-th vector, and the step to the vector's next element.

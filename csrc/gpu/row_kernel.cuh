@@ -86,6 +86,11 @@ GEMMA_NORM_DEVICE void need_arguments(const RowParams& p, const Launch& launch) 
     need(kGate);
     device::need_together(p.sigmoid);
   }
+  if constexpr (Form::kQuantizes)
+    device::need_together(p.data[kScale], p.data[kScaleOut], p.data[kYOut], p.strides[kScaleOut][0],
+                          p.strides[kScaleOut][1], p.round_first, p.scale_ue8m0, p.scale_group, p.scale_stride,
+                          p.scale_dtype, p.format.dtype, p.format.largest, p.format.inverse_largest,
+                          launch.log2_group_vectors, launch.group_lanes);
 }
 
 // Normalises rows that are read once and held in registers, kVectors vectors a slot. kScope is kWave (a block has

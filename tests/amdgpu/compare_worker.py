@@ -46,7 +46,7 @@ def results(op: str, t: Tensors) -> Tensors:
         like["k_out"] = "k"
     made = {name: torch.empty_like(t[of]) for name, of in like.items()}
     if op.endswith("quant"):
-        made["out"] = made["out"].to(torch.int8)
+        made["out"] = torch.empty_like(t["x"], dtype=torch.int8)
         made["scale_out"] = torch.empty(*t["x"].shape[:-1], 1)
     return made
 
@@ -92,7 +92,7 @@ def traced(run: Callable[[Tensors], Tensors], t: Tensors, wants: Callable[[int, 
 def judge(op: str, t: Tensors, gemma: bool, got: Tensors) -> tuple[dict[str, float], str]:
     """The largest error of each result in units of the last place, and what the operator rounds. An error of a gradient
     is measured in units of the largest element's last place of its row, as its terms cancel; that of a rotated head
-    likewise.
+    likewise. An error of int8 is in codes: half of one is the least that rounding leaves.
     """
     errors = {}
     for name, want in oracle.expected(op, t, gemma).items():

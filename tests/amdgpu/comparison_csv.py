@@ -51,7 +51,9 @@ def _times(results: list[dict]) -> Iterator[list]:
 
 
 def _counts(results: list[dict]) -> Iterator[list]:
-    """Of a row, in wave instructions, and the largest error of each result in units of the last place."""
+    """Of a row, in wave instructions, and the largest error of each result: in units of the last place, of int8 in
+    codes.
+    """
     head = ["target", "op", "dtype", "hidden", "implementation", "errors", "rounds", "threads", "registers"]
     yield [*head, *(name.replace(" ", "_") for name in COUNTS)]
     for r in results:

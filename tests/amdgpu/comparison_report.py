@@ -75,7 +75,7 @@ def _name(result: dict) -> str:
 
 
 def counts_table(results: list[dict]) -> list[str]:
-    head = ["", "", "largest error, ulp", "rounds", "threads", "registers", "waves a SIMD", *KINDS]
+    head = ["", "", "largest error, ulp or codes", "rounds", "threads", "registers", "waves a SIMD", *KINDS]
     head += ["loads of 128/64/32/16 bits", "stores", f"waits for {'/'.join(WAITS)}", "KB read", "again", "written"]
     rows = []
     for r in results:

@@ -172,28 +172,56 @@ TEST(Rows, OfAnEmptyTensorAreNone) {
 
 // Where one launch is too small, several have all rows, each once, and none has more rows than it may.
 TEST(Rows, OfSeveralLaunchesAreAllRowsOnce) {
+  struct {
+    Operand operand;
+    DType dtype;
+    int64_t first, outer, inner;  // in bytes
+  } const operands[] = {{kX, DType::kFloat16, 40000, 200, 16},
+                        {kWeight, DType::kFloat32, 50000, 0, 32},  // of groups
+                        {kOut, DType::kFloat4E2M1FNx2, 60000, 50, 4},
+                        {kScaleOut, DType::kInt32, 70000, 4, 400}};
   for (const int64_t outer : {1, 2, 7})
     for (const int64_t inner : {1, 3, 10})
       for (int64_t most = 1; most <= outer * inner + 1; ++most) {
         RowParams p{};
         p.rows = outer * inner;
         p.sizes[0] = outer, p.sizes[1] = inner;
-        p.strides[kX][0] = 100, p.strides[kX][1] = 8;
-        p.dtypes[kX] = DType::kFloat16;
-        const int64_t start = 4096;
-        p.data[kX] = reinterpret_cast<void*>(start);
-        std::map<int64_t, int> found;
+        for (const auto& o : operands) {
+          p.data[o.operand] = reinterpret_cast<void*>(o.first);
+          p.dtypes[o.operand] = o.dtype;
+          p.strides[o.operand][0] = o.outer / size_of(o.dtype), p.strides[o.operand][1] = o.inner / size_of(o.dtype);
+        }
+        std::map<std::vector<int64_t>, int> found;  // where a row is in all operands
         each_launch(p, most, [&](const RowParams& part) {
-          ASSERT_EQ(part.rows, part.sizes[0] * part.sizes[1]);
-          ASSERT_LE(part.rows, most);
-          for (uint32_t r = 0; r < part.rows; ++r)
-            ++found[reinterpret_cast<int64_t>(
-                gpu::RowIndex(gpu::Divider(part.sizes[1]), r).pointer<float16>(part, kX, 0))];
+          EXPECT_EQ(part.rows, part.sizes[0] * part.sizes[1]);
+          EXPECT_LE(part.rows, most);
+          for (uint32_t r = 0; r < part.rows; ++r) {
+            const gpu::RowIndex row(gpu::Divider(part.sizes[1]), r);
+            std::vector<int64_t> places;
+            for (const auto& o : operands)
+              places.push_back(reinterpret_cast<int64_t>(part.data[o.operand]) +
+                               row.offset(part, o.operand) * size_of(o.dtype));
+            ++found[places];
+          }
+          return false;  // no error
         });
+        EXPECT_EQ(static_cast<size_t>(outer * inner), found.size());
         for (int64_t i = 0; i < outer; ++i)
-          for (int64_t j = 0; j < inner; ++j) ASSERT_EQ(1, found[start + 2 * (100 * i + 8 * j)]) << i << ' ' << j;
-        ASSERT_EQ(static_cast<size_t>(outer * inner), found.size());
+          for (int64_t j = 0; j < inner; ++j) {
+            std::vector<int64_t> places;
+            for (const auto& o : operands) places.push_back(o.first + i * o.outer + j * o.inner);
+            EXPECT_EQ(1, found[places]) << i << ' ' << j;
+          }
       }
+}
+
+TEST(Rows, OfSeveralLaunchesEndWithAnError) {
+  RowParams p{};
+  p.rows = 6;
+  p.sizes[0] = 2, p.sizes[1] = 3;
+  int launches = 0;
+  EXPECT_EQ(2, each_launch(p, 1, [&](const RowParams&) { return ++launches == 2 ? 2 : 0; }));
+  EXPECT_EQ(2, launches);
 }
 
 // Kernels find rows in 32 bits, and their offsets in 64.
@@ -206,11 +234,12 @@ TEST(Rows, BeyondThirtyTwoBitsAreReached) {
   p.data[kX] = reinterpret_cast<void*>(int64_t{4096});
   int64_t rows = 0, last = 0;
   each_launch(p, INT64_MAX, [&](const RowParams& part) {
-    ASSERT_LT(part.rows, int64_t{1} << 31);
+    EXPECT_LT(part.rows, int64_t{1} << 31);
     const gpu::RowIndex row(gpu::Divider(part.sizes[1]), static_cast<uint32_t>(part.rows - 1));
     last = reinterpret_cast<int64_t>(row.pointer<float16>(part, kX, 0));
     rows += part.rows;
     EXPECT_EQ(4096 + 2 * ((rows - 1) / p.sizes[1] * p.strides[kX][0] + (rows - 1) % p.sizes[1] * 48), last);
+    return false;
   });
   EXPECT_EQ(p.rows, rows);
 }
