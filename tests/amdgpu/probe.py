@@ -15,7 +15,8 @@ import numpy as np
 
 ROWS = 8
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int32": 4, "int64": 5, "int8": 6, "float8_e4m3fn": 7,
-          "float8_e4m3fnuz": 8, "float8_e5m2": 9, "float4_e2m1fn_x2": 10, "float8_e8m0fnu": 11}  # gemma_norm::DType  # fmt: skip
+          "float8_e4m3fnuz": 8, "float8_e5m2": 9, "float4_e2m1fn_x2": 10,
+          "float8_e8m0fnu": 11}  # gemma_norm::DType  # fmt: skip
 CALLS = [("bfloat16", hidden, add) for hidden in (256, 2048, 4096, 8192, 16384) for add in (False, True)]
 CALLS += [("float16", 4096, False), ("float32", 4096, False)]
 
