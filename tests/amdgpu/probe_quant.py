@@ -44,6 +44,8 @@ def wrong(arch: str, hip: ctypes.CDLL, hidden: int, format: str, scheme: str, gr
     random = torch.Generator().manual_seed(hidden)
     x, weight = torch.randn(ROWS, hidden, generator=random), torch.randn(hidden, generator=random)
     x[1, 5] = torch.nan if scheme == "token" and hidden == 512 else 40.0
+    if scheme == "given":
+        weight[3] = 1e30  # beyond every format, and beyond what an integer of 32 bits holds
     packed = format == "float4_e2m1fn_x2"
     y, q = torch.empty_like(x), torch.zeros(ROWS, hidden // 2 if packed else hidden, dtype=torch.uint8)
     given = {"x": tensor(x, "float32"), "weight": tensor(weight, "float32")}

@@ -125,3 +125,23 @@ def _keeping_nan(to_bfloat16):
 
 
 emu._FUNCS["f32_to_bf16"] = _keeping_nan(emu._FUNCS["f32_to_bf16"])
+
+
+def _limiting(to_int32):
+    """The emulator's v_cvt_i32_f32 is C's conversion, which is undefined for what 32 bits cannot hold. The hardware
+    limits numbers to those of 32 bits, and makes 0 of a NaN (llvm/llvm-project#174726 and #200960).
+    """
+
+    def convert(value):
+        number = value if value.dtype == emu.dtypes.float32 else value.bitcast(emu.dtypes.float32)
+        least, too_large = (UOp.const(limit, emu.dtypes.float32) for limit in (-(2.0**31), 2.0**31))
+        number_or_least = (number < least).where(least, number)
+        fits = number_or_least < too_large  # a NaN does not
+        converted = to_int32(fits.where(number_or_least, UOp.const(0.0, emu.dtypes.float32)))
+        limited = fits.where(converted, UOp.const(2**31 - 1, emu.dtypes.int))
+        return emu._FUNCS["isNAN"](number).where(UOp.const(0, emu.dtypes.int), limited)
+
+    return convert
+
+
+emu._FUNCS["f32_to_i32"] = _limiting(emu._FUNCS["f32_to_i32"])
