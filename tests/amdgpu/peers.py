@@ -117,6 +117,7 @@ def aiter_backward(t: Tensors) -> Tensors:
 
 
 def sglang_rope(t: Tensors) -> Tensors:
+    """Rounds to bfloat16 whatever is not float16, so float32 heads come out with errors of bfloat16."""
     ops = import_module("sglang.kernels.ops.attention.fused_qk_rmsnorm_rope_gate")
     (tokens, heads, size), k_heads = t["x"].shape, t["k"].shape[1]
     q, k, _ = ops.fused_qk_gemma_rmsnorm_rope_gate(
