@@ -33,4 +33,7 @@ Status check(const Call& call, RowParams* params, RowSlices* slices, Message* me
 // `params` with all pointers moved to slice `index`.
 RowParams select_slice(const RowParams& params, const RowSlices& slices, int64_t index);
 
+// `params` with the rows whose coordinates start at `outer` and `inner`, at most `most` of them along each dimension.
+RowParams select_rows(const RowParams& params, int64_t outer, int64_t inner, const int64_t (&most)[kMaxRowDims]);
+
 }  // namespace gemma_norm

@@ -1,4 +1,5 @@
 // The collapsed form of a call: its rows, and what kernels read of its options.
+#include <algorithm>
 #include <utility>
 
 #include "checker.h"
@@ -88,6 +89,13 @@ struct Dimensions {
   }
 };
 
+// Moves the pointers of all operands by `steps` times the stride that stride_of(operand) gives.
+template <class StrideOf>
+void move(RowParams* p, int64_t steps, const StrideOf& stride_of) {
+  for (int o = 0; o < kOperands; ++o)
+    if (p->data[o]) p->data[o] = static_cast<char*>(p->data[o]) + steps * stride_of(o) * size_of(p->dtypes[o]);
+}
+
 }  // namespace
 
 void collapse(const Call& call, RowParams* params, RowSlices* slices) {
@@ -124,28 +132,37 @@ void collapse(const Call& call, RowParams* params, RowSlices* slices) {
   }
 
   const Dimensions dims(call, p.hidden);
-  p.row_dims = dims.count < kMaxRowDims ? dims.count : kMaxRowDims;
+  const int row_dims = dims.count < kMaxRowDims ? dims.count : kMaxRowDims;
+  for (int64_t& size : p.sizes) size = 1;
   p.rows = 1;
-  for (int d = 0; d < p.row_dims; ++d) {
-    p.rows *= p.sizes[p.row_dims - 1 - d] = dims.sizes[d];
-    for (int o = 0; o < kOperands; ++o) p.strides[o][p.row_dims - 1 - d] = dims.strides[o][d];
+  for (int d = 0; d < row_dims; ++d) {
+    p.rows *= p.sizes[kMaxRowDims - 1 - d] = dims.sizes[d];
+    for (int o = 0; o < kOperands; ++o) p.strides[o][kMaxRowDims - 1 - d] = dims.strides[o][d];
   }
   slices->count = p.rows == 0 ? 0 : 1;
-  slices->dims = dims.count - p.row_dims;
+  slices->dims = dims.count - row_dims;
   for (int d = 0; d < slices->dims; ++d) {
-    slices->count *= slices->sizes[d] = dims.sizes[p.row_dims + d];
-    for (int o = 0; o < kOperands; ++o) slices->strides[o][d] = dims.strides[o][p.row_dims + d];
+    slices->count *= slices->sizes[d] = dims.sizes[row_dims + d];
+    for (int o = 0; o < kOperands; ++o) slices->strides[o][d] = dims.strides[o][row_dims + d];
   }
 }
 
 RowParams select_slice(const RowParams& params, const RowSlices& slices, int64_t index) {
   RowParams p = params;
   for (int d = 0; d < slices.dims; ++d) {
-    for (int o = 0; o < kOperands; ++o)
-      if (p.data[o])
-        p.data[o] =
-            static_cast<char*>(p.data[o]) + index % slices.sizes[d] * slices.strides[o][d] * size_of(p.dtypes[o]);
+    move(&p, index % slices.sizes[d], [&](int o) { return slices.strides[o][d]; });
     index /= slices.sizes[d];
+  }
+  return p;
+}
+
+RowParams select_rows(const RowParams& params, int64_t outer, int64_t inner, const int64_t (&most)[kMaxRowDims]) {
+  RowParams p = params;
+  const int64_t first[kMaxRowDims] = {outer, inner};
+  p.rows = 1;
+  for (int d = 0; d < kMaxRowDims; ++d) {
+    p.rows *= p.sizes[d] = std::min(p.sizes[d] - first[d], most[d]);
+    move(&p, first[d], [&](int o) { return p.strides[o][d]; });
   }
   return p;
 }

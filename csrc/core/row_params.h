@@ -11,20 +11,19 @@ namespace gemma_norm {
 constexpr int kMaxRowDims = 2;
 
 // The leading dimensions are collapsed together for all tensors of a call. Row r has the coordinates of r in `sizes`,
-// of which the last varies fastest. Usually there is one dimension: in each tensor, one stride leads from row to row.
-// There are two for the heads of a q or k that is a slice of a fused buffer. A call with more is launched in slices
-// (check.h), because finding a row takes a kernel's time. With groups, a row is one group, `hidden` is the group's
-// size, and the weight has a stride along the dimension of the groups.
+// of which the last varies fastest. Usually one dimension is left: in each tensor, one stride leads from row to row.
+// It is the last of `sizes`, and those before it have size 1 and no strides. There are two for the heads of a q or k
+// that is a slice of a fused buffer. A call with more is launched in slices (check.h), because finding a row takes a
+// kernel's time. With groups, a row is one group, `hidden` is the group's size, and the weight has a stride along the
+// dimension of the groups, the last.
 struct RowParams {
   void* data[kOperands];                    // null where the call has no such tensor
   int64_t strides[kOperands][kMaxRowDims];  // in elements; 0 for what all rows share
   DType dtypes[kOperands];                  // kOther where the call has no such tensor
 
-  int64_t first_row;  // of this launch; more than one is made if a grid would be too large
   int64_t rows;
   int64_t hidden;
   int64_t sizes[kMaxRowDims];
-  int32_t row_dims;  // 1 .. kMaxRowDims
 
   float eps;
   float inv_hidden;     // 1 / hidden

@@ -43,8 +43,7 @@ void run(BackwardFunction function, const BackwardWork& work, int64_t count, int
 void run_backward(const BackwardKernels& kernels, const Call& call, const RowParams& params, const RowSlices& slices,
                   ParallelFor parallel_for) {
   // With groups, a row of `params` is a group. A chunk's partial sums are those of all groups.
-  const int last = params.row_dims - 1;
-  const int64_t sections = params.strides[kWeight][last] ? params.sizes[last] : 1;
+  const int64_t sections = params.strides[kWeight][1] ? params.sizes[1] : 1;
   const int64_t chunks = slices.count ? chunks_of(params.rows / sections, params.hidden * sections) : 0;
   const bool has_dweight = params.data[kDWeight] != nullptr;
   if (chunks == 0 && !has_dweight) return;

@@ -28,7 +28,7 @@ bool worth_nontemporal(const RowParams& p, int64_t rows, Operand output) {
   for (int o = 0; o < kOperands; ++o)
     if (o != output && out == p.data[o]) return false;
   bool aligned = reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
-  for (int d = 0; d < p.row_dims; ++d) aligned = aligned && p.strides[output][d] * kItem % kCacheLine == 0;
+  for (const int64_t stride : p.strides[output]) aligned = aligned && stride * kItem % kCacheLine == 0;
   return aligned;
 }
 

@@ -40,7 +40,7 @@ void widen(const void* from, DType dtype, int64_t offset, int64_t count, float* 
 // The offset of a token in an operand, in elements.
 inline int64_t token_offset(const RowParams& p, Operand operand, int64_t token) {
   int64_t offset = 0;
-  for (int d = p.row_dims - 1; d >= 0; --d) {
+  for (int d = kMaxRowDims - 1; d >= 0; --d) {
     offset += token % p.sizes[d] * p.strides[operand][d];
     token /= p.sizes[d];
   }

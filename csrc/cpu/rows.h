@@ -96,7 +96,7 @@ class RowCursor {
     row_.each([&](Operand operand, auto& place) {
       if (operand != kWeight) place = reinterpret_cast<decltype(place + 0)>(p.data[operand]);
     });
-    for (int d = p.row_dims - 1; d >= 0; --d) {
+    for (int d = kMaxRowDims - 1; d >= 0; --d) {
       at_[d] = row % p.sizes[d];
       row /= p.sizes[d];
       move(d, at_[d]);
@@ -105,7 +105,7 @@ class RowCursor {
 
   Row next() {
     const Row row = row_;
-    for (int d = p_.row_dims - 1; d >= 0; --d) {
+    for (int d = kMaxRowDims - 1; d >= 0; --d) {
       move(d, 1);
       if (++at_[d] < p_.sizes[d]) break;
       move(d, -at_[d]);

@@ -53,9 +53,7 @@ struct Ones {
 };
 
 // The number of weights: those of a row, or of all groups of a row.
-inline int64_t weight_count(const RowParams& p) {
-  return p.strides[kWeight][p.row_dims - 1] ? p.hidden * p.sizes[p.row_dims - 1] : p.hidden;
-}
+inline int64_t weight_count(const RowParams& p) { return p.strides[kWeight][1] ? p.hidden * p.sizes[1] : p.hidden; }
 
 // The same factors as those of StoredWeights, computed beforehand and padded to whole vectors.
 struct PreparedWeights {

@@ -23,7 +23,7 @@
 namespace gemma_norm::device {
 
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
-GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
+GEMMA_NORM_DEVICE uint32_t block_index() { return blockIdx.x; }
 GEMMA_NORM_DEVICE constexpr int wave_width() { return 32; }
 GEMMA_NORM_DEVICE void block_barrier() { __syncthreads(); }
 
@@ -186,7 +186,7 @@ constexpr bool kTargetHasClusters = true;
 #else
 constexpr bool kTargetHasClusters = false;
 #endif
-GEMMA_NORM_DEVICE int64_t cluster_index() {
+GEMMA_NORM_DEVICE uint32_t cluster_index() {
   uint32_t index;
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
   return index;

@@ -20,7 +20,7 @@ namespace gemma_norm::device {
 // The place of the running fiber in its grid.
 struct Here {
   int thread, block_threads, wave_width;
-  int64_t block;
+  uint32_t block;
   int cluster_rank, cluster_blocks;
   bool waited_for_previous_kernel;
 };
@@ -37,7 +37,7 @@ void cluster_wait();
 void store_in_block(float* shared, int rank, float v);
 
 constexpr bool kHasClusters = true, kTargetHasClusters = true;
-inline int64_t cluster_index() { return here.block / here.cluster_blocks; }
+inline uint32_t cluster_index() { return here.block / here.cluster_blocks; }
 inline int cluster_rank() { return here.cluster_rank; }
 inline int cluster_blocks() { return here.cluster_blocks; }
 struct Inbox {};
@@ -75,7 +75,7 @@ void fail(const char* what);
 inline void wave_barrier() { value_of_lane(0, 0); }
 
 inline int thread_index() { return here.thread; }
-inline int64_t block_index() { return here.block; }
+inline uint32_t block_index() { return here.block; }
 inline int wave_width() { return here.wave_width; }
 
 constexpr bool kSwapsInRegisters = true;

@@ -16,7 +16,7 @@
 namespace gemma_norm::device {
 
 GEMMA_NORM_DEVICE int thread_index() { return threadIdx.x; }
-GEMMA_NORM_DEVICE int64_t block_index() { return blockIdx.x; }
+GEMMA_NORM_DEVICE uint32_t block_index() { return blockIdx.x; }
 // Waves exchange data only through LDS, so this barrier waits only for LDS accesses. __syncthreads() would also wait
 // for the wave's own stores to global memory, with clang 15 on gfx90a and with newer versions on RDNA.
 GEMMA_NORM_DEVICE void block_barrier() {
@@ -294,8 +294,24 @@ using Arithmetic = Pair;
 GEMMA_NORM_DEVICE void max_in_block(uint32_t* p, uint32_t v) { atomicMax(p, v); }
 GEMMA_NORM_DEVICE float max_magnitude(float a, float b) { return max_magnitude_by_bits(a, b); }
 
+// Four bytes. The conversion makes 0 of a NaN and limits numbers to those of 32 bits. It is assembly, because in C++
+// both are undefined, so that a compiler may do anything.
+GEMMA_NORM_DEVICE uint32_t quantize_to_int8(const float (&f)[4]) {
+  uint32_t q[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int number;
+    asm("v_cvt_i32_f32 %0, %1" : "=v"(number) : "v"(__builtin_rintf(f[i])));
+    number = number > -128 ? number : -128;
+    q[i] = static_cast<uint32_t>(number < 127 ? number : 127);
+  }
+  // The lowest byte of each; 0x0c stands for a byte of zeros.
+  return __builtin_amdgcn_perm(q[1], q[0], 0x0c0c0400u) | __builtin_amdgcn_perm(q[3], q[2], 0x04000c0cu);
+}
+
 // gfx942's instructions round to the formats without a negative zero, later ones to the others.
 GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& format) {
+  if (format.dtype == DType::kInt8) return quantize_to_int8(f);
 #if defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__)
   constexpr DType kE4M3 = DType::kFloat8E4M3FNUZ, kE5M2 = DType::kOther;
 #elif defined(__gfx950__) || defined(__gfx1200__) || defined(__gfx1201__)

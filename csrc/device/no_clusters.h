@@ -4,7 +4,7 @@
 
 namespace gemma_norm::device {
 
-GEMMA_NORM_DEVICE int64_t cluster_index() { return 0; }
+GEMMA_NORM_DEVICE uint32_t cluster_index() { return 0; }
 GEMMA_NORM_DEVICE int cluster_rank() { return 0; }
 GEMMA_NORM_DEVICE int cluster_blocks() { return 1; }
 struct Inbox {};

@@ -3,7 +3,7 @@
 //   GEMMA_NORM_DEVICE                qualifier of functions
 //   GEMMA_NORM_KERNEL(max_threads, min_blocks)  qualifier of kernels
 //   thread_index()                   an int
-//   block_index()                    an int64_t
+//   block_index()                    a uint32_t, less than 2^31
 //   wave_width()                     lanes of a wave (NVIDIA: warp): 32 or 64
 //   block_barrier()                  orders the block's accesses to shared memory, but not those to global memory
 //   shared_memory<T>()               a T in the block's shared memory, uninitialised; a kernel has one for each
@@ -63,7 +63,7 @@
 //   kHasClusters                     some target of this toolkit has thread block clusters
 //   kTargetHasClusters               the target being compiled for has them; only then the following are called, by
 //                                    every thread of every block of a cluster
-//   cluster_index()                  the index of the cluster in the grid
+//   cluster_index()                  the index of the cluster in the grid, a uint32_t
 //   cluster_rank()                   the index of the block in its cluster
 //   cluster_blocks()                 how many blocks the cluster has
 //   open_inbox(inbox, numbers)       before anything else: in each exchange, every block will receive this many

@@ -155,7 +155,7 @@ backpropagate_in_two_passes(RowParams p, Launch launch, Partials partials) {
   device::allow_next_kernel();
   const char* const weights = weights_of(p, chunk);
   int use = 0;
-  for (LongRowSteps row(p, chunk, partials.chunks); row.has_row(); row.next()) {
+  for (LongRowSteps row(p, device::block_index(), static_cast<uint32_t>(partials.chunks)); row.has_row(); row.next()) {
     const bool is_first = use == 0;
     const auto each_vector = [&](const auto& visit) {
       for (int k = 0; k < launch.vectors; ++k) {

@@ -70,19 +70,6 @@ BackwardKernel find_backward_kernel(const RowParams& p, const BackwardPlan& plan
   });
 }
 
-// The same rows with two dimensions.
-RowParams two_dimensions(RowParams p) {
-  if (p.row_dims == 2) return p;
-  p.row_dims = 2;
-  p.sizes[1] = p.sizes[0];
-  p.sizes[0] = 1;
-  for (auto& strides : p.strides) {
-    strides[1] = strides[0];
-    strides[0] = 0;
-  }
-  return p;
-}
-
 // Whether sum_rows() can compute dweight: it has threads for all rows, counts in 32 bits, and finds the rows as they
 // were. Aligned rows must be so few and short that they have a kernel that leaves their rstd; others are treated alike,
 // so that the sum over the rows has the same order.
@@ -130,7 +117,6 @@ Status launch_op(const Call& call, device::Stream stream, Message* message) {
   RowSlices slices;
   if (const Status status = check(call, &params, &slices, message); status != Status::kOk) return status;
   if (slices.count == 0 && !params.data[kDWeight]) return Status::kOk;
-  params = two_dimensions(params);
   DeviceFacts facts;
   device::Error error = device::facts(&facts, reinterpret_cast<const void*>(&sum_chunks));
   const auto slice = [&](int64_t i) { return slices.count == 1 ? params : select_slice(params, slices, i); };

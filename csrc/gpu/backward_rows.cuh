@@ -82,8 +82,7 @@ class Factors {
 };
 
 // Rows that are `step` apart, of which there are less than 2^31. The coordinates of the first are found by division,
-// and those of the others by addition, without branches, so that the next loads start at once. Rows have two dimensions
-// here; see two_dimensions() in backward_launch.cuh.
+// and those of the others by addition, without branches, so that the next loads start at once.
 struct ShortRowSteps {
   int outer, inner, row;
 
@@ -110,17 +109,16 @@ struct ShortRowSteps {
   }
 };
 
-// The rows `start`, `start + step`, ... Their coordinates are found by division once, and then by addition: a division
-// in 64 bits is a call, around which a thread would spill its registers.
+// The rows `start`, `start + step`, ... Both numbers are less than 2^31, and what they add up to need not be.
 class LongRowSteps {
  public:
-  GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, int64_t start, int64_t step)
-      : p_(p), at_(p, start), step_(p, step), index_(start), rows_step_(step) {}
+  GEMMA_NORM_DEVICE LongRowSteps(const RowParams& p, uint32_t start, uint32_t step)
+      : p_(p), at_(p, start), step_(p, step) {}
 
-  GEMMA_NORM_DEVICE int64_t index() const { return index_; }
-  GEMMA_NORM_DEVICE bool has_row() const { return index_ < p_.rows; }
+  GEMMA_NORM_DEVICE int64_t index() const { return at_.row; }
+  GEMMA_NORM_DEVICE bool has_row() const { return at_.row < p_.rows; }
   GEMMA_NORM_DEVICE void next() {
-    index_ += rows_step_;
+    at_.row += step_.row;
     at_.inner += step_.inner;
     at_.outer += step_.outer;
     if (at_.inner >= p_.sizes[1]) {
@@ -137,9 +135,17 @@ class LongRowSteps {
   }
 
  private:
+  struct Coordinates {
+    int64_t outer, inner, row;
+
+    GEMMA_NORM_DEVICE Coordinates(const RowParams& p, uint32_t row) : outer(0), inner(row), row(row) {
+      if (row < p.sizes[1]) return;
+      outer = row / static_cast<uint32_t>(p.sizes[1]);
+      inner = row - outer * p.sizes[1];
+    }
+  };
   const RowParams& p_;
-  RowIndex at_, step_;
-  int64_t index_, rows_step_;
+  Coordinates at_, step_;
 };
 
 // The factors of a thread's vectors, in registers.

@@ -100,7 +100,7 @@ sum_chunks(RowParams p, Partials partials, int32_t chunks, int32_t log2_parts) {
   constexpr int kAtOnce = 8;  // loads in flight
   auto& sums = device::shared_memory<Sums>().of_columns;
   const int thread = device::thread_index(), parts = 1 << log2_parts;
-  const int64_t first = device::block_index() * kSumColumns, own = first + thread % kSumColumns;
+  const int64_t first = int64_t{device::block_index()} * kSumColumns, own = first + thread % kSumColumns;
   const float* from = partials.sums + thread / kSumColumns * partials.columns + own;
   const int64_t step = partials.columns << log2_parts;
   device::wait_for_previous_kernel(from, p.data[kDWeight]);

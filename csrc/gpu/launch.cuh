@@ -74,7 +74,7 @@ VariantKernels find_kernels(const RowParams& p) {
   return found;
 }
 
-device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, RowParams p, LaunchPlan plan,
+device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, const RowParams& p, LaunchPlan plan,
                           const DeviceFacts& facts, device::Stream stream) {
   bool aligned = is_aligned(p, plan.whole_vectors, kernels.row_dtype);
   GroupPlan groups_of_row{true, 0, 1};
@@ -91,12 +91,8 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
   if (aligned && groups_of_row.lanes == 1 << groups_of_row.log2_vectors) plan = spread(plan, p.rows, row_bytes, facts);
   if (prints_plans()) print_plan(info, p, kernels.row_dtype, plan, aligned);
   const Kernel kernel = kernels.by_alignment[aligned][plan.kernel];
-  const int64_t most = max_blocks(plan, facts);
-  device::Error error = device::kSuccess;
-  for (p.first_row = 0; p.first_row < p.rows && error == device::kSuccess;
-       p.first_row += most * plan.rows_per_block()) {
-    const int64_t all = (p.rows - p.first_row + plan.rows_per_block() - 1) / plan.rows_per_block(),
-                  groups = all < most ? all : most;
+  return each_launch(p, max_blocks(plan, facts) * plan.rows_per_block(), [&](const RowParams& part) {
+    const int64_t groups = (part.rows + plan.rows_per_block() - 1) / plan.rows_per_block();
     const bool room =
         2 * groups * plan.cluster * plan.block_threads <= int64_t{facts.processors} * kernel.resident_threads;
     const Launch launch{plan.slots,
@@ -106,10 +102,10 @@ device::Error launch_rows(const OpInfo& info, const VariantKernels& kernels, Row
                         plan.whole_vectors,
                         room,
                         groups_of_row.log2_vectors,
-                        groups_of_row.lanes};
-    error = device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, p, launch);
-  }
-  return error;
+                        groups_of_row.lanes,
+                        Divider(part.sizes[1])};
+    return device::launch(kernel.function, {groups, plan.block_threads, plan.cluster}, stream, facts, part, launch);
+  });
 }
 
 }  // namespace

@@ -7,8 +7,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../core/op_info.h"
-#include "../core/row_params.h"
+#include "../core/check.h"
 #include "../device/facts.h"
 #include "tuning.h"
 
@@ -56,6 +55,19 @@ bool is_aligned(const RowParams& params, bool whole_vectors, DType row_dtype);
 
 // The largest number of blocks (kCluster: of clusters) that one launch may have.
 int64_t max_blocks(const LaunchPlan& plan, const DeviceFacts& device);
+
+// Calls launch() with the rows of each launch, until it returns an error: with all rows or, in turn, with parts of at
+// most `most` rows (1 or more) and less than 2^31. A part is a rectangle of the two dimensions.
+template <class Launch>
+auto each_launch(const RowParams& p, int64_t most, const Launch& launch) {
+  if (most > INT32_MAX) most = INT32_MAX;
+  if (p.rows <= most) return launch(p);
+  const int64_t inner = p.sizes[1] < most ? p.sizes[1] : most, sizes[kMaxRowDims] = {most / inner, inner};
+  decltype(launch(p)) error{};
+  for (int64_t i = 0; i < p.sizes[0] && !error; i += sizes[0])
+    for (int64_t j = 0; j < p.sizes[1] && !error; j += sizes[1]) error = launch(select_rows(p, i, j, sizes));
+  return error;
+}
 
 // For example "block: 250 of 256 threads a row, 1 rows a block, 2 x 8 consecutive elements a thread". `dtype` is that
 // of s.

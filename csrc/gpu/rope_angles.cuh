@@ -103,31 +103,49 @@ struct TokenAngles {
   template <class First>
   GEMMA_NORM_DEVICE void load(const First& first, int step, int end, Held (&held)[kRotated]) const {
     const HeadParams& h = p.h;
+    const auto is_rotated = [&](int k) {
+      return (kPartner == Partner::kInThread && p.fills_groups) || (first(k) < h.rotary && first(k) < end);
+    };
+    if constexpr (kPartner == Partner::kInMemory) {
 #pragma unroll
-    for (int k = 0; k < kRotated; ++k) {
-      if (!(kPartner == Partner::kInThread && p.fills_groups) && !(first(k) < h.rotary && first(k) < end)) continue;
-      if constexpr (kPartner == Partner::kInMemory) {
-        load_elements(first(k), step, held[k]);
-        continue;
-      }
-#pragma unroll
-      for (int v = 0; v < Held::kVectors; ++v) {
-        const int element = first(k) + v * kOfVector;
-        if (!h.cache_rows) {
-          held[k].cos[v] = load_items<true, Reuse::kSome, kOfVector>(cos, element, 1, NoEnd());
-          held[k].sin[v] = load_items<true, Reuse::kSome, kOfVector>(sin, element, 1, NoEnd());
-        } else if (kPartner == Partner::kInThread && k >= kVectors / 2) {
-          held[k].cos[v] = held[k - kVectors / 2].cos[v];
-          held[k].sin[v] = held[k - kVectors / 2].sin[v];
-        } else {
-          // Of neighbours that are a pair, each angle is needed twice.
-          constexpr bool kTwice = kPartner == Partner::kInVector;
-          held[k].cos[v] = of_pairs<kTwice>(cos, h.pair_of(element));
-          held[k].sin[v] = of_pairs<kTwice>(sin, h.pair_of(element));
-        }
-      }
+      for (int k = 0; k < kRotated; ++k)
+        if (is_rotated(k)) load_elements(first(k), step, held[k]);
+      return;
     }
-    if constexpr (kPartner == Partner::kInMemory) return;
+    // Calls visit(k, v, element) for vector v of the angles of each rotated vector below `count`.
+    const auto each = [&](int count, const auto& visit) {
+#pragma unroll
+      for (int k = 0; k < count; ++k) {
+        if (!is_rotated(k)) continue;
+#pragma unroll
+        for (int v = 0; v < Held::kVectors; ++v) visit(k, v, first(k) + v * kOfVector);
+      }
+    };
+    if (!h.cache_rows) {
+      each(kRotated, [&](int k, int v, int element) {
+        held[k].cos[v] = load_items<true, Reuse::kSome, kOfVector>(cos, element, 1, NoEnd());
+        held[k].sin[v] = load_items<true, Reuse::kSome, kOfVector>(sin, element, 1, NoEnd());
+      });
+    } else {
+      // The second elements of pairs have the angles of the first.
+      constexpr int kOwn = kPartner == Partner::kInThread ? kRotated / 2 : kRotated;
+      each(kOwn, [&](int k, int v, int element) {
+        held[k].cos[v] = of_pairs(cos + row, h.pair_of(element));
+        held[k].sin[v] = of_pairs(sin + row, h.pair_of(element));
+      });
+      // After all loads above: behind a branch, compilers for AMD wait for the loads before it.
+      if (h.axis_stride) {
+        each(kOwn, [&](int k, int v, int element) {
+          choose_axes(held[k].cos[v], cos, h.pair_of(element));
+          choose_axes(held[k].sin[v], sin, h.pair_of(element));
+        });
+      }
+      if constexpr (kPartner == Partner::kInVector)
+        each(kOwn, [&](int k, int v, int) { each_twice(held[k].cos[v]), each_twice(held[k].sin[v]); });
+#pragma unroll
+      for (int k = kOwn; k < kRotated; ++k)
+        if (is_rotated(k)) held[k] = held[k - kOwn];
+    }
 #pragma unroll
     for (int k = 0; k < kRotated; ++k) {
       const bool negates = kPartner == Partner::kInThread      ? k < kVectors / 2
@@ -164,40 +182,33 @@ struct TokenAngles {
         if (h.is_first(element(i))) held.sin[v].word[i / kWordItems<A>] ^= sign_mask<A>(i);
     }
   }
-  // A vector of the numbers of pairs from the cache, each once or twice.
-  template <bool kTwice>
-  GEMMA_NORM_DEVICE Vector16 of_pairs(const A* numbers, int pair) const {
-    constexpr int kPairs = kTwice ? kOfVector / 2 : kOfVector;
-    numbers += pair;
-    Vector16 v = load_pairs<kPairs>(numbers + row);
-    if (p.h.axis_stride) {
-      const Vector16 height = load_pairs<kPairs>(numbers + row_of_height),
-                     width = load_pairs<kPairs>(numbers + row_of_width);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        const int axis = p.h.axis(pair + i), w = i / kWordItems<A>;
-        const uint32_t other = axis == 1 ? height.word[w] : axis == 2 ? width.word[w] : v.word[w];
-        v.word[w] = choose_bits(element_mask<A>(i), other, v.word[w]);
-      }
-    }
-    if constexpr (kTwice) {
-      const Vector16 once = v;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const uint32_t from = once.word[w / 2];
-        v.word[w] = sizeof(A) == 4 ? from : (w % 2 == 0 ? from & 0xffffu : from >> 16) * 0x10001u;
-      }
-    }
-    return v;
-  }
-  // Whole vectors, or halves of them.
-  template <int kPairs>
-  GEMMA_NORM_DEVICE static Vector16 load_pairs(const A* from) {
+  // The numbers of a vector's pairs, from a row of the cache: a whole vector, or its first half.
+  static constexpr int kPairs = kPartner == Partner::kInVector ? kOfVector / 2 : kOfVector;
+  GEMMA_NORM_DEVICE static Vector16 of_pairs(const A* numbers, int pair) {
     if constexpr (kPairs * sizeof(A) == kVectorBytes) {
-      return device::load(reinterpret_cast<const Vector16*>(from));
+      return device::load(reinterpret_cast<const Vector16*>(numbers + pair));
     } else {
-      const Vector8 half = device::load(reinterpret_cast<const Vector8*>(from));
+      const Vector8 half = device::load(reinterpret_cast<const Vector8*>(numbers + pair));
       return {{half.word[0], half.word[1], 0, 0}};
+    }
+  }
+  // Replaces the numbers of the pairs that belong to the second or third axis.
+  GEMMA_NORM_DEVICE void choose_axes(Vector16& v, const A* numbers, int pair) const {
+    const Vector16 height = of_pairs(numbers + row_of_height, pair), width = of_pairs(numbers + row_of_width, pair);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int axis = p.h.axis(pair + i), w = i / kWordItems<A>;
+      const uint32_t other = axis == 1 ? height.word[w] : axis == 2 ? width.word[w] : v.word[w];
+      v.word[w] = choose_bits(element_mask<A>(i), other, v.word[w]);
+    }
+  }
+  // Of neighbours that are a pair, each angle is needed twice.
+  GEMMA_NORM_DEVICE static void each_twice(Vector16& v) {
+    const Vector16 once = v;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t from = once.word[w / 2];
+      v.word[w] = sizeof(A) == 4 ? from : (w % 2 == 0 ? from & 0xffffu : from >> 16) * 0x10001u;
     }
   }
 };

@@ -141,7 +141,7 @@ rotate_heads(RopeParams p) {
   using Weights = HeldWeights<X, W>;
   const int log2 = p.rows.log2_slots, thread = device::thread_index();
   const int slot = thread & ((1 << log2) - 1);
-  uint32_t block = static_cast<uint32_t>(device::block_index());
+  uint32_t block = device::block_index();
   if (p.copies.heads) {
     const uint32_t periods = p.copies.period(block), turn = block - periods * p.copies.period.divisor;
     if (turn >= p.copies.blocks_of_rope) {

@@ -108,7 +108,6 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Cop
   const int64_t item = size_of(p.dtypes[kX]);
   const auto of_tokens = [&](Operand o) -> OfTokens {
     const int64_t bytes = size_of(p.dtypes[o]);
-    if (p.row_dims == 1) return {p.data[o], {0, p.strides[o][0] * bytes}};
     return {p.data[o], {p.strides[o][0] * bytes, p.strides[o][1] * bytes}};
   };
   RopeParams r{};
@@ -125,8 +124,7 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Cop
   }
   r.h = h;
   r.rows = {plan.slots, __builtin_ctz(plan.group_threads), kRopeThreads, plan.vectors, plan.whole_vectors};
-  // A larger size has more tokens than a launch, and launch_heads() then divides by nothing.
-  r.inner_tokens = Divider(p.row_dims == 2 && p.sizes[1] < INT32_MAX ? p.sizes[1] : INT32_MAX);
+  r.rows.inner_rows = Divider(p.sizes[1]);
   r.hidden = static_cast<int32_t>(p.hidden);
   r.fills_groups = plan.group_threads * plan.vectors * kVectorBytes == p.hidden * item;
   r.partner_distance = h.rotary / 2 * static_cast<int32_t>(item) / kVectorBytes;
@@ -168,21 +166,16 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
   const int64_t groups_of_token = std::min((heads + each - 1) / each, most_groups);
   const int64_t copies_of_token = std::min((heads_copied + each - 1) / each, most_groups);
   int64_t most = most_groups / std::max(groups_of_token, copies_of_token);     // tokens of a launch
-  if (heads_copied && most > groups_of_block) most -= most % groups_of_block;  // whole periods
+  if (heads_copied && most > groups_of_block) most -= most % groups_of_block;  // a part of a period has all its blocks
 
-  RopeParams r = rope_params(p, h, copied, plan);
-  r.groups_of_block = static_cast<int32_t>(groups_of_block);
-  r.groups_of_token = Divider(groups_of_token);
-  r.heads_of_group = static_cast<int32_t>(each);
-  r.copies.groups_of_token = Divider(std::max<int64_t>(copies_of_token, 1));
-  device::Error error = device::kSuccess;
-  const auto launch = [&](int64_t outer, int64_t inner, int64_t tokens) {
-    RopeParams from = r;
+  return each_launch(p, most, [&](const RowParams& part) {
+    const int64_t tokens = part.rows;
+    RopeParams from = rope_params(part, h, copied, plan);
+    from.groups_of_block = static_cast<int32_t>(groups_of_block);
+    from.groups_of_token = Divider(groups_of_token);
+    from.heads_of_group = static_cast<int32_t>(each);
     RopeCopies& copies = from.copies;
-    for (OfTokens* of :
-         {&from.x[0].tokens, &from.x[1].tokens, &from.out[0].tokens, &from.out[1].tokens, &from.cos, &from.sin,
-          &from.positions, &copies.from[0].tokens, &copies.from[1].tokens, &copies.to[0].tokens, &copies.to[1].tokens})
-      if (of->data) of->data = static_cast<char*>(of->data) + outer * of->strides[0] + inner * of->strides[1];
+    copies.groups_of_token = Divider(std::max<int64_t>(copies_of_token, 1));
     from.groups = static_cast<uint32_t>(tokens * groups_of_token);
     copies.groups = static_cast<uint32_t>(tokens * copies_of_token);
     copies.heads = static_cast<uint32_t>(heads_copied);
@@ -190,6 +183,7 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
     const int64_t of_period = std::min(tokens, groups_of_block);
     const auto blocks_of = [&](int64_t groups) { return (groups + groups_of_block - 1) / groups_of_block; };
     const int64_t rope = blocks_of(of_period * groups_of_token), period = rope + blocks_of(of_period * copies_of_token);
+    device::Error error = device::kSuccess;
     for (int64_t head = 0; head < heads && error == device::kSuccess; head += groups_of_token * each) {
       from.first_head = static_cast<uint32_t>(head);
       int64_t blocks = blocks_of(from.groups);
@@ -201,18 +195,8 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
       error = device::launch(kernel.function, {blocks, kRopeThreads, 1}, stream, facts, from);
       copies.heads = 0;  // they are done
     }
-  };
-  if (p.rows <= most) {
-    launch(0, 0, p.rows);
     return error;
-  }
-  // So many tokens take several launches, each of which has tokens of one dimension.
-  const int64_t inner_tokens = p.row_dims == 2 ? p.sizes[1] : p.rows;
-  r.inner_tokens = Divider(INT32_MAX);
-  for (int64_t outer = 0; outer < p.rows / inner_tokens && error == device::kSuccess; ++outer)
-    for (int64_t inner = 0; inner < inner_tokens && error == device::kSuccess; inner += most)
-      launch(outer, inner, std::min(most, inner_tokens - inner));
-  return error;
+  });
 }
 
 }  // namespace

@@ -26,24 +26,7 @@ constexpr int rope_resident_threads(int vectors, Partner partner) {
   return vectors > 2 ? 384 : threads - 128 * (sizeof(W) > sizeof(X)) - 128 * (sizeof(A) > sizeof(X));
 }
 
-// A division by a number that the host knows, which takes two multiplications.
-struct Divider {
-  uint32_t divisor, multiplier;
-  int32_t shift;
-
-  Divider() = default;
-  explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(31) {
-    while (int64_t{1} << (shift - 31) < by) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
-  }
-  // For n < 2^31. The multiplier exceeds 2^shift / divisor by less than 1, so the product is too large by less than
-  // 2^shift / divisor, and the quotient is exact.
-  GEMMA_NORM_DEVICE uint32_t operator()(uint32_t n) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
-  }
-};
-
-// A tensor with something for each token. The strides are those of RowParams, with two dimensions, but in bytes.
+// A tensor with something for each token. The strides are those of RowParams, but in bytes.
 struct OfTokens {
   void* data;
   int64_t strides[kMaxRowDims];
@@ -79,7 +62,6 @@ struct RopeParams {
   Divider groups_of_token;     // a token's heads are divided among so many
   int32_t heads_of_group;      // at most; 1 with kInMemory
   uint32_t first_head;         // of this launch
-  Divider inner_tokens;        // RowParams::sizes[1]
   uint32_t heads_of_q, heads;  // of a token; all of them
   int32_t hidden;
   int32_t fills_groups;      // every lane of a group has kVectors whole vectors
@@ -97,11 +79,8 @@ GEMMA_NORM_DEVICE int64_t steps(uint32_t count, int64_t stride) {
 }
 
 template <bool kNarrow>
-struct Token {
-  uint32_t outer, inner;
-
-  GEMMA_NORM_DEVICE Token(const RopeParams& p, uint32_t token)
-      : outer(p.inner_tokens(token)), inner(token - outer * p.inner_tokens.divisor) {}
+struct Token : RowIndex {
+  GEMMA_NORM_DEVICE Token(const RopeParams& p, uint32_t token) : RowIndex(p.rows.inner_rows, token) {}
   // Where it begins, in bytes.
   GEMMA_NORM_DEVICE int64_t offset(const OfTokens& of) const {
     return steps<kNarrow>(inner, of.strides[1]) + steps<kNarrow>(outer, of.strides[0]);

@@ -16,7 +16,24 @@ constexpr int kItems = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kWordItems = 4 / static_cast<int>(sizeof(T));
 
-// What a kernel needs of its LaunchPlan.
+// A division by a number from 1 to 2^31 - 1 that the host knows, which takes two multiplications.
+struct Divider {
+  uint32_t divisor, multiplier;
+  int32_t shift;
+
+  Divider() = default;
+  explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(31) {
+    while (int64_t{1} << (shift - 31) < by) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  // For n < 2^31. The multiplier exceeds 2^shift / divisor by less than 1, so the product is too large by less than
+  // 2^shift / divisor, and the quotient is exact.
+  GEMMA_NORM_DEVICE uint32_t operator()(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// What a kernel needs of its LaunchPlan and of its rows.
 struct Launch {
   int32_t slots;
   int32_t log2_slots;     // kWave: log2 of `slots` rounded up to a power of two
@@ -26,6 +43,7 @@ struct Launch {
   bool room_for_next = false;  // a second grid of this size would fit on the GPU at the same time
   // Of a kernel that quantises: vectors that share a scale, and how many of them neighbouring lanes have at least.
   int32_t log2_group_vectors = 0, group_lanes = 0;
+  Divider inner_rows = {};  // RowParams::sizes[1]. Backward kernels have none: they divide once, for their first row.
 };
 
 // The index of the first element of the slot's k-th vector, and the step to the vector's next element.
@@ -144,21 +162,16 @@ GEMMA_NORM_DEVICE float rounded(float v) {
   return f[0];
 }
 
-// The coordinates of a row. Division is slow, above all in 64 bits: one dimension needs none, and two need 32 bits
-// unless the batch is huge.
+// The coordinates of a row. A launch has less than 2^31 rows.
 struct RowIndex {
-  int64_t outer, inner;
+  uint32_t outer, inner;
 
-  GEMMA_NORM_DEVICE RowIndex(const RowParams& p, int64_t row) : outer(0), inner(row) {
-    if (p.row_dims == 1) return;
-    const int64_t size = p.sizes[1];
-    outer = (row | size) >> 32 ? row / size : static_cast<uint32_t>(row) / static_cast<uint32_t>(size);
-    inner = row - outer * size;
-  }
+  GEMMA_NORM_DEVICE RowIndex(const Divider& inner_rows, uint32_t row)
+      : outer(inner_rows(row)), inner(row - outer * inner_rows.divisor) {}
   // Where the row begins in an operand, in elements.
   GEMMA_NORM_DEVICE int64_t offset(const RowParams& p, Operand operand) const {
     const auto& strides = p.strides[operand];
-    return p.row_dims == 1 ? inner * strides[0] : outer * strides[0] + inner * strides[1];
+    return outer * strides[0] + inner * strides[1];
   }
   // Points to the row's element `start` in an operand with elements of type T.
   template <class T>

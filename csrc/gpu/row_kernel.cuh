@@ -45,21 +45,24 @@ constexpr int kResidentThreads = kKernels[kRow].resident_threads[static_cast<int
 template <Scope kScope, bool kPairs = false>
 struct Place {
   int slot;
-  int64_t row;
+  uint32_t row;
   int vector = 0;
 
-  GEMMA_NORM_DEVICE Place(const RowParams& p, const Launch& launch)
-      : slot(device::thread_index()), row(p.first_row + device::block_index()) {
+  explicit GEMMA_NORM_DEVICE Place(const Launch& launch) : slot(device::thread_index()), row(device::block_index()) {
     if constexpr (kScope == Scope::kWave) {
       const int log2 = launch.log2_slots + kPairs;
-      row = p.first_row + device::block_index() * (launch.block_threads >> log2) + (slot >> log2);
+      row = device::block_index() * (launch.block_threads >> log2) + (slot >> log2);
       if constexpr (kPairs) vector = slot >> launch.log2_slots & 1;
       slot &= (1 << launch.log2_slots) - 1;
     }
     if constexpr (kScope == Scope::kCluster) {
       slot += device::cluster_rank() * launch.block_threads;
-      row = p.first_row + device::cluster_index();
+      row = device::cluster_index();
     }
+  }
+  // Only the last block of kWave has threads beyond the rows.
+  GEMMA_NORM_DEVICE bool has_row(const RowParams& p) const {
+    return kScope != Scope::kWave || row < static_cast<uint32_t>(p.rows);
   }
 };
 
@@ -68,9 +71,10 @@ template <class V>
 GEMMA_NORM_DEVICE void need_arguments(const RowParams& p, const Launch& launch) {
   using Form = typename V::Form;
   const auto need = [&](auto... operands) {
-    device::need_together(p.first_row, p.rows, p.hidden, p.sizes[1], p.row_dims, p.eps, p.inv_hidden, p.weight_offset,
-                          launch.slots, launch.log2_slots, launch.block_threads, p.data[operands]...,
-                          p.strides[operands][0]..., p.strides[operands][1]...);
+    device::need_together(p.rows, p.hidden, p.eps, p.inv_hidden, p.weight_offset, launch.slots, launch.log2_slots,
+                          launch.block_threads, launch.inner_rows.divisor, launch.inner_rows.multiplier,
+                          launch.inner_rows.shift, p.data[operands]..., p.strides[operands][0]...,
+                          p.strides[operands][1]...);
   };
   need(kX, kOut);
   if constexpr (V::kHasWeight) device::need_together(p.data[kWeight]);
@@ -82,6 +86,11 @@ GEMMA_NORM_DEVICE void need_arguments(const RowParams& p, const Launch& launch) 
     need(kGate);
     device::need_together(p.sigmoid);
   }
+  if constexpr (Form::kQuantizes)
+    device::need_together(p.data[kScale], p.data[kScaleOut], p.data[kYOut], p.strides[kScaleOut][0],
+                          p.strides[kScaleOut][1], p.round_first, p.scale_ue8m0, p.scale_group, p.scale_stride,
+                          p.scale_dtype, p.format.dtype, p.format.largest, p.format.inverse_largest,
+                          launch.log2_group_vectors, launch.group_lanes);
 }
 
 // Normalises rows that are read once and held in registers, kVectors vectors a slot. kScope is kWave (a block has
@@ -102,16 +111,16 @@ normalize_rows(RowParams p, Launch launch) {
 
   need_arguments<V>(p, launch);
   open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
-  const Place<kScope, kPairs> place(p, launch);
+  const Place<kScope, kPairs> place(launch);
   // A thread that owns no part of a row still takes part in the exchanges.
-  const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
+  const bool active = place.has_row(p) && place.slot < launch.slots;
   const int step = kAligned ? 1 : item_step(launch);
   // The pointers below point to element `start` of the row, and all indices count from there.
   const int start = kAligned ? first_item<kAligned, S, int>(launch, place.slot, place.vector) : 0;
   const auto first = [&](int k) { return first_item<kAligned, S, int>(launch, kAligned ? 0 : place.slot, k); };
   const int end = active ? static_cast<int>(p.hidden) - start : 0;
   // All threads of a block have the same row unless kScope is kWave; the compiler then keeps it in scalar registers.
-  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);
+  const RowIndex row(launch.inner_rows, kScope != Scope::kWave || active ? place.row : 0);
   const Source source(p, row, start);
   const Finish finish(p, row, start);
   Vector16 s[kVectors];
@@ -212,7 +221,7 @@ normalize_rows(RowParams p, Launch launch) {
           for (int i = k; i < k + kBatch; ++i) finish.template load<kAligned>(w[i], finish.weight, first(i), step, end);
       }
       if constexpr (!Order::kEarlyGate) finish.activate_gate(gate[k]);
-      if (Order::kYOneByOne && !(first(k) < end)) {
+      if (Order::kNormOneByOne && !(first(k) < end)) {
         for (float& f : y[k]) f = 0.0f;
         continue;
       }
@@ -252,11 +261,11 @@ normalize_in_two_passes(RowParams p, Launch launch) {
   if constexpr (kScope == Scope::kCluster && !device::kTargetHasClusters) return;
   using S = typename V::S;
   open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
-  const Place<kScope> place(p, launch);
+  const Place<kScope> place(launch);
   const int step = item_step(launch);
-  const bool active = (kScope != Scope::kWave || place.row < p.rows) && place.slot < launch.slots;
+  const bool active = place.has_row(p) && place.slot < launch.slots;
   const int64_t end = active ? p.hidden : 0;
-  const RowIndex row(p, kScope != Scope::kWave || active ? place.row : 0);
+  const RowIndex row(launch.inner_rows, kScope != Scope::kWave || active ? place.row : 0);
   using Source = SourceOf<typename V::Form::Source, V, 1, TwoPassOrder, Reuse::kSome>;
   using Finish = FinishOf<V>;
   const Source source(p, row, 0);

@@ -113,12 +113,10 @@ struct LoadOrder {
   // and of weights; then they are loaded after x's sum is known, this many vectors together.
   static constexpr bool kEarlyPostWeights = kEarlyWeights && kVectors < 8;
   static constexpr int kPostBatch = kWideWeights ? 2 : 4;
-  // With eight vectors, the norm of each vector is in a branch of its own. Without it, nvcc loads all weights of that
-  // norm at once and spills. (Not where sums are computed before one is stored: behind the branches, compilers for AMD
-  // wait for stores too early.)
+  // With eight vectors, the norm of each vector is in a branch of its own if it is held: that of x, and what is
+  // quantised (T145, T147). Without it, nvcc loads or unpacks all weights at once and spills. (Not that of x where sums
+  // are computed before one is stored: behind the branches, compilers for AMD wait for stores too early.)
   static constexpr bool kNormOneByOne = kVectors == 8;
-  // The same for what a kernel quantises, where the weights are loaded after the sum (T145).
-  static constexpr bool kYOneByOne = kNormOneByOne && !kEarlyWeights;
   // Compute the activations of the gates before the sum is known, while the thread waits anyway; they take registers
   // (T51).
   static constexpr bool kEarlyGate = kVectors <= 4;

@@ -185,8 +185,8 @@ def test_loads_come_before_the_stores_of_sums(code: list[Kernel]) -> None:
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if TARGETS[t].wave == 64], indirect=True)
 def test_arguments_arrive_together(code: list[Kernel]) -> None:
-    """Before the first load of a row, a kernel waits once for its arguments: none is loaded behind that wait, not even
-    in the branch that finds a row with two dimensions. Compilers for RDNA still wait twice in some kernels.
+    """Before the first load of a row, a kernel waits once for its arguments: none is loaded behind that wait. Compilers
+    for RDNA still wait twice in some kernels.
     """
 
     def wrong(k: Kernel) -> object:

@@ -49,15 +49,16 @@ TEST(Check, CollapsesTokens) {
   Message message{};
   ASSERT_EQ(Status::kOk, call.rotated().check(&params, &slices, &message)) << message.text;
   EXPECT_EQ(6, params.rows);
-  EXPECT_EQ(2, params.row_dims);
+  EXPECT_EQ(2, params.sizes[0]);
+  EXPECT_EQ(3, params.sizes[1]);
   EXPECT_EQ(0, params.strides[kCos][0]);
   EXPECT_EQ(4, params.strides[kCos][1]);
   call.cos->strides = call.sin->strides = {12, 4, 1};
   ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
   EXPECT_EQ(6, params.rows);
-  EXPECT_EQ(1, params.row_dims);
-  EXPECT_EQ(32, params.strides[kX][0]);
-  EXPECT_EQ(4, params.strides[kSin][0]);
+  EXPECT_EQ(1, params.sizes[0]);
+  EXPECT_EQ(32, params.strides[kX][1]);
+  EXPECT_EQ(4, params.strides[kSin][1]);
 }
 
 }  // namespace

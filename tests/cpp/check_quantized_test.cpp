@@ -16,7 +16,7 @@ TEST(Check, LetsQuantisedCallsThrough) {
   ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
   EXPECT_EQ(4, params.scale_group);
   EXPECT_EQ(4, params.scale_stride);
-  EXPECT_EQ(1, params.strides[kScaleOut][0]);
+  EXPECT_EQ(1, params.strides[kScaleOut][1]);
   EXPECT_EQ(448.0f, params.format.largest);
   call.scale = one;  // a bound
   EXPECT_EQ("", answer(call));
@@ -56,7 +56,7 @@ TEST(Check, LetsScalesOfNormedGroupsThrough) {
   float4.scales = Place{40000, {4, 2}, {1, 4}, DType::kInt32, "int32"};
   float4.op = RmsNormQuant::kInfos[2];
   ASSERT_EQ(Status::kOk, float4.check(&params, &slices, &message)) << message.text;
-  EXPECT_EQ(64, params.strides[kOut][0]);
+  EXPECT_EQ(64, params.strides[kOut][1]);
   EXPECT_EQ(8, params.scale_groups);
   EXPECT_TRUE(params.scale_ue8m0);
 }

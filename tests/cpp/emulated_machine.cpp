@@ -197,7 +197,7 @@ class Machine {
       const auto rank = std::find_if(ranks.begin(), ranks.end(), [&](int r) { return can_go_on(r); });
       if (rank == ranks.end()) return diverged(0, all);
       here.cluster_rank = *rank;
-      here.block = first + *rank;
+      here.block = static_cast<uint32_t>(first + *rank);
       run_block();
       if (!error_.empty()) return;
     }

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "gpu/plan.h"
 #include "gpu/row.cuh"
 #include "test_call.h"
 
@@ -48,10 +49,9 @@ TEST(Rows, AreThoseOfTheTensors) {
     RowSlices slices;
     Message message{};
     ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
-    ASSERT_LE(params.row_dims, kMaxRowDims);
     sliced += slices.count > 1;
-    collapsed += slices.count == 1 && params.row_dims == 1 && sizes.size() > 2;
-    transposed += slices.count == 1 && params.row_dims == 1 && is_transposed;
+    collapsed += slices.count == 1 && params.sizes[0] == 1 && sizes.size() > 2;
+    transposed += slices.count == 1 && params.sizes[0] == 1 && is_transposed;
 
     int64_t rows = 1;
     for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
@@ -69,7 +69,7 @@ TEST(Rows, AreThoseOfTheTensors) {
     for (int64_t s = 0; s < slices.count; ++s) {
       const RowParams slice = select_slice(params, slices, s);
       for (int64_t r = 0; r < slice.rows; ++r) {
-        const gpu::RowIndex at(slice, r);
+        const gpu::RowIndex at(gpu::Divider(slice.sizes[1]), static_cast<uint32_t>(r));
         std::vector<int64_t> addresses;
         for (const auto& [o, operand] : places)
           addresses.push_back(reinterpret_cast<int64_t>(at.pointer<bfloat16>(slice, operand, 0)));
@@ -95,8 +95,9 @@ TEST(Rows, OfOneAreAStrideOfZeroApart) {
   call.x.strides = call.out.strides = {1};
   ASSERT_EQ(Status::kOk, call.check(&params, &slices, &message)) << message.text;
   EXPECT_EQ(1, params.rows);
-  EXPECT_EQ(1, params.row_dims);
-  for (const Operand o : {kX, kOut}) EXPECT_EQ(0, params.strides[o][0]);
+  for (const int64_t size : params.sizes) EXPECT_EQ(1, size);
+  for (const Operand o : {kX, kOut})
+    for (const int64_t stride : params.strides[o]) EXPECT_EQ(0, stride);
 }
 
 // A slice is a launch of its own, so there are few of them, in whichever order the dimensions of x lie in memory.
@@ -136,7 +137,7 @@ TEST(Rows, OfGroupsAreThoseOfTheTensors) {
     for (int64_t s = 0; s < slices.count; ++s) {
       const RowParams slice = select_slice(params, slices, s);
       for (int64_t r = 0; r < slice.rows; ++r, ++row) {
-        const gpu::RowIndex at(slice, r);
+        const gpu::RowIndex at(gpu::Divider(slice.sizes[1]), static_cast<uint32_t>(r));
         const int64_t group = row % 4, outer = row / 4;
         const auto& strides = call.x.strides;
         const int64_t offset =
@@ -169,15 +170,78 @@ TEST(Rows, OfAnEmptyTensorAreNone) {
   }
 }
 
-// The index of a row beyond 2^32 needs a 64-bit division in the kernels.
+// Where one launch is too small, several have all rows, each once, and none has more rows than it may.
+TEST(Rows, OfSeveralLaunchesAreAllRowsOnce) {
+  struct {
+    Operand operand;
+    DType dtype;
+    int64_t first, outer, inner;  // in bytes
+  } const operands[] = {{kX, DType::kFloat16, 40000, 200, 16},
+                        {kWeight, DType::kFloat32, 50000, 0, 32},  // of groups
+                        {kOut, DType::kFloat4E2M1FNx2, 60000, 50, 4},
+                        {kScaleOut, DType::kInt32, 70000, 4, 400}};
+  for (const int64_t outer : {1, 2, 7})
+    for (const int64_t inner : {1, 3, 10})
+      for (int64_t most = 1; most <= outer * inner + 1; ++most) {
+        RowParams p{};
+        p.rows = outer * inner;
+        p.sizes[0] = outer, p.sizes[1] = inner;
+        for (const auto& o : operands) {
+          p.data[o.operand] = reinterpret_cast<void*>(o.first);
+          p.dtypes[o.operand] = o.dtype;
+          p.strides[o.operand][0] = o.outer / size_of(o.dtype), p.strides[o.operand][1] = o.inner / size_of(o.dtype);
+        }
+        std::map<std::vector<int64_t>, int> found;  // where a row is in all operands
+        each_launch(p, most, [&](const RowParams& part) {
+          EXPECT_EQ(part.rows, part.sizes[0] * part.sizes[1]);
+          EXPECT_LE(part.rows, most);
+          for (uint32_t r = 0; r < part.rows; ++r) {
+            const gpu::RowIndex row(gpu::Divider(part.sizes[1]), r);
+            std::vector<int64_t> places;
+            for (const auto& o : operands)
+              places.push_back(reinterpret_cast<int64_t>(part.data[o.operand]) +
+                               row.offset(part, o.operand) * size_of(o.dtype));
+            ++found[places];
+          }
+          return false;  // no error
+        });
+        EXPECT_EQ(static_cast<size_t>(outer * inner), found.size());
+        for (int64_t i = 0; i < outer; ++i)
+          for (int64_t j = 0; j < inner; ++j) {
+            std::vector<int64_t> places;
+            for (const auto& o : operands) places.push_back(o.first + i * o.outer + j * o.inner);
+            EXPECT_EQ(1, found[places]) << i << ' ' << j;
+          }
+      }
+}
+
+TEST(Rows, OfSeveralLaunchesEndWithAnError) {
+  RowParams p{};
+  p.rows = 6;
+  p.sizes[0] = 2, p.sizes[1] = 3;
+  int launches = 0;
+  EXPECT_EQ(2, each_launch(p, 1, [&](const RowParams&) { return ++launches == 2 ? 2 : 0; }));
+  EXPECT_EQ(2, launches);
+}
+
+// Kernels find rows in 32 bits, and their offsets in 64.
 TEST(Rows, BeyondThirtyTwoBitsAreReached) {
   RowParams p{};
-  p.row_dims = 2;
-  p.sizes[0] = int64_t{1} << 40, p.sizes[1] = int64_t{1} << 33;
-  p.strides[kX][0] = int64_t{1} << 20, p.strides[kX][1] = 1;
-  const int64_t outer = 12345, inner = (int64_t{1} << 32) + 6789;
-  const gpu::RowIndex row(p, outer * p.sizes[1] + inner);
-  EXPECT_EQ((outer * p.strides[kX][0] + inner) * 2, reinterpret_cast<int64_t>(row.pointer<float16>(p, kX, 0)));
+  p.sizes[0] = 5, p.sizes[1] = int64_t{1} << 33;
+  p.rows = p.sizes[0] * p.sizes[1];
+  p.strides[kX][0] = int64_t{1} << 40, p.strides[kX][1] = 48;
+  p.dtypes[kX] = DType::kFloat16;
+  p.data[kX] = reinterpret_cast<void*>(int64_t{4096});
+  int64_t rows = 0, last = 0;
+  each_launch(p, INT64_MAX, [&](const RowParams& part) {
+    EXPECT_LT(part.rows, int64_t{1} << 31);
+    const gpu::RowIndex row(gpu::Divider(part.sizes[1]), static_cast<uint32_t>(part.rows - 1));
+    last = reinterpret_cast<int64_t>(row.pointer<float16>(part, kX, 0));
+    rows += part.rows;
+    EXPECT_EQ(4096 + 2 * ((rows - 1) / p.sizes[1] * p.strides[kX][0] + (rows - 1) % p.sizes[1] * 48), last);
+    return false;
+  });
+  EXPECT_EQ(p.rows, rows);
 }
 
 }  // namespace
