@@ -28,7 +28,7 @@ struct RowParams {
   float eps;
   float inv_hidden;     // 1 / hidden
   float weight_offset;  // 1 with gemma; otherwise -0, because adding +0 would turn a weight of -0 into +0
-  int32_t round_each_step, sigmoid, norm_before_gate;  // see Options; 32 bits, so that AMD's scalar loads can read them
+  int32_t sigmoid, round_each_step, norm_before_gate;  // see Options; 32 bits, so that AMD's scalar loads can read them
 
   // Of an operator that quantises.
   int32_t round_first, scale_ue8m0;  // see Options

@@ -109,7 +109,8 @@ normalize_rows(RowParams p, Launch launch) {
   using Source = SourceOf<typename V::Form::Source, V, kVectors, Order, Reuse::kNone>;
   using Finish = FinishOf<V>;
 
-  need_arguments<V>(p, launch);
+  // Unaligned kernels take more scalar registers, and would spill some if all arguments had theirs at once.
+  if constexpr (kAligned) need_arguments<V>(p, launch);
   open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
   const Place<kScope, kPairs> place(launch);
   // A thread that owns no part of a row still takes part in the exchanges.
@@ -269,8 +270,10 @@ normalize_in_two_passes(RowParams p, Launch launch) {
   using Source = SourceOf<typename V::Form::Source, V, 1, TwoPassOrder, Reuse::kSome>;
   using Finish = FinishOf<V>;
   const Source source(p, row, 0);
+  device::wait_for_previous_kernel(source.x);
+  // After the wait, so that the compiler need not keep pointers for the last pass in registers: a block of 1024 threads
+  // has 64 a thread, and spilled some of them.
   const Finish finish(p, row, 0);
-  device::wait_for_previous_kernel(source.x, finish.out, finish.weight, finish.post_weight, finish.gate);
 
   float x_rstd = 1.0f;
   if constexpr (V::Form::kNormsX) {
