@@ -133,17 +133,6 @@ struct Normed<X, X, true> {
   }
 };
 
-// Has the arguments loaded that a kernel needs before it can ask for its heads and their angles.
-GEMMA_NORM_DEVICE void need_arguments(const RopeParams& p) {
-  const auto need = [](const auto&... of) { device::need_together(of.data..., of.strides[0]..., of.strides[1]...); };
-  need(p.x[0].tokens, p.x[1].tokens, p.cos, p.sin, p.positions);
-  device::need_together(p.x[0].stride, p.x[1].stride, p.weights[0], p.weights[1], p.h.cache_rows, p.h.cache_stride,
-                        p.h.axis_stride, p.h.rotary, p.rows.slots, p.rows.log2_slots, p.rows.inner_rows.divisor,
-                        p.rows.inner_rows.multiplier, p.rows.inner_rows.shift, p.groups_of_block, p.groups,
-                        p.groups_of_token.divisor, p.groups_of_token.multiplier, p.groups_of_token.shift, p.first_head,
-                        p.heads_of_q, p.heads, p.hidden, p.fills_groups, p.int32_positions);
-}
-
 template <class X, class W, class A, int kVectors, Partner kPartner>
 GEMMA_NORM_KERNEL(kRopeThreads, (rope_resident_threads<X, W, A>(kVectors, kPartner) / kRopeThreads))
 rotate_heads(RopeParams p) {
@@ -161,7 +150,6 @@ rotate_heads(RopeParams p) {
     }
     block = periods * p.copies.blocks_of_rope + turn;
   }
-  need_arguments(p);
   const uint32_t group = block * p.groups_of_block + (thread >> log2);
   // Groups without a head of their own load one, but store nothing.
   const bool active = group < p.groups && slot < p.rows.slots;
