@@ -28,7 +28,9 @@ struct RowParams {
   float eps;
   float inv_hidden;     // 1 / hidden
   float weight_offset;  // 1 with gemma; otherwise -0, because adding +0 would turn a weight of -0 into +0
-  int32_t sigmoid, round_each_step, norm_before_gate;  // see Options; 32 bits, so that AMD's scalar loads can read them
+  // See Options; 32 bits, so that AMD's scalar loads can read them. `sigmoid` comes first: then one of these loads
+  // brings it with the three numbers above, which is all that a gated kernel needs of them.
+  int32_t sigmoid, round_each_step, norm_before_gate;
 
   // Of an operator that quantises.
   int32_t round_first, scale_ue8m0;  // see Options
