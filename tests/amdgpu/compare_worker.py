@@ -25,6 +25,7 @@ from wave_trace import count
 
 UNITS = 2  # that the GPU has for peers who ask: blocks that stay, one a unit, soon have several rows
 LOOP_ROWS = (1, 4)  # of each block that stays, in two calls
+OUR_LOOP_ROWS = (2, 6)  # the same of ours: whole steps of two rows; blocks with one row have a kernel without a loop
 LOOP_HEADS = (64, 256)  # the same where a block has many short rows at once
 FEW_ROWS, FEW_HEADS = (1, 64), (16, 1024)  # as the tables have them (comparison_report.py)
 BLOCKS_STAY = ("aiter Triton", "rms_norm_backward", "gated_rms_norm_backward")  # implementations, operators
@@ -138,7 +139,7 @@ def measure(arch: str, run: Callable[[Tensors], Tensors], implementation: str, c
     own = implementation == "ours"
     blocks, wants = (ours_blocks(run, op, dtype, hidden), is_last_two) if own else (UNITS, lambda *_: True)
     loops = []
-    for rows in LOOP_ROWS if hidden > 1024 else LOOP_HEADS:
+    for rows in LOOP_HEADS if hidden <= 1024 else OUR_LOOP_ROWS if own else LOOP_ROWS:
         t = oracle.make(op, dtype, rows * blocks, hidden)
         got, launches = traced(run, t, wants)
         loops.append([record(x, rows * blocks, isa) for x in launches])
