@@ -109,7 +109,8 @@ normalize_rows(RowParams p, Launch launch) {
   using Source = SourceOf<typename V::Form::Source, V, kVectors, Order, Reuse::kNone>;
   using Finish = FinishOf<V>;
 
-  // Unaligned kernels take more scalar registers, and would spill some if all arguments had theirs at once.
+  // On AMD, unaligned kernels take more scalar registers, and would spill some if all arguments had theirs at once
+  // (T152).
   if constexpr (kAligned) need_arguments<V>(p, launch);
   open_exchanges<kScope, SquareSum<S>::kNumbers, kExchanges<V>>();
   const Place<kScope, kPairs> place(launch);
@@ -271,8 +272,8 @@ normalize_in_two_passes(RowParams p, Launch launch) {
   using Finish = FinishOf<V>;
   const Source source(p, row, 0);
   device::wait_for_previous_kernel(source.x);
-  // After the wait, so that the compiler need not keep pointers for the last pass in registers: a block of 1024 threads
-  // has 64 a thread, and spilled some of them.
+  // After the wait, so that the pointers of the last pass need no registers before it: a thread of a block of 1024 has
+  // 64, and nvcc spilled some of these pointers (T154).
   const Finish finish(p, row, 0);
 
   float x_rstd = 1.0f;
