@@ -20,11 +20,7 @@ struct CopiedHeads {
   int64_t strides[2], out_strides[2];
 };
 
-struct HeadParams {
-  int64_t heads[2];        // of q and of k
-  int64_t strides[2];      // from head to head of q and of k
-  int64_t out_strides[2];  // and of their results
-
+struct Rotation {
   int32_t rotary;                      // elements of a head that are rotated
   int32_t interleaved;                 // the elements of a pair are neighbours; otherwise rotary / 2 apart
   int32_t round_norm, round_rotation;  // Options::round_each_step and round_rotation; 0 if x is float32
@@ -54,6 +50,12 @@ struct HeadParams {
     const int half = rotary / 2;
     return interleaved ? i ^ 1 : i < half ? i + half : i - half;
   }
+};
+
+struct HeadParams : Rotation {
+  int64_t heads[2];        // of q and of k
+  int64_t strides[2];      // from head to head of q and of k
+  int64_t out_strides[2];  // and of their results
 };
 
 // A stride along which there is one head, or one row, counts as 0.

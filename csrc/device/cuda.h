@@ -355,14 +355,15 @@ GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& 
     }
     return word;
   }
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    int32_t byte;
-    asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(byte) : "f"(f[i]));
-    word |= (byte & 0xffu) << 8 * i;
-  }
-  return word;
+  // The conversion to 32 bits makes 0 of a NaN and limits what is too large, the one to 8 bits limits again.
+  const auto int8 = [](float low, float high, uint32_t above) {
+    uint32_t word;
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+        : "=r"(word)
+        : "r"(__float2int_rn(high)), "r"(__float2int_rn(low)), "r"(above));
+    return word;
+  };
+  return int8(f[0], f[1], int8(f[2], f[3], 0));
 #else
   return quantize_by_hand(f, format);
 #endif

@@ -254,13 +254,20 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
       if (first(k) < end) store(k, of_vector);
     }
   };
-  // Formats that few calls want are in loops of their own: a branch in the loop of the others made that slower (T141).
-  constexpr QuantizedFormat kUsual = format_of(DType::kFloat8E4M3FN);
-  const QuantizedFormat& format = quantizer.p.format;
-  if (__builtin_expect(format.dtype == kUsual.dtype, 1))
-    each([&](int k, float inverse) { quantizer.store(first(k), y[k], inverse, kUsual); });
-  else if (format.log2_items() == 0)
+  // A loop for each format, which is a constant in it: a branch in a loop made that slower (T141), and compilers for
+  // AMD test the format once for every element.
+  const auto store_as = [&](const QuantizedFormat& format) {
     each([&](int k, float inverse) { quantizer.store(first(k), y[k], inverse, format); });
+  };
+  const DType dtype = quantizer.p.format.dtype;
+  if (__builtin_expect(dtype == DType::kFloat8E4M3FN, 1))
+    store_as(format_of(DType::kFloat8E4M3FN));
+  else if (dtype == DType::kInt8)
+    store_as(format_of(DType::kInt8));
+  else if (dtype == DType::kFloat8E4M3FNUZ)
+    store_as(format_of(DType::kFloat8E4M3FNUZ));
+  else if (dtype == DType::kFloat8E5M2)
+    store_as(format_of(DType::kFloat8E5M2));
   else
     each([&](int k, float inverse) { quantizer.store_float4(start, first(k), y[k], inverse); });
 }

@@ -62,13 +62,13 @@ struct TokenAngles {
 
   static constexpr bool kNarrow = kPartner != Partner::kInMemory;
 
-  const RopeParams& p;
+  const RopeParams<kNarrow>& p;
   const A *cos, *sin;  // the token's rows or, with a cache, its first rows
   int64_t position;    // with a cache: where the token's first position is, in bytes
   int32_t low[3] = {}, high[3] = {};
   int64_t row = 0, row_of_height = 0, row_of_width = 0;  // with a cache: where the token's row of each axis begins
 
-  GEMMA_NORM_DEVICE TokenAngles(const RopeParams& p, Token<kNarrow> token)
+  GEMMA_NORM_DEVICE TokenAngles(const RopeParams<kNarrow>& p, Token<kNarrow> token)
       : p(p),
         cos(token.template pointer<const A>(p.cos)),
         sin(token.template pointer<const A>(p.sin)),
@@ -102,7 +102,7 @@ struct TokenAngles {
   // The angles of each vector that is rotated; vector k begins with element first(k).
   template <class First>
   GEMMA_NORM_DEVICE void load(const First& first, int step, int end, Held (&held)[kRotated]) const {
-    const HeadParams& h = p.h;
+    const Rotation& h = p.h;
     const auto is_rotated = [&](int k) {
       return (kPartner == Partner::kInThread && p.fills_groups) || (first(k) < h.rotary && first(k) < end);
     };
@@ -164,7 +164,7 @@ struct TokenAngles {
 
  private:
   GEMMA_NORM_DEVICE void load_elements(int first, int step, Held& held) const {
-    const HeadParams& h = p.h;
+    const Rotation& h = p.h;
     const int64_t rows[] = {row, row_of_height, row_of_width};
 #pragma unroll
     for (int v = 0; v < Held::kVectors; ++v) {

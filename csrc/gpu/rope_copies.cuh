@@ -8,15 +8,15 @@ namespace gemma_norm::gpu {
 // One group of lanes copies one head or, one after another, several of a token. A lane has the elements that it would
 // have of a head that is rotated.
 template <class X, int kVectors, bool kAligned>
-GEMMA_NORM_DEVICE void copy_heads(const RopeParams& p, uint32_t group, int slot) {
-  const RopeCopies& c = p.copies;
+GEMMA_NORM_DEVICE void copy_heads(const RopeParams<kAligned>& p, uint32_t group, int slot) {
+  const RopeCopies<kAligned>& c = p.copies;
   if (group >= c.groups) return;
   const uint32_t token_index = c.groups_of_token(group), groups = c.groups_of_token.divisor;
   uint32_t index = group - token_index * groups;
   const Token<kAligned> token(p, token_index);
   const int step = kAligned ? 1 : item_step(p.rows), end = slot < p.rows.slots ? p.hidden : 0;
   const auto first = [&](int k) { return first_item<kAligned, X, int>(p.rows, slot, k); };
-  const auto find = [&](const OfHeads(&of)[2]) {
+  const auto find = [&](const OfHeads<kAligned>(&of)[2]) {
     const bool is_v = index >= c.heads_of_gate;
     return reinterpret_cast<X*>(find_head(token, is_v ? index - c.heads_of_gate : index, is_v, of[1], of[0]));
   };
@@ -35,7 +35,7 @@ GEMMA_NORM_DEVICE void copy_heads(const RopeParams& p, uint32_t group, int slot)
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) now[k] = x[k];
     index += groups;
-    const bool last = index >= c.heads;
+    const bool last = index >= p.heads_copied;
     if (!last) from = find(c.from), load();  // the next head is asked for before the present one is written
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) store_items<kAligned, kItems<X>>(to, first(k), step, end, now[k]);

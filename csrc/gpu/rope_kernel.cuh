@@ -21,7 +21,7 @@ struct Head {
   const W* weight;  // null if there is none
 
   template <bool kNarrow>
-  GEMMA_NORM_DEVICE Head(const RopeParams& p, Token<kNarrow> token, uint32_t head) {
+  GEMMA_NORM_DEVICE Head(const RopeParams<kNarrow>& p, Token<kNarrow> token, uint32_t head) {
     const bool is_k = head >= p.heads_of_q;
     if (is_k) head -= p.heads_of_q;
     x = reinterpret_cast<const X*>(find_head(token, head, is_k, p.x[1], p.x[0]));
@@ -50,13 +50,13 @@ struct HeldWeights {
 
 // The norm of a vector's elements.
 template <class X, bool kRounded>
-GEMMA_NORM_DEVICE void normalize(const RopeParams& p, Vector16 x, float rstd, const float (&weight)[kItems<X>],
+GEMMA_NORM_DEVICE void normalize(const Rotation& h, Vector16 x, float rstd, const float (&weight)[kItems<X>],
                                  float (&n)[kItems<X>]) {
   unpack_items<X>(x, n);
 #pragma unroll
   for (float& v : n) v *= rstd;
   if constexpr (kRounded) {
-    if (p.h.round_norm) unpack_items<X>(pack_items<X>(n), n);
+    if (h.round_norm) unpack_items<X>(pack_items<X>(n), n);
   }
 #pragma unroll
   for (int i = 0; i < kItems<X>; ++i) n[i] *= weight[i];
@@ -69,11 +69,11 @@ struct Normed {
   static constexpr int kCount = kItems<X>;
   float f[kCount];
 
-  GEMMA_NORM_DEVICE Normed(const RopeParams& p, Vector16 x, float rstd, const float (&weight)[kCount]) {
+  GEMMA_NORM_DEVICE Normed(const Rotation& h, Vector16 x, float rstd, const float (&weight)[kCount]) {
     constexpr bool kMayRound = sizeof(A) > sizeof(X);
-    normalize<X, kMayRound>(p, x, rstd, weight, f);
+    normalize<X, kMayRound>(h, x, rstd, weight, f);
     if constexpr (kMayRound) {
-      if (p.h.round_rotation) unpack_items<X>(pack_items<X>(f), f);
+      if (h.round_rotation) unpack_items<X>(pack_items<X>(f), f);
     }
   }
   GEMMA_NORM_DEVICE Vector16 packed() const { return pack_items<X>(f); }
@@ -105,9 +105,9 @@ struct Normed<X, X, true> {
   static constexpr int kCount = kItems<X>;
   Vector16 v;
 
-  GEMMA_NORM_DEVICE Normed(const RopeParams& p, Vector16 x, float rstd, const float (&weight)[kCount]) {
+  GEMMA_NORM_DEVICE Normed(const Rotation& h, Vector16 x, float rstd, const float (&weight)[kCount]) {
     float n[kCount];
-    normalize<X, true>(p, x, rstd, weight, n);
+    normalize<X, true>(h, x, rstd, weight, n);
     v = pack_items<X>(n);
   }
   GEMMA_NORM_DEVICE Vector16 packed() const { return v; }
@@ -133,16 +133,31 @@ struct Normed<X, X, true> {
   }
 };
 
+// Has the arguments loaded that a kernel needs before it can ask for a head, after the branch for copies: before it,
+// they would be held while heads are copied, and on gfx942 some were spilled.
+GEMMA_NORM_DEVICE void need_arguments(const RopeParams<true>& p) {
+  const auto need = [](const OfTokens<true>& of) { device::need_together(of.data, of.strides[0], of.strides[1]); };
+  const auto need_heads = [&](const OfHeads<true>& of) { need(of.tokens), device::need_together(of.stride); };
+  device::need_together(p.groups_of_block, p.groups, p.groups_of_token.divisor, p.groups_of_token.multiplier,
+                        p.groups_of_token.shift, p.heads_of_group, p.first_head, p.heads_of_q, p.heads, p.hidden,
+                        p.fills_groups, p.int32_positions, p.eps, p.inv_hidden, p.weight_offset, p.rows.slots,
+                        p.rows.log2_slots, p.rows.inner_rows.divisor, p.rows.inner_rows.multiplier,
+                        p.rows.inner_rows.shift, p.weights[0], p.weights[1], p.h.rotary, p.h.cache_rows,
+                        p.h.cache_stride, p.h.axis_stride);
+  need(p.cos), need(p.sin), need(p.positions);
+  need_heads(p.x[0]), need_heads(p.x[1]), need_heads(p.out[0]), need_heads(p.out[1]);
+}
+
 template <class X, class W, class A, int kVectors, Partner kPartner>
 GEMMA_NORM_KERNEL(kRopeThreads, (rope_resident_threads<X, W, A>(kVectors, kPartner) / kRopeThreads))
-rotate_heads(RopeParams p) {
+rotate_heads(RopeParams<has_narrow_strides(kPartner)> p) {
   constexpr bool kAligned = kPartner != Partner::kInMemory;
   constexpr int kCount = kItems<X>;
   using Weights = HeldWeights<X, W>;
   const int log2 = p.rows.log2_slots, thread = device::thread_index();
   const int slot = thread & ((1 << log2) - 1);
   uint32_t block = device::block_index();
-  if (p.copies.heads) {
+  if (p.heads_copied) {
     const uint32_t periods = p.copies.period(block), turn = block - periods * p.copies.period.divisor;
     if (turn >= p.copies.blocks_of_rope) {
       block = periods * (p.copies.period.divisor - p.copies.blocks_of_rope) + turn - p.copies.blocks_of_rope;
@@ -150,6 +165,7 @@ rotate_heads(RopeParams p) {
     }
     block = periods * p.copies.blocks_of_rope + turn;
   }
+  if constexpr (kAligned) need_arguments(p);
   const uint32_t group = block * p.groups_of_block + (thread >> log2);
   // Groups without a head of their own load one, but store nothing.
   const bool active = group < p.groups && slot < p.rows.slots;
@@ -236,7 +252,7 @@ rotate_heads(RopeParams p) {
 
     const auto finish = [&](auto is_rounded) {
       using N = Normed<X, A, decltype(is_rounded)::value>;
-      const auto norm = [&](int k) { return N(p, now[k], rstd, weights[k]); };
+      const auto norm = [&](int k) { return N(p.h, now[k], rstd, weights[k]); };
       const auto store = [&](int k, Vector16 y) { store_items<kAligned, kCount>(out, first(k), step, end_of_out, y); };
       if constexpr (kPartner == Partner::kInThread) {
 #pragma unroll
@@ -260,7 +276,7 @@ rotate_heads(RopeParams p) {
           } else {
             float f[kCount];
             other_w[k].unpack(p.weight_offset, f);
-            const Vector16 turned = n.rotated(N(p, other[k], rstd, f), angles[k]);
+            const Vector16 turned = n.rotated(N(p.h, other[k], rstd, f), angles[k]);
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
               const bool is_turned = first(k) + i * step < p.h.rotary;

@@ -11,38 +11,44 @@
 namespace gemma_norm::gpu {
 namespace {  // unnamed, because the tests link the CUDA and the emulated versions into one program
 
+template <bool kNarrow>
 struct RopeKernel {
-  void (*function)(RopeParams);
+  void (*function)(RopeParams<kNarrow>);
   int32_t resident_threads;  // at least this many fit on a multiprocessor
 };
 
 // The kernel for a plan whose slots own so many vectors. Only float32 heads of more than 256 elements have four.
 template <class X, class W, class A, int kVectors, Partner kPartner>
-constexpr RopeKernel make_rope_kernel() {
+constexpr RopeKernel<has_narrow_strides(kPartner)> make_rope_kernel() {
   return {&rotate_heads<X, W, A, kVectors, kPartner>, rope_resident_threads<X, W, A>(kVectors, kPartner)};
 }
-template <class X, class W, class A, int kVectors>
-RopeKernel rope_kernel(Partner partner) {
-  static constexpr RopeKernel kTable[] = {make_rope_kernel<X, W, A, kVectors, Partner::kInVector>(),
-                                          make_rope_kernel<X, W, A, kVectors, Partner::kInThread>(),
-                                          make_rope_kernel<X, W, A, kVectors, Partner::kInOtherLane>(),
-                                          make_rope_kernel<X, W, A, kVectors, Partner::kInMemory>()};
-  return kTable[static_cast<int>(partner)];
+template <class X, class W, class A, int kVectors, bool kNarrow>
+RopeKernel<kNarrow> rope_kernel(Partner partner) {
+  if constexpr (kNarrow) {
+    static constexpr RopeKernel<true> kTable[] = {make_rope_kernel<X, W, A, kVectors, Partner::kInVector>(),
+                                                  make_rope_kernel<X, W, A, kVectors, Partner::kInThread>(),
+                                                  make_rope_kernel<X, W, A, kVectors, Partner::kInOtherLane>()};
+    return kTable[static_cast<int>(partner)];
+  } else {
+    return make_rope_kernel<X, W, A, kVectors, Partner::kInMemory>();
+  }
 }
-template <class X, class W, class A>
-RopeKernel rope_kernel_of(int vectors, Partner partner) {
+template <class X, class W, class A, bool kNarrow>
+RopeKernel<kNarrow> rope_kernel_of(int vectors, Partner partner) {
   if constexpr (sizeof(X) == sizeof(float))
-    if (vectors == 4) return rope_kernel<X, W, A, 4>(partner);
-  return rope_kernel<X, W, A, 2>(partner);
+    if (vectors == 4) return rope_kernel<X, W, A, 4, kNarrow>(partner);
+  return rope_kernel<X, W, A, 2, kNarrow>(partner);
 }
 
 // Without a weight, the kernel for weights of x's dtype serves. `angles` is the dtype of the cosines and sines.
-inline RopeKernel find_rope_kernel(DType x, DType weight, DType angles, int vectors, Partner partner) {
-  const auto find = [&](auto element) -> RopeKernel {
+template <bool kNarrow>
+RopeKernel<kNarrow> find_rope_kernel(DType x, DType weight, DType angles, int vectors, Partner partner) {
+  const auto find = [&](auto element) -> RopeKernel<kNarrow> {
     using X = decltype(element);
-    const auto with_weight = [&](auto weight_element) -> RopeKernel {
+    const auto with_weight = [&](auto weight_element) -> RopeKernel<kNarrow> {
       using W = decltype(weight_element);
-      return angles == x ? rope_kernel_of<X, W, X>(vectors, partner) : rope_kernel_of<X, W, float>(vectors, partner);
+      return angles == x ? rope_kernel_of<X, W, X, kNarrow>(vectors, partner)
+                         : rope_kernel_of<X, W, float, kNarrow>(vectors, partner);
     };
     if (weight == DType::kOther || weight == x) return with_weight(X());
     if constexpr (sizeof(X) == sizeof(float))
@@ -103,16 +109,21 @@ inline Partner partner_of(const LaunchPlan& plan, const RowParams& p, const Head
   return vectors <= plan.slots && (vectors & (vectors - 1)) == 0 ? Partner::kInOtherLane : Partner::kInMemory;
 }
 
-inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const CopiedHeads& copied,
-                              const LaunchPlan& plan) {
+template <bool kNarrow>
+RopeParams<kNarrow> rope_params(const RowParams& p, const HeadParams& h, const CopiedHeads& copied,
+                                const LaunchPlan& plan) {
+  using Bytes = Stride<kNarrow>;
   const int64_t item = size_of(p.dtypes[kX]);
-  const auto of_tokens = [&](Operand o) -> OfTokens {
+  const auto of_tokens = [&](Operand o) -> OfTokens<kNarrow> {
     const int64_t bytes = size_of(p.dtypes[o]);
-    return {p.data[o], {p.strides[o][0] * bytes, p.strides[o][1] * bytes}};
+    return {p.data[o], {static_cast<Bytes>(p.strides[o][0] * bytes), static_cast<Bytes>(p.strides[o][1] * bytes)}};
   };
-  RopeParams r{};
-  r.x[0] = {of_tokens(kX), h.strides[0] * item}, r.x[1] = {of_tokens(kKey), h.strides[1] * item};
-  r.out[0] = {of_tokens(kOut), h.out_strides[0] * item}, r.out[1] = {of_tokens(kKeyOut), h.out_strides[1] * item};
+  const auto of_heads = [&](Operand o, int64_t stride) -> OfHeads<kNarrow> {
+    return {of_tokens(o), static_cast<Bytes>(stride * item)};
+  };
+  RopeParams<kNarrow> r{};
+  r.x[0] = of_heads(kX, h.strides[0]), r.x[1] = of_heads(kKey, h.strides[1]);
+  r.out[0] = of_heads(kOut, h.out_strides[0]), r.out[1] = of_heads(kKeyOut, h.out_strides[1]);
   r.weights[0] = p.data[kWeight], r.weights[1] = p.data[kKeyWeight];
   if (h.cache_rows) {
     char* const cache = static_cast<char*>(p.data[kCosSinCache]);
@@ -131,8 +142,8 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Cop
   r.int32_positions = p.dtypes[kPositions] == DType::kInt32;
   r.heads_of_q = static_cast<uint32_t>(h.heads[0]), r.heads = static_cast<uint32_t>(h.heads[0] + h.heads[1]);
   for (int i = 0; i < 2; ++i) {
-    r.copies.from[i] = {of_tokens(CopiedHeads::kFrom[i]), copied.strides[i] * item};
-    r.copies.to[i] = {of_tokens(CopiedHeads::kTo[i]), copied.out_strides[i] * item};
+    r.copies.from[i] = of_heads(CopiedHeads::kFrom[i], copied.strides[i]);
+    r.copies.to[i] = of_heads(CopiedHeads::kTo[i], copied.out_strides[i]);
   }
   r.copies.heads_of_gate = static_cast<uint32_t>(copied.heads[0]);
   r.eps = p.eps, r.inv_hidden = p.inv_hidden, r.weight_offset = p.data[kWeight] ? p.weight_offset : 1.0f;
@@ -142,26 +153,25 @@ inline RopeParams rope_params(const RowParams& p, const HeadParams& h, const Cop
 // How many heads of a token a group of lanes works on. As many threads as fit on the GPU are enough, and more than
 // kMostHeads heads a group were no faster (T133).
 constexpr int64_t kMostHeads = 5;
-inline int64_t heads_of_group(int64_t threads, const DeviceFacts& facts, const RopeKernel& kernel) {
-  const int64_t fit = int64_t{facts.processors} * kernel.resident_threads;
+inline int64_t heads_of_group(int64_t threads, const DeviceFacts& facts, int32_t resident_threads) {
+  const int64_t fit = int64_t{facts.processors} * resident_threads;
   return std::min(kMostHeads, fit ? (threads + fit - 1) / fit : kMostHeads);
 }
 
-inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied,
-                                  const DeviceFacts& facts, device::Stream stream) {
-  const LaunchPlan plan = make_plan(p.hidden, p.dtypes[kX], facts);
-  const Partner partner = partner_of(plan, p, h, copied);
-  const RopeKernel kernel = find_rope_kernel(p.dtypes[kX], p.dtypes[kWeight],
-                                             p.dtypes[h.cache_rows ? kCosSinCache : kCos], plan.vectors, partner);
+template <bool kNarrow>
+device::Error launch_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied, const LaunchPlan& plan,
+                           Partner partner, const DeviceFacts& facts, device::Stream stream) {
+  const RopeKernel<kNarrow> kernel = find_rope_kernel<kNarrow>(
+      p.dtypes[kX], p.dtypes[kWeight], p.dtypes[h.cache_rows ? kCosSinCache : kCos], plan.vectors, partner);
   const int64_t groups_of_block = kRopeThreads / plan.group_threads;
   const int64_t heads = h.heads[0] + h.heads[1], heads_copied = copied.heads[0] + copied.heads[1];
   // Of a launch with copies, each of the two kinds of blocks has half.
   const int64_t most_blocks =
       std::min<int64_t>(facts.max_threads / kRopeThreads, INT32_MAX / groups_of_block) / (heads_copied ? 2 : 1);
   const int64_t most_groups = most_blocks * groups_of_block;
-  int64_t each = partner == Partner::kInMemory
-                     ? 1
-                     : heads_of_group(p.rows * (heads + heads_copied) * plan.group_threads, facts, kernel);
+  int64_t each = partner == Partner::kInMemory ? 1
+                                               : heads_of_group(p.rows * (heads + heads_copied) * plan.group_threads,
+                                                                facts, kernel.resident_threads);
   if (partner != Partner::kInMemory) each = std::max(each, (heads + most_groups - 1) / most_groups);
   const int64_t groups_of_token = std::min((heads + each - 1) / each, most_groups);
   const int64_t copies_of_token = std::min((heads_copied + each - 1) / each, most_groups);
@@ -170,15 +180,15 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
 
   return each_launch(p, most, [&](const RowParams& part) {
     const int64_t tokens = part.rows;
-    RopeParams from = rope_params(part, h, copied, plan);
+    RopeParams<kNarrow> from = rope_params<kNarrow>(part, h, copied, plan);
     from.groups_of_block = static_cast<int32_t>(groups_of_block);
     from.groups_of_token = Divider(groups_of_token);
     from.heads_of_group = static_cast<int32_t>(each);
-    RopeCopies& copies = from.copies;
+    RopeCopies<kNarrow>& copies = from.copies;
     copies.groups_of_token = Divider(std::max<int64_t>(copies_of_token, 1));
     from.groups = static_cast<uint32_t>(tokens * groups_of_token);
     copies.groups = static_cast<uint32_t>(tokens * copies_of_token);
-    copies.heads = static_cast<uint32_t>(heads_copied);
+    from.heads_copied = static_cast<uint32_t>(heads_copied);
     // A period is as many tokens as fill its blocks.
     const int64_t of_period = std::min(tokens, groups_of_block);
     const auto blocks_of = [&](int64_t groups) { return (groups + groups_of_block - 1) / groups_of_block; };
@@ -187,16 +197,24 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
     for (int64_t head = 0; head < heads && error == device::kSuccess; head += groups_of_token * each) {
       from.first_head = static_cast<uint32_t>(head);
       int64_t blocks = blocks_of(from.groups);
-      if (copies.heads) {
+      if (from.heads_copied) {
         copies.blocks_of_rope = static_cast<uint32_t>(rope), copies.period = Divider(period);
         blocks = (tokens + of_period - 1) / of_period * period;
       }
       from.rows.room_for_next = 2 * blocks * kRopeThreads <= int64_t{facts.processors} * kernel.resident_threads;
       error = device::launch(kernel.function, {blocks, kRopeThreads, 1}, stream, facts, from);
-      copies.heads = 0;  // they are done
+      from.heads_copied = 0;  // they are done
     }
     return error;
   });
+}
+
+inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied,
+                                  const DeviceFacts& facts, device::Stream stream) {
+  const LaunchPlan plan = make_plan(p.hidden, p.dtypes[kX], facts);
+  const Partner partner = partner_of(plan, p, h, copied);
+  return has_narrow_strides(partner) ? launch_heads<true>(p, h, copied, plan, partner, facts, stream)
+                                     : launch_heads<false>(p, h, copied, plan, partner, facts, stream);
 }
 
 }  // namespace

@@ -16,6 +16,9 @@ enum class Partner : int32_t {
   kInMemory,     // anywhere. Elements are read one by one, whatever their alignment.
 };
 
+// Whether its kernels are for aligned heads, with strides of tokens and heads that are less than 2^32 bytes.
+constexpr bool has_narrow_strides(Partner partner) { return partner != Partner::kInMemory; }
+
 // How many threads should be resident on one multiprocessor (see KernelTuning). What a thread holds, and so how many
 // registers it needs, depends on its vectors and on whether weights and angles are wider than the elements of x.
 // Nothing is spilled at these numbers.
@@ -26,37 +29,40 @@ constexpr int rope_resident_threads(int vectors, Partner partner) {
   return vectors > 2 ? 384 : threads - 128 * (sizeof(W) > sizeof(X)) - 128 * (sizeof(A) > sizeof(X));
 }
 
-// A tensor with something for each token. The strides are those of RowParams, but in bytes.
+// A tensor with something for each token. The strides are those of RowParams, but in bytes. kNarrow: all of them are
+// less than 2^32, as kernels for aligned heads require. They take half the registers then, and a product with one is
+// one instruction, not three.
+template <bool kNarrow>
+using Stride = std::conditional_t<kNarrow, uint32_t, int64_t>;
+template <bool kNarrow>
 struct OfTokens {
   void* data;
-  int64_t strides[kMaxRowDims];
+  Stride<kNarrow> strides[kMaxRowDims];
 };
+template <bool kNarrow>
 struct OfHeads {
-  OfTokens tokens;
-  int64_t stride;  // from head to head, in bytes
+  OfTokens<kNarrow> tokens;
+  Stride<kNarrow> stride;  // from head to head, in bytes
 };
 
 // Heads that some blocks of the launch copy: those of a gate, then those of v (rope_copies.cuh). The blocks take turns,
 // so that heads that are neighbours in memory are read at about the same time: of every `period`, the first
 // `blocks_of_rope` rotate, and the others copy.
+template <bool kNarrow>
 struct RopeCopies {
-  uint32_t heads;  // of a token; 0: nothing is copied, and nothing else here is read
   uint32_t heads_of_gate;
   uint32_t groups;  // as RopeParams::groups
   uint32_t blocks_of_rope;
   Divider period;
   Divider groups_of_token;
-  OfHeads from[2], to[2];
+  OfHeads<kNarrow> from[2], to[2];
 };
 
-// What the kernel needs, put together, since a GPU's first access to each 64 bytes of a kernel's parameters takes time.
+// What the kernel needs. A GPU's first access to each 64 bytes of a kernel's parameters takes time, so those that few
+// calls need come last.
+template <bool kNarrow>
 struct RopeParams {
-  OfHeads x[2], out[2];  // of q and of k
-  const void* weights[2];
-  OfTokens cos, sin;   // with a cache, both are the cache, whose tokens have no strides
-  OfTokens positions;  // with a cache
-  HeadParams h;
-  Launch rows;
+  uint32_t heads_copied;       // of a token; 0: nothing is copied, and `copies` is not read
   int32_t groups_of_block;     // groups of lanes
   uint32_t groups;             // that have something to do in this launch
   Divider groups_of_token;     // a token's heads are divided among so many
@@ -64,29 +70,34 @@ struct RopeParams {
   uint32_t first_head;         // of this launch
   uint32_t heads_of_q, heads;  // of a token; all of them
   int32_t hidden;
-  int32_t fills_groups;      // every lane of a group has kVectors whole vectors
-  int32_t partner_distance;  // kInOtherLane
+  int32_t fills_groups;  // every lane of a group has kVectors whole vectors
   int32_t int32_positions;
   float eps, inv_hidden, weight_offset;  // as in RowParams, but weight_offset is 1 without weights
-  RopeCopies copies;
+  Launch rows;
+  const void* weights[2];
+  OfTokens<kNarrow> cos, sin;     // with a cache, both are the cache, whose tokens have no strides
+  OfTokens<kNarrow> positions;    // with a cache
+  OfHeads<kNarrow> x[2], out[2];  // of q and of k
+  int32_t partner_distance;       // kInOtherLane
+  Rotation h;
+  RopeCopies<kNarrow> copies;
 };
 
-// kNarrow: all strides are less than 2^32. A product is one instruction then, and three otherwise.
-template <bool kNarrow>
-GEMMA_NORM_DEVICE int64_t steps(uint32_t count, int64_t stride) {
-  if constexpr (kNarrow) return static_cast<int64_t>(static_cast<uint64_t>(count) * static_cast<uint32_t>(stride));
-  return count * stride;
+// `count` times the stride.
+GEMMA_NORM_DEVICE int64_t steps(uint32_t count, uint32_t stride) {
+  return static_cast<int64_t>(static_cast<uint64_t>(count) * stride);
 }
+GEMMA_NORM_DEVICE int64_t steps(uint32_t count, int64_t stride) { return count * stride; }
 
 template <bool kNarrow>
 struct Token : RowIndex {
-  GEMMA_NORM_DEVICE Token(const RopeParams& p, uint32_t token) : RowIndex(p.rows.inner_rows, token) {}
+  GEMMA_NORM_DEVICE Token(const RopeParams<kNarrow>& p, uint32_t token) : RowIndex(p.rows.inner_rows, token) {}
   // Where it begins, in bytes.
-  GEMMA_NORM_DEVICE int64_t offset(const OfTokens& of) const {
-    return steps<kNarrow>(inner, of.strides[1]) + steps<kNarrow>(outer, of.strides[0]);
+  GEMMA_NORM_DEVICE int64_t offset(const OfTokens<kNarrow>& of) const {
+    return steps(inner, of.strides[1]) + steps(outer, of.strides[0]);
   }
   template <class T>
-  GEMMA_NORM_DEVICE T* pointer(const OfTokens& of) const {
+  GEMMA_NORM_DEVICE T* pointer(const OfTokens<kNarrow>& of) const {
     return reinterpret_cast<T*>(static_cast<char*>(of.data) + offset(of));
   }
 };
@@ -99,12 +110,12 @@ GEMMA_NORM_DEVICE T choose(bool is_second, T second, T first) {
 
 // Where a head of a token is, in the second of two tensors or in the first.
 template <bool kNarrow>
-GEMMA_NORM_DEVICE char* find_head(Token<kNarrow> token, uint32_t head, bool is_second, const OfHeads& second,
-                                  const OfHeads& first) {
-  const OfTokens tokens = {choose(is_second, second.tokens.data, first.tokens.data),
-                           {choose(is_second, second.tokens.strides[0], first.tokens.strides[0]),
-                            choose(is_second, second.tokens.strides[1], first.tokens.strides[1])}};
-  return token.template pointer<char>(tokens) + steps<kNarrow>(head, choose(is_second, second.stride, first.stride));
+GEMMA_NORM_DEVICE char* find_head(Token<kNarrow> token, uint32_t head, bool is_second, const OfHeads<kNarrow>& second,
+                                  const OfHeads<kNarrow>& first) {
+  const OfTokens<kNarrow> tokens = {choose(is_second, second.tokens.data, first.tokens.data),
+                                    {choose(is_second, second.tokens.strides[0], first.tokens.strides[0]),
+                                     choose(is_second, second.tokens.strides[1], first.tokens.strides[1])}};
+  return token.template pointer<char>(tokens) + steps(head, choose(is_second, second.stride, first.stride));
 }
 
 }  // namespace gemma_norm::gpu
