@@ -20,6 +20,7 @@ struct CopiedHeads {
   int64_t strides[2], out_strides[2];
 };
 
+// How a head is rotated, and whether its norm is rounded before: what a kernel takes as it is.
 struct Rotation {
   int32_t rotary;                      // elements of a head that are rotated
   int32_t interleaved;                 // the elements of a pair are neighbours; otherwise rotary / 2 apart

@@ -355,12 +355,15 @@ GEMMA_NORM_DEVICE uint32_t quantize(const float (&f)[4], const QuantizedFormat& 
     }
     return word;
   }
-  // The conversion to 32 bits makes 0 of a NaN and limits what is too large, the one to 8 bits limits again.
-  const auto int8 = [](float low, float high, uint32_t above) {
+  // The first instruction makes 0 of a NaN and limits what is too large, the second limits again.
+  const auto int32 = [](float v) {
+    int32_t number;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(number) : "f"(v));
+    return number;
+  };
+  const auto int8 = [&](float low, float high, uint32_t above) {
     uint32_t word;
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
-        : "=r"(word)
-        : "r"(__float2int_rn(high)), "r"(__float2int_rn(low)), "r"(above));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(int32(high)), "r"(int32(low)), "r"(above));
     return word;
   };
   return int8(f[0], f[1], int8(f[2], f[3], 0));

@@ -208,7 +208,8 @@ GEMMA_NORM_DEVICE uint32_t pack<float16>(const float* f) {
 }
 
 // Emits no instruction. An argument of a kernel is in memory, and a compiler loads it in the branch that uses it,
-// behind a wait of its own. A value that this takes is loaded before, and those of one call are waited for together.
+// behind a wait of its own. Values that this takes are loaded before, and those of successive calls are waited for
+// together.
 template <class... Values>
 GEMMA_NORM_DEVICE void need_together(Values... values) {
   const auto need = [](auto value) { asm volatile("" ::"s"(value)); };

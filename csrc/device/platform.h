@@ -53,7 +53,7 @@
 //   keep_nan(v)                      v, with any NaN replaced by one that pack<bfloat16> keeps; without this,
 //                                    pack<bfloat16> may turn a NaN whose lower 16 bits are not 0 into another value
 //   need_together(values...)         where a kernel's arguments are loaded by instructions, loads those that the values
-//                                    are made of here, all at once
+//                                    of successive calls are made of here, all at once
 //   wait_for_previous_kernel(p...)   waits until the previous kernel's writes are visible, if launches overlap; the
 //                                    pointers p are computed before the wait
 //   allow_next_kernel()              the next kernel may start, if launches overlap

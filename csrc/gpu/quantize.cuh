@@ -254,20 +254,21 @@ GEMMA_NORM_DEVICE void quantize_held(const Quantizer<V>& quantizer, const Groups
       if (first(k) < end) store(k, of_vector);
     }
   };
-  // A loop for each format, which is a constant in it: a branch in a loop made that slower (T141), and compilers for
-  // AMD test the format once for every element.
-  const auto store_as = [&](const QuantizedFormat& format) {
-    each([&](int k, float inverse) { quantizer.store(first(k), y[k], inverse, format); });
+  // A loop for each format, a constant in it: where a loop served several, compilers for AMD tested the format once for
+  // every element (T156).
+  const auto store_as = [&](auto dtype) {
+    constexpr QuantizedFormat kFormat = format_of(decltype(dtype)::value);
+    each([&](int k, float inverse) { quantizer.store(first(k), y[k], inverse, kFormat); });
   };
   const DType dtype = quantizer.p.format.dtype;
   if (__builtin_expect(dtype == DType::kFloat8E4M3FN, 1))
-    store_as(format_of(DType::kFloat8E4M3FN));
+    store_as(std::integral_constant<DType, DType::kFloat8E4M3FN>());
   else if (dtype == DType::kInt8)
-    store_as(format_of(DType::kInt8));
+    store_as(std::integral_constant<DType, DType::kInt8>());
   else if (dtype == DType::kFloat8E4M3FNUZ)
-    store_as(format_of(DType::kFloat8E4M3FNUZ));
+    store_as(std::integral_constant<DType, DType::kFloat8E4M3FNUZ>());
   else if (dtype == DType::kFloat8E5M2)
-    store_as(format_of(DType::kFloat8E5M2));
+    store_as(std::integral_constant<DType, DType::kFloat8E5M2>());
   else
     each([&](int k, float inverse) { quantizer.store_float4(start, first(k), y[k], inverse); });
 }

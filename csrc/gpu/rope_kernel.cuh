@@ -133,25 +133,24 @@ struct Normed<X, X, true> {
   }
 };
 
-// Has the arguments loaded that a kernel needs before it can ask for a head, after the branch for copies: before it,
-// they would be held while heads are copied, and on gfx942 some were spilled.
+// Has the arguments loaded that a kernel for aligned heads needs. Called after the branch for copies: called before, it
+// would have them held while heads are copied, and compilers for gfx942 spill some (T155).
 GEMMA_NORM_DEVICE void need_arguments(const RopeParams<true>& p) {
   const auto need = [](const OfTokens<true>& of) { device::need_together(of.data, of.strides[0], of.strides[1]); };
   const auto need_heads = [&](const OfHeads<true>& of) { need(of.tokens), device::need_together(of.stride); };
   device::need_together(p.groups_of_block, p.groups, p.groups_of_token.divisor, p.groups_of_token.multiplier,
                         p.groups_of_token.shift, p.heads_of_group, p.first_head, p.heads_of_q, p.heads, p.hidden,
                         p.fills_groups, p.int32_positions, p.eps, p.inv_hidden, p.weight_offset, p.rows.slots,
-                        p.rows.log2_slots, p.rows.inner_rows.divisor, p.rows.inner_rows.multiplier,
-                        p.rows.inner_rows.shift, p.weights[0], p.weights[1], p.h.rotary, p.h.cache_rows,
-                        p.h.cache_stride, p.h.axis_stride);
+                        p.rows.inner_rows.divisor, p.rows.inner_rows.multiplier, p.rows.inner_rows.shift, p.weights[0],
+                        p.weights[1], p.h.rotary, p.h.interleaved, p.h.cache_rows, p.h.cache_stride, p.h.axis_stride);
   need(p.cos), need(p.sin), need(p.positions);
   need_heads(p.x[0]), need_heads(p.x[1]), need_heads(p.out[0]), need_heads(p.out[1]);
 }
 
 template <class X, class W, class A, int kVectors, Partner kPartner>
 GEMMA_NORM_KERNEL(kRopeThreads, (rope_resident_threads<X, W, A>(kVectors, kPartner) / kRopeThreads))
-rotate_heads(RopeParams<has_narrow_strides(kPartner)> p) {
-  constexpr bool kAligned = kPartner != Partner::kInMemory;
+rotate_heads(RopeParams<for_aligned_heads(kPartner)> p) {
+  constexpr bool kAligned = for_aligned_heads(kPartner);
   constexpr int kCount = kItems<X>;
   using Weights = HeldWeights<X, W>;
   const int log2 = p.rows.log2_slots, thread = device::thread_index();

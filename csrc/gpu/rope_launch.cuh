@@ -19,16 +19,17 @@ struct RopeKernel {
 
 // The kernel for a plan whose slots own so many vectors. Only float32 heads of more than 256 elements have four.
 template <class X, class W, class A, int kVectors, Partner kPartner>
-constexpr RopeKernel<has_narrow_strides(kPartner)> make_rope_kernel() {
+constexpr RopeKernel<for_aligned_heads(kPartner)> make_rope_kernel() {
   return {&rotate_heads<X, W, A, kVectors, kPartner>, rope_resident_threads<X, W, A>(kVectors, kPartner)};
 }
 template <class X, class W, class A, int kVectors, bool kNarrow>
 RopeKernel<kNarrow> rope_kernel(Partner partner) {
   if constexpr (kNarrow) {
-    static constexpr RopeKernel<true> kTable[] = {make_rope_kernel<X, W, A, kVectors, Partner::kInVector>(),
-                                                  make_rope_kernel<X, W, A, kVectors, Partner::kInThread>(),
-                                                  make_rope_kernel<X, W, A, kVectors, Partner::kInOtherLane>()};
-    return kTable[static_cast<int>(partner)];
+    switch (partner) {
+      case Partner::kInVector: return make_rope_kernel<X, W, A, kVectors, Partner::kInVector>();
+      case Partner::kInThread: return make_rope_kernel<X, W, A, kVectors, Partner::kInThread>();
+      default: return make_rope_kernel<X, W, A, kVectors, Partner::kInOtherLane>();
+    }
   } else {
     return make_rope_kernel<X, W, A, kVectors, Partner::kInMemory>();
   }
@@ -40,7 +41,8 @@ RopeKernel<kNarrow> rope_kernel_of(int vectors, Partner partner) {
   return rope_kernel<X, W, A, 2, kNarrow>(partner);
 }
 
-// Without a weight, the kernel for weights of x's dtype serves. `angles` is the dtype of the cosines and sines.
+// Without a weight, the kernel for weights of x's dtype serves. `angles` is the dtype of the cosines and sines. kNarrow
+// is for_aligned_heads(partner).
 template <bool kNarrow>
 RopeKernel<kNarrow> find_rope_kernel(DType x, DType weight, DType angles, int vectors, Partner partner) {
   const auto find = [&](auto element) -> RopeKernel<kNarrow> {
@@ -68,7 +70,7 @@ inline bool is_multiple(const void* pointer, int64_t bytes) {
 }
 
 // Whether the heads, the weights and the angles of each vector of a head are whole, aligned vectors, and all strides of
-// tokens and heads are less than 2^32 bytes, as the kernels for aligned heads multiply in 32 bits. (The cosines and
+// tokens and heads are less than 2^32 bytes, as the kernels for aligned heads have them in 32 bits. (The cosines and
 // sines of neighbours that are a pair are half a vector in a cache.) The strides of the tokens are in `p`, those of the
 // heads in `h`.
 inline bool has_aligned_heads(const RowParams& p, const HeadParams& h, const CopiedHeads& copied) {
@@ -169,10 +171,11 @@ device::Error launch_heads(const RowParams& p, const HeadParams& h, const Copied
   const int64_t most_blocks =
       std::min<int64_t>(facts.max_threads / kRopeThreads, INT32_MAX / groups_of_block) / (heads_copied ? 2 : 1);
   const int64_t most_groups = most_blocks * groups_of_block;
-  int64_t each = partner == Partner::kInMemory ? 1
-                                               : heads_of_group(p.rows * (heads + heads_copied) * plan.group_threads,
-                                                                facts, kernel.resident_threads);
-  if (partner != Partner::kInMemory) each = std::max(each, (heads + most_groups - 1) / most_groups);
+  int64_t each = 1;
+  if (kNarrow)
+    each =
+        std::max(heads_of_group(p.rows * (heads + heads_copied) * plan.group_threads, facts, kernel.resident_threads),
+                 (heads + most_groups - 1) / most_groups);
   const int64_t groups_of_token = std::min((heads + each - 1) / each, most_groups);
   const int64_t copies_of_token = std::min((heads_copied + each - 1) / each, most_groups);
   int64_t most = most_groups / std::max(groups_of_token, copies_of_token);     // tokens of a launch
@@ -213,8 +216,8 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
                                   const DeviceFacts& facts, device::Stream stream) {
   const LaunchPlan plan = make_plan(p.hidden, p.dtypes[kX], facts);
   const Partner partner = partner_of(plan, p, h, copied);
-  return has_narrow_strides(partner) ? launch_heads<true>(p, h, copied, plan, partner, facts, stream)
-                                     : launch_heads<false>(p, h, copied, plan, partner, facts, stream);
+  return for_aligned_heads(partner) ? launch_heads<true>(p, h, copied, plan, partner, facts, stream)
+                                    : launch_heads<false>(p, h, copied, plan, partner, facts, stream);
 }
 
 }  // namespace

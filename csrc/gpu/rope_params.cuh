@@ -16,8 +16,8 @@ enum class Partner : int32_t {
   kInMemory,     // anywhere. Elements are read one by one, whatever their alignment.
 };
 
-// Whether its kernels are for aligned heads, with strides of tokens and heads that are less than 2^32 bytes.
-constexpr bool has_narrow_strides(Partner partner) { return partner != Partner::kInMemory; }
+// Whether its kernels are for aligned heads, of which strides of tokens and heads are less than 2^32 bytes.
+constexpr bool for_aligned_heads(Partner partner) { return partner != Partner::kInMemory; }
 
 // How many threads should be resident on one multiprocessor (see KernelTuning). What a thread holds, and so how many
 // registers it needs, depends on its vectors and on whether weights and angles are wider than the elements of x.
@@ -29,11 +29,11 @@ constexpr int rope_resident_threads(int vectors, Partner partner) {
   return vectors > 2 ? 384 : threads - 128 * (sizeof(W) > sizeof(X)) - 128 * (sizeof(A) > sizeof(X));
 }
 
-// A tensor with something for each token. The strides are those of RowParams, but in bytes. kNarrow: all of them are
-// less than 2^32, as kernels for aligned heads require. They take half the registers then, and a product with one is
-// one instruction, not three.
+// A stride in bytes. Kernels for aligned heads have narrow ones: these take half the registers, and a product with one
+// takes one instruction, not three.
 template <bool kNarrow>
 using Stride = std::conditional_t<kNarrow, uint32_t, int64_t>;
+// A tensor with something for each token. The strides are those of RowParams, but in bytes.
 template <bool kNarrow>
 struct OfTokens {
   void* data;

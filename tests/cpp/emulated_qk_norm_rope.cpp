@@ -11,11 +11,14 @@ namespace gemma_norm {
 
 std::set<const void*> rope_kernels() {
   std::set<const void*> all;
+  const auto function = [](const auto& kernel) { return reinterpret_cast<const void*>(kernel.function); };
   const auto add = [&](DType x, DType weight, DType angles) {
     for (const int vectors : {2, 4})
       for (const gpu::Partner partner :
            {gpu::Partner::kInVector, gpu::Partner::kInThread, gpu::Partner::kInOtherLane, gpu::Partner::kInMemory})
-        all.insert(reinterpret_cast<const void*>(gpu::find_rope_kernel(x, weight, angles, vectors, partner).function));
+        all.insert(gpu::for_aligned_heads(partner)
+                       ? function(gpu::find_rope_kernel<true>(x, weight, angles, vectors, partner))
+                       : function(gpu::find_rope_kernel<false>(x, weight, angles, vectors, partner)));
   };
   for (const DType weight : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
     add(DType::kFloat32, weight, DType::kFloat32);
