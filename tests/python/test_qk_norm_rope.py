@@ -120,6 +120,21 @@ def test_any_number_of_tokens_and_their_broadcasting(device, tokens):
                 assert_same_bits(y, w)
 
 
+@pytest.mark.parametrize("tokens", [(0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("axes", [(), (3,)], ids=["one position", "three positions"])
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_one_position_for_no_tokens(device, tokens, axes, on):
+    where = device if on == "device" else "meta"
+    q, k = (torch.empty(*tokens, heads, 64, device=where) for heads in (4, 2))
+    cache = torch.empty(10, 64, device=where)
+    sections = {"mrope_section": [16, 8, 8]} if axes else {}
+    for shape in ((), (1,) * len(tokens)):
+        positions = torch.zeros((*axes, *shape), dtype=torch.int64, device=where)
+        y, z = gemma_norm.qk_norm_rope(q, k, None, None, cos_sin_cache=cache, positions=positions, **sections)
+        assert (y.shape, z.shape) == (q.shape, k.shape)
+        gemma_norm.fused_qk_norm_rope(q, k, None, None, cos_sin_cache=cache, positions=positions, **sections)
+
+
 SECTIONS: dict[str, Arguments] = {
     "one position": {},
     "sections": {"mrope_section": [3, 4, 5]},

@@ -194,3 +194,28 @@ def test_a_16_bit_gradient_inside_a_transform_is_rounded_once(device, op):
 
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(grad(f)(x), torch.autograd.grad(f(leaf), leaf)[0], rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_tangent_of_a_gradient_whose_norm_has_none(device, way):
+    """As in a Hessian-vector product of later parameters. A gradient is linear in the one that arrives."""
+    f = functions(device)[way][0]
+    x, _, _, direction = tensors(device, torch.float32)
+    leaf = x.clone().requires_grad_()
+    y = f(leaf)
+    arrives = torch.ones_like(y)
+    along = direction.expand_as(y) if y.dim() else direction.sum()
+    (want,) = torch.autograd.grad(f(leaf), leaf, along)
+    with forward_ad.dual_level():
+        (gradient,) = torch.autograd.grad(y, leaf, forward_ad.make_dual(arrives, along.clone()))
+        assert_close(forward_ad.unpack_dual(gradient).tangent, want)
+
+
+def test_a_gradient_of_zeros_without_memory(device):
+    """PyTorch's tensors of zeros that have no memory stand for the gradient of what a result does not depend on."""
+    x, gate, weight, _ = tensors(device, torch.float32)
+    leaf = x.clone().requires_grad_()
+    zeros = torch._efficientzerotensor(x.shape, device=device)
+    for y in (gemma_norm.rms_norm(leaf, weight), gemma_norm.gated_rms_norm(leaf, gate, weight)):
+        (gradient,) = torch.autograd.grad(y, leaf, zeros)
+        assert torch.equal(gradient, torch.zeros_like(x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._calls import is_compiled
-from .._checks import LIKE_X, WEIGHT, X
+from .._checks import LIKE_X, WEIGHT, X, has_tangent
 from .._registry import Operator, bare, register
 from . import rms_norm_backward
 from .rms_norm_backward import cast, formula, rows
@@ -86,7 +86,8 @@ def gradients(
     if gate is None and group_size in (None, x.shape[-1]):
         dx, dweight = rms_norm_backward.gradients(dout, x, weight, None, eps, False, needs_x, needs_weight)
         return dx, None, dweight
-    if torch.is_grad_enabled() or gate is None:  # the operators have no groups without a gate
+    # The operators have no groups without a gate.
+    if gate is None or torch.is_grad_enabled() or has_tangent(dout, x, gate, weight):
         options = (eps, sigmoid, norm_before_gate, group_size)
         return differentiable(dout, x, gate, weight, *options, needs_x, needs_gate, needs_weight)
     arguments = (rows(dout), x, gate, weight, eps, sigmoid, norm_before_gate, group_size)

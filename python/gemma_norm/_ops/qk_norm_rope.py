@@ -221,7 +221,9 @@ def _broadcast(
             if _are_others(positions.shape[axes:], tokens) and (not axes or positions.shape[:1] == (3,)):
                 given, positions = positions, _expanded(positions, tokens, axes, 0)
                 if positions is not given and positions.dim() and positions.stride(-1) != 1:
-                    positions = positions.contiguous()  # a kernel reads its last dimension with stride 1
+                    # A kernel reads its last dimension with stride 1. contiguous() keeps the strides of what has no
+                    # elements.
+                    positions = positions.clone(memory_format=torch.contiguous_format)
     return cos, sin, cos_sin_cache, positions
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._calls import is_compiled
-from .._checks import OPTIONAL_LIKE_X, OPTIONAL_WEIGHT, WEIGHT, DTypes, Extent, Rule, X
+from .._checks import OPTIONAL_LIKE_X, OPTIONAL_WEIGHT, WEIGHT, DTypes, Extent, Rule, X, has_tangent
 from .._registry import Operator, bare, register
 
 _DOUT = Rule(Extent.LIKE_X, DTypes.X_OR_NARROWER)
@@ -86,7 +86,7 @@ def gradients(
         needs_weight = False
     if dout is None:
         return dsum, torch.zeros_like(weight) if weight is not None and needs_weight else None
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or has_tangent(dout, x, weight, dsum):
         return differentiable(dout, x, weight, dsum, eps, gemma, needs_x, needs_weight)
     dout, dsum = rows(dout), None if dsum is None else rows(dsum)
     if needs_weight:
@@ -101,9 +101,11 @@ def gradients(
 
 def rows(t: Tensor) -> Tensor:
     """``t`` with a contiguous last dimension. An expanded gradient, such as that of a sum, has none."""
+    if t._is_zerotensor():  # PyTorch would expand a single zero for an operator
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
     if t.stride(-1) == 1 or t.shape[-1] == 1:
         return t
-    return t.contiguous() if t.numel() else t.new_empty(t.shape)
+    return t.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of what has no elements
 
 
 def _reference(
