@@ -60,7 +60,7 @@ struct TokenAngles {
   static constexpr int kRotated = kPartner == Partner::kInOtherLane ? 1 : kVectors;  // of the thread's vectors
   static constexpr int kOfVector = Held::kOfVector;
 
-  static constexpr bool kNarrow = for_aligned_heads(kPartner);
+  static constexpr bool kNarrow = kForAlignedHeads<kPartner>;
 
   const RopeParams<kNarrow>& p;
   const A *cos, *sin;  // the token's rows or, with a cache, its first rows

@@ -149,8 +149,8 @@ GEMMA_NORM_DEVICE void need_arguments(const RopeParams<true>& p) {
 
 template <class X, class W, class A, int kVectors, Partner kPartner>
 GEMMA_NORM_KERNEL(kRopeThreads, (rope_resident_threads<X, W, A>(kVectors, kPartner) / kRopeThreads))
-rotate_heads(RopeParams<for_aligned_heads(kPartner)> p) {
-  constexpr bool kAligned = for_aligned_heads(kPartner);
+rotate_heads(RopeParams<kForAlignedHeads<kPartner>> p) {
+  constexpr bool kAligned = kForAlignedHeads<kPartner>;
   constexpr int kCount = kItems<X>;
   using Weights = HeldWeights<X, W>;
   const int log2 = p.rows.log2_slots, thread = device::thread_index();

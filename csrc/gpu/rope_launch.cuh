@@ -19,7 +19,7 @@ struct RopeKernel {
 
 // The kernel for a plan whose slots own so many vectors. Only float32 heads of more than 256 elements have four.
 template <class X, class W, class A, int kVectors, Partner kPartner>
-constexpr RopeKernel<for_aligned_heads(kPartner)> make_rope_kernel() {
+constexpr RopeKernel<kForAlignedHeads<kPartner>> make_rope_kernel() {
   return {&rotate_heads<X, W, A, kVectors, kPartner>, rope_resident_threads<X, W, A>(kVectors, kPartner)};
 }
 template <class X, class W, class A, int kVectors, bool kNarrow>
@@ -42,7 +42,7 @@ RopeKernel<kNarrow> rope_kernel_of(int vectors, Partner partner) {
 }
 
 // Without a weight, the kernel for weights of x's dtype serves. `angles` is the dtype of the cosines and sines. kNarrow
-// is for_aligned_heads(partner).
+// says that the partner is not in memory.
 template <bool kNarrow>
 RopeKernel<kNarrow> find_rope_kernel(DType x, DType weight, DType angles, int vectors, Partner partner) {
   const auto find = [&](auto element) -> RopeKernel<kNarrow> {
@@ -216,8 +216,8 @@ inline device::Error launch_heads(const RowParams& p, const HeadParams& h, const
                                   const DeviceFacts& facts, device::Stream stream) {
   const LaunchPlan plan = make_plan(p.hidden, p.dtypes[kX], facts);
   const Partner partner = partner_of(plan, p, h, copied);
-  return for_aligned_heads(partner) ? launch_heads<true>(p, h, copied, plan, partner, facts, stream)
-                                    : launch_heads<false>(p, h, copied, plan, partner, facts, stream);
+  return partner != Partner::kInMemory ? launch_heads<true>(p, h, copied, plan, partner, facts, stream)
+                                       : launch_heads<false>(p, h, copied, plan, partner, facts, stream);
 }
 
 }  // namespace

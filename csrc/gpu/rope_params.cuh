@@ -16,8 +16,9 @@ enum class Partner : int32_t {
   kInMemory,     // anywhere. Elements are read one by one, whatever their alignment.
 };
 
-// Whether its kernels are for aligned heads, of which strides of tokens and heads are less than 2^32 bytes.
-constexpr bool for_aligned_heads(Partner partner) { return partner != Partner::kInMemory; }
+// Whether the kernels are for aligned heads, of which strides of tokens and heads are less than 2^32 bytes.
+template <Partner kPartner>
+constexpr bool kForAlignedHeads = kPartner != Partner::kInMemory;
 
 // How many threads should be resident on one multiprocessor (see KernelTuning). What a thread holds, and so how many
 // registers it needs, depends on its vectors and on whether weights and angles are wider than the elements of x.

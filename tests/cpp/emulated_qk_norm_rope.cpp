@@ -16,7 +16,7 @@ std::set<const void*> rope_kernels() {
     for (const int vectors : {2, 4})
       for (const gpu::Partner partner :
            {gpu::Partner::kInVector, gpu::Partner::kInThread, gpu::Partner::kInOtherLane, gpu::Partner::kInMemory})
-        all.insert(gpu::for_aligned_heads(partner)
+        all.insert(partner != gpu::Partner::kInMemory
                        ? function(gpu::find_rope_kernel<true>(x, weight, angles, vectors, partner))
                        : function(gpu::find_rope_kernel<false>(x, weight, angles, vectors, partner)));
   };
