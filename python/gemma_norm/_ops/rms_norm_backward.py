@@ -101,7 +101,7 @@ def gradients(
 
 def rows(t: Tensor) -> Tensor:
     """``t`` with a contiguous last dimension. An expanded gradient, such as that of a sum, has none."""
-    if t._is_zerotensor():  # PyTorch would expand a single zero for an operator
+    if not is_compiled() and t._is_zerotensor():  # PyTorch would expand a single zero for an operator
         return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
     if t.stride(-1) == 1 or t.shape[-1] == 1:
         return t
