@@ -159,7 +159,7 @@ normalize_rows(RowParams p, Launch launch) {
     load(end);
   }
   const QuantizerOf<V> quantizer(p, row, finish.out);
-  [[maybe_unused]] const Groups<kScope> groups{launch, place.slot};
+  [[maybe_unused]] const Groups<kScope> groups{launch, place.slot + place.vector * launch.slots};
   if constexpr (V::Form::kQuantizes) groups.open();
   if constexpr (V::Form::kNormsX) {
     SquareSum<S> squares;
@@ -235,7 +235,7 @@ normalize_rows(RowParams p, Launch launch) {
       for (int k = 0; k < kVectors; ++k)
         store_items<kAligned, Finish::kCount>(y_out, first(k), step, end, pack_items<typename V::X>(y[k]));
     }
-    quantize_held<kScope, kExchanges<V>>(quantizer, groups, 1 << launch.log2_slots, y, start, first, end);
+    quantize_held<kScope, kExchanges<V>>(quantizer, groups, 1 << (launch.log2_slots + kPairs), y, start, first, end);
   } else {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {

@@ -53,7 +53,7 @@ struct KernelTuning {
 // row_vectors is 0 are used only by spread().
 constexpr KernelTuning kKernels[] = {
     {64, Scope::kWave, 2, 128, {1536, 1024, 1024, 1024, 1024, 1024, 1024, 768}},  // T9
-    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024, 0, 0, 0, 0}},                       // T54
+    {0, Scope::kWave, 1, 128, {0, 0, 0, 1024, 0, 0, 0, 1024}},                    // T54, T157
     {128, Scope::kWave, 4, 64, {1024, 1024, 512, 512, 512, 640, 512, 512}},
     {512, Scope::kBlock, 2, 256, {1536, 1024, 1024, 1024, 1024, 1280, 1024, 768}},  // T6, T8
     {1024, Scope::kBlock, 4, 256, {1024, 1024, 512, 512, 512, 768, 512, 512}},      // T32
@@ -150,7 +150,7 @@ constexpr int64_t kWorthSpreading = 24 * 1024;
 constexpr int blocks_a_processor(int64_t row_bytes) { return row_bytes < 2 * kWorthSpreading ? 1 : 2; }
 
 // Few small rows with gates get two threads a slot, as long as that needs no more than this many blocks a
-// multiprocessor (T56). Without gates there is too little work to share (T55).
+// multiprocessor (T56, T157). Without gates there is too little work to share (T55).
 constexpr int kWorthSharing = 2;
 
 // The threads of a block of a cluster. There are more if kMaxCluster such blocks are too few for the row.
