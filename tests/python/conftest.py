@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 # It must be set before torch is imported. Else threads that wait for one another keep their CPU busy, which takes
@@ -22,6 +23,10 @@ from fake_peers import peers as peers
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.register_profile("unshrunk", settings.get_profile("default"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("default")
+
+# A shell starts what it puts into the background deaf to Ctrl-C, which processes inherit. Tests of Ctrl-C send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

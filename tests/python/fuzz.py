@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import collections
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # as tests/conftest.py does for pytest
 
 import conftest  # noqa: F401  (what it sets in the environment, before torch is imported)
 from fuzz_calls import FOUND, MODES, Call, calls

@@ -121,6 +121,8 @@ def gated(a: Arguments) -> Bounds:
 def rotated(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, a: Arguments) -> Bounds:
     rounding = x.dtype if a["round_rotation"] else None
     n = norm(x, weight, a, x.dtype).rounded(rounding)
+    if cos.dtype != x.dtype:  # the rotation is in float32 then
+        rounding = None
     c, s = Bounds.of(cos.unsqueeze(-2)), Bounds.of(sin.unsqueeze(-2))
     rotary = cos.shape[-1]
     first, rest = n.mapped(lambda t: t[..., :rotary]), n.mapped(lambda t: t[..., rotary:])

@@ -54,9 +54,10 @@ def quantised(y: Bounds, a: Arguments, got: tuple[Tensor, ...]) -> list[Bounds]:
         found = [largest.mapped(lambda t: _scale(t, a, dtype))]
         scale = decoded(a, got)[1].unsqueeze(-1)
         unit = 1.0 if a.get("global_scale") is None else a["global_scale"].double().reshape(())
-        factor = _rounded(1 / _rounded(scale * unit))
+        product = _rounded(scale * unit)
+        factor = _rounded(1 / product)
         if a["scale_dtype"] is torch.float8_e4m3fn:
-            factor = torch.where(scale == 0, 0.0, factor)
+            factor = torch.where(product == 0, 0.0, factor)
         # Of the largest scales only the exponent is stored, so they may be others than those that are stored.
         unclear = (a["scale_dtype"] in POWERS) & (scale.isnan() | (scale >= 2.0**127))
     # Infinity times what may be 0 may be NaN.
