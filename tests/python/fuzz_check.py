@@ -37,6 +37,7 @@ def check(call: Call) -> str:
         refusal = _refusal(call, arguments, memory)
         # Dynamo takes no out that has gaps.
         compiled = call.mode == "compile" and not refusal and memory.is_without_gaps("out")
+        compiled = compiled and not _inductor_cannot(call)
         run = functools.partial(_function(call, compiled), **arguments)
         if refusal:
             with pytest.raises(RuntimeError) as caught:
@@ -132,6 +133,12 @@ def _overlaps(call: Call, arguments: Arguments, memory: Memory) -> bool:
             if other != name and not apart(name, other) and (other in op.written or not is_itself(name, other)):
                 return True
     return False
+
+
+def _inductor_cannot(call: Call) -> bool:
+    """What the docstring of fused_add_rms_norm_quant says of PyTorch 2.13."""
+    exponents = call.options.get("scale_dtype") == "float8_e8m0fnu"
+    return exponents and not call.public and call.op.startswith("fused_add_rms_norm_quant")
 
 
 def _function(call: Call, compiled: bool = False) -> Callable[..., Any]:

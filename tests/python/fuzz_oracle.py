@@ -58,6 +58,7 @@ class Bounds:
         # A bound that is NaN beside one that is not comes of an infinity that rounding may or may not reach.
         right = torch.where(low.isnan() & high.isnan(), got.isnan(), (low <= got) & (got <= high))
         right |= low.isnan() != high.isnan()
+        right |= (low == -math.inf) & (high == math.inf)  # what may be 0 times infinity, which may be NaN
         if not bool(right.all()):
             at = tuple(int(i) for i in (~right).nonzero()[0])
             raise AssertionError(f"{float(got[at])!r} at {list(at)}, not in {float(low[at])!r} to {float(high[at])!r}")
