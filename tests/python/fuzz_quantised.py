@@ -63,7 +63,8 @@ def quantised(y: Bounds, a: Arguments, got: tuple[Tensor, ...]) -> list[Bounds]:
     # Infinity times what may be 0 may be NaN.
     unclear = unclear | (factor.isinf() & (groups.low <= 0) & (groups.high >= 0))
     v = groups.times(Bounds.of(factor))
-    unclear = (unclear | (v.low.isnan() != v.high.isnan())).expand_as(v.low).flatten(-2)
+    unclear = unclear | (v.low.isnan() != v.high.isnan()) | ((v.low == -torch.inf) & (v.high == torch.inf))
+    unclear = unclear.expand_as(v.low).flatten(-2)
     q = v.rounded(torch.float32).mapped(lambda t: _limited(t.flatten(-2), dtype))
     most = 128.0 if dtype is torch.int8 else reference.QUANTIZED_LARGEST[dtype]
     low, high = torch.where(unclear, -most, q.low), torch.where(unclear, most, q.high)

@@ -7,6 +7,9 @@ which is tried here from then on. It alone compiles calls with torch.compile, wh
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +78,10 @@ def test_a_call_is_the_same_after_it_was_saved() -> None:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
     saved()
+
+
+def test_the_command_starts():
+    """It is no test itself, so pytest's paths are not there for it."""
+    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "0"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "0 calls in 0 minutes" in run.stdout, run.stdout + run.stderr
