@@ -107,7 +107,7 @@ def on_a_terminal(
     try:
         ours, theirs = pty.openpty()
     except OSError as error:
-        pytest.skip(f"this system gives no pseudo-terminal, such as one without /dev/pts: {error}")
+        pytest.skip(f"needs a pseudo-terminal ({error}): mount -t devpts devpts /dev/pts")
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {"TERM": "xterm", **(environment or {k: v for k, v in os.environ.items() if k != "TERM"})}
     with subprocess.Popen([sys.executable, *arguments], stdout=theirs, stderr=theirs, env=env) as process:
