@@ -16,6 +16,7 @@ from .._calls import check_eps, differentiable, explain, is_compiled, is_exporte
 from .._checks import COPIED, COS, COS_SIN_CACHE, OPTIONAL_LIKE_WEIGHT, OPTIONAL_WEIGHT, POSITIONS, SIN, K, Q
 from .._registry import Operator, bare, register
 from .qk_norm_rope_backward import QKNormRopeCopiesFunction, QKNormRopeFunction
+from .rms_norm_backward import rows
 
 _RULES = {
     "q": Q,
@@ -220,10 +221,8 @@ def _broadcast(
             axes = 0 if mrope_section is None else 1
             if _are_others(positions.shape[axes:], tokens) and (not axes or positions.shape[:1] == (3,)):
                 given, positions = positions, _expanded(positions, tokens, axes, 0)
-                if positions is not given and positions.dim() and positions.stride(-1) != 1:
-                    # A kernel reads its last dimension with stride 1. contiguous() keeps the strides of what has no
-                    # elements.
-                    positions = positions.clone(memory_format=torch.contiguous_format)
+                if positions is not given and positions.dim():
+                    positions = rows(positions)  # a kernel reads its last dimension with stride 1
     return cos, sin, cos_sin_cache, positions
 
 
